@@ -1,0 +1,29 @@
+# make demo: references to video, offline, with a tiny model of random weights. make test: every test.
+# Both make .venv on a fresh machine; later runs find it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-slow lint clean
+
+demo: $(VENV)/installed
+	$(BIN)/refalign demo --output demo
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest -q -n 2
+
+test-slow: $(VENV)/installed
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(VENV)/installed: setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo build dist

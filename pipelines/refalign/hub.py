@@ -1,0 +1,276 @@
+"""A pipeline as a Hub repo that opens by four doors, with or without this package; and as one community script.
+
+1. `DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)`, without this package
+2. `RefAlignWanPipeline.from_pretrained(repo)`, with it and without `trust_remote_code`
+3. `AutoModel.from_pretrained(repo, subfolder="transformer", trust_remote_code=True)`
+4. `RefAlignWanTransformer3DModel.from_single_file(file)`, for what `refalign export` writes
+"""
+
+import ast
+import fnmatch
+import json
+import logging
+import re
+import shutil
+import tempfile
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from safetensors import safe_open
+
+from refalign.checkpoints import PROJECTORS, new_file, new_folder
+
+
+logger = logging.getLogger(__name__)
+
+TRANSFORMER_CODE = "transformer_refalign_wan"
+PIPELINE_CODE = "pipeline_refalign_wan"
+CODE = ("reference_images", TRANSFORMER_CODE, PIPELINE_CODE)
+AUTO_MAP = {"AutoModel": f"{TRANSFORMER_CODE}.RefAlignWanTransformer3DModel"}
+REPO_PLACEHOLDER = "ORG/NAME"
+# The authors' releases, for which we have cards with published results
+RELEASES = {"gudaochangsheng/RefAlign-1.3B": "refalign-1.3b", "gudaochangsheng/RefAlign-14B": "refalign-14b"}
+BASES = {30: "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 40: "Wan-AI/Wan2.1-T2V-14B-Diffusers"}  # by number of layers
+
+ROOT_FILES = ("model_index.json", "README.md", "LICENSE*", PROJECTORS, *(f"{name}.py" for name in CODE))
+ASSET_FILES = ("*.png", "*.jpg", "*.webp", "*.gif", "*.mp4")
+COMPONENT_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", f"{TRANSFORMER_CODE}.py")
+TRAINING_STATE = ("*optim*", "*ema_state*", "*random_states*", "trainer_state*")
+SECRET = re.compile(
+    r"\b(hf_[A-Za-z0-9]{20,}|github_pat_\w{20,}|gh[pousr]_\w{30,}|sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16})\b"
+)
+ABSOLUTE_PATH = re.compile(
+    r"(?<![\w.:/])(/(home|root|Users|mnt|data|workspace|work|tmp|var|scratch|opt)/[^\s\"'`)]+|[A-Za-z]:\\\\?\w+)"
+)
+
+
+def complete_repo(folder: str | Path, card: str = "template") -> None:
+    """
+    Makes a pipeline folder, as `save_pretrained` or `refalign convert` leaves it, a Hub repo with all doors: code,
+    entries that name it, and a model card unless there is one.
+
+    Args:
+        folder (`str` or `Path`): the pipeline folder, changed in place.
+        card (`str`, defaults to `"template"`): of `model_cards/`: `template`, `refalign-1.3b` or `refalign-14b`.
+
+    Raises:
+        ValueError: if it is not a pipeline folder with a Wan transformer.
+    """
+    folder = Path(folder)
+    index, config = _read_json(folder / "model_index.json"), _read_json(folder / "transformer/config.json")
+    index |= {
+        "_class_name": [PIPELINE_CODE, "RefAlignWanPipeline"],
+        "transformer": [TRANSFORMER_CODE, "RefAlignWanTransformer3DModel"],
+        "auto_map": AUTO_MAP,
+    }
+    for name in ("boundary_ratio", "expand_timesteps", "transformer_2"):  # Wan 2.2's, in every Wan pipeline
+        index.pop(name, None)
+    config |= {"_class_name": "RefAlignWanTransformer3DModel", "auto_map": AUTO_MAP}
+    _write_json(folder / "model_index.json", index)
+    _write_json(folder / "transformer/config.json", config)
+    for name in ("transformer", "vae", "text_encoder"):
+        if name in index and not any((folder / name).glob("*.safetensors")):
+            raise ValueError(f"{folder} has no safetensors weights in {name}/. Other formats are not published.")
+    for name in CODE:
+        (folder / f"{name}.py").write_text(_source(name), "utf-8")
+    (folder / f"transformer/{TRANSFORMER_CODE}.py").write_text(_source(TRANSFORMER_CODE), "utf-8")
+    for file in folder.rglob("*.json"):
+        _forget_local_name(file)
+    if not (folder / "README.md").exists():
+        (folder / "README.md").write_text(model_card(config, card), "utf-8")
+
+
+def export_repo(model: Any, output: str | Path, card: str = "template") -> Path:
+    """
+    Writes a pipeline, an object or a folder, as a Hub repo with all doors into the new folder `output`.
+
+    Raises:
+        ValueError: if `model` is not a pipeline folder, or `output` exists.
+    """
+    with new_folder(output) as folder:
+        if isinstance(model, (str, Path)):
+            left_out = _copy_repo(Path(model), folder)
+            if left_out:
+                logger.info("Not part of a pipeline, left out: %s", ", ".join(left_out))
+        else:
+            model.save_pretrained(folder)
+        complete_repo(folder, card)
+    return Path(output)
+
+
+def push(
+    folder: str | Path, repo_id: str, private: bool = False, dry_run: bool = False, token: str | None = None
+) -> list[str]:
+    """
+    Pushes a pipeline folder as a Hub repo with all doors. The folder itself is not changed.
+
+    Only what belongs to a pipeline goes: no optimiser state, no code but this package's, no hidden files.
+
+    Args:
+        folder (`str` or `Path`): the pipeline folder.
+        repo_id (`str`): `ORG/NAME`; made if it does not exist.
+        private (`bool`, defaults to `False`): whether a new repo is private.
+        dry_run (`bool`, defaults to `False`): change nothing, connect to nothing, only say what would go.
+        token (`str`, *optional*): of the Hub; else the one of `hf auth login`.
+
+    Returns:
+        `list[str]`: the files of the repo.
+
+    Raises:
+        ValueError: if it is no pipeline folder, or a file holds a token or an absolute path.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+        raise ValueError(f"`repo_id` is {repo_id!r}, but has to be ORG/NAME.")
+    folder = Path(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        stage = Path(temporary)
+        left_out = _copy_repo(folder, stage, link_weights=True)
+        complete_repo(stage)
+        card = stage / "README.md"
+        card.write_text(card.read_text("utf-8").replace(REPO_PLACEHOLDER, repo_id), "utf-8")
+        check_nothing_private(stage)
+        names = sorted(file.relative_to(stage).as_posix() for file in stage.rglob("*") if file.is_file())
+        if left_out:
+            logger.warning("Not part of a pipeline, left out: %s", ", ".join(left_out))
+        if not dry_run:
+            api = HfApi(token=token)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            api.upload_folder(repo_id=repo_id, folder_path=stage, commit_message="Upload RefAlign pipeline")
+    return names
+
+
+def check_nothing_private(folder: Path) -> None:
+    """Raises ValueError for a token or an absolute path in a repo's text files or weights' metadata, naming the file
+    and, of a token, only its beginning."""
+    for file in sorted(folder.rglob("*")):
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="np") as opened:
+                text = json.dumps(opened.metadata() or {})
+        elif file.suffix in (".json", ".md", ".txt", ".py"):
+            text = file.read_text("utf-8", errors="replace")
+        else:
+            continue
+        name = file.relative_to(folder)
+        if found := SECRET.search(text):
+            raise ValueError(f"{name} holds what looks like a token ({found[0][:7]}...). Remove it before pushing.")
+        # Vocabularies hold slashes of every kind, and no paths
+        if file.name not in ("tokenizer.json", "vocab.json") and (found := ABSOLUTE_PATH.search(text)):
+            raise ValueError(f"{name} holds a path of this machine ({found[0]}). Remove it before pushing.")
+
+
+def model_card(config: dict[str, Any], card: str = "template") -> str:
+    """
+    The model card, with `ORG/NAME` for the repo's name.
+
+    Args:
+        config (`dict`): the transformer's.
+        card (`str`): of `model_cards/`.
+    """
+    path = files("refalign.model_cards") / f"{card}.md"
+    if not path.is_file():
+        names = sorted(file.name[:-3] for file in files("refalign.model_cards").iterdir() if file.name.endswith(".md"))
+        raise ValueError(f"There is no model card {card!r}. There are: {', '.join(names)}.")
+    if card != "template":
+        return path.read_text("utf-8")
+    base = BASES.get(config["num_layers"])
+    data = ModelCardData(
+        license="apache-2.0",
+        library_name="diffusers",
+        pipeline_tag="image-to-video",
+        base_model=base,
+        base_model_relation="finetune" if base else None,
+        datasets=["BestWishYsh/OpenS2V-5M"],
+        tags=["refalign", "reference-to-video", "subject-to-video", "wan"],
+    )
+    return ModelCard.from_template(
+        data, template_str=path.read_text("utf-8"), repo=REPO_PLACEHOLDER, base=base
+    ).content
+
+
+def community_script() -> str:
+    """
+    The whole pipeline as one self-contained script, made from the package's own sources, for
+    `DiffusionPipeline.from_pretrained(repo, custom_pipeline=FILE)`.
+    """
+    imports, bodies = {}, []
+    for name in CODE:
+        source = _source(name)
+        module_imports, body = _split_imports(source)
+        imports |= dict.fromkeys(module_imports)
+        bodies.append(body)
+    plain = sorted(line for line in imports if line.startswith("import "))
+    from_imports = sorted(line for line in imports if not line.startswith("import "))
+    header = (
+        '"""RefAlign for diffusers as one script. Generated by `refalign export --community`; edit the package.'
+        '\n\nDiffusionPipeline.from_pretrained(repo, custom_pipeline="this_file.py")\n"""'
+    )
+    return "\n".join([header, "", *plain, *from_imports, "", "\n\n".join(bodies)])
+
+
+def _split_imports(source: str) -> tuple[list[str], str]:
+    """Top-level imports from other packages, a line each, and the code without imports and docstring."""
+    lines = source.splitlines()
+    imports = []
+    nodes = ast.parse(source).body
+    for position, node in enumerate(nodes):
+        is_docstring = position == 0 and isinstance(node, ast.Expr)
+        is_import = isinstance(node, (ast.Import, ast.ImportFrom))
+        if is_import and not getattr(node, "level", 0):
+            imports.append(ast.unparse(node))
+        if is_import or is_docstring:
+            lines[node.lineno - 1 : node.end_lineno] = [None] * (node.end_lineno - node.lineno + 1)
+    return imports, "\n".join(line for line in lines if line is not None).strip() + "\n"
+
+
+def write_community_script(output: str | Path) -> Path:
+    """Writes [`community_script`] to a new file."""
+    with new_file(output, overwrite=True) as file:
+        file.write_text(community_script(), "utf-8")
+    return Path(output)
+
+
+def _copy_repo(source: Path, target: Path, link_weights: bool = False) -> list[str]:
+    """Copies what belongs to a pipeline and returns the names of what does not."""
+    index = _read_json(source / "model_index.json")
+    allowed = {name: COMPONENT_FILES for name, value in index.items() if isinstance(value, list) and name[0] != "_"}
+    allowed |= {".": ROOT_FILES, "assets": ASSET_FILES}
+    left_out = []
+    for file in sorted(path for path in source.rglob("*") if path.is_file()):
+        name = file.relative_to(source)
+        patterns = allowed.get(name.parent.as_posix(), ())
+        if not _matches(file.name, patterns) or _matches(file.name, TRAINING_STATE):
+            left_out.append(name.as_posix())
+            continue
+        (target / name).parent.mkdir(exist_ok=True)
+        if link_weights and file.suffix == ".safetensors":
+            (target / name).symlink_to(file.resolve())
+        else:
+            shutil.copyfile(file, target / name)
+    return left_out
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+
+def _source(name: str) -> str:
+    return (files("refalign") / f"{name}.py").read_text("utf-8")
+
+
+def _forget_local_name(file: Path) -> None:
+    """Where a model was once loaded from says nothing to others, and is often a path."""
+    content = _read_json(file)
+    if isinstance(content, dict) and content.keys() & {"_name_or_path", "name_or_path"}:
+        _write_json(file, {k: v for k, v in content.items() if k not in ("_name_or_path", "name_or_path")})
+
+
+def _read_json(file: Path) -> Any:
+    if not file.is_file():
+        raise ValueError(f"{file.parent} is not a pipeline folder: it has no {file.name}.")
+    return json.loads(file.read_text("utf-8"))
+
+
+def _write_json(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -1,0 +1,65 @@
+"""Videos in and out of mp4 files, by PyAV."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from PIL import Image
+
+from refalign.checkpoints import new_file
+
+
+FPS = 16  # of Wan 2.1, and so of RefAlign
+
+
+def write_video(
+    frames: Iterable[Image.Image | np.ndarray],
+    output: str | Path,
+    fps: int = FPS,
+    settings: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """
+    Writes frames as H.264 mp4 that every browser plays. The file appears when it is complete.
+
+    Args:
+        frames (`Iterable`): PIL images, or uint8 arrays `(height, width, 3)`, of one even size.
+        output (`str` or `Path`): where to write.
+        fps (`int`, defaults to 16): frames a second.
+        settings (`Mapping`, *optional*): kept as JSON in the file's `comment`; [`read_settings`] reads them.
+        overwrite (`bool`, defaults to `False`): whether an existing file may be replaced.
+
+    Raises:
+        ValueError: if there are no frames, a side is odd, or `output` exists and `overwrite` is false.
+    """
+    frames = [np.asarray(frame) for frame in frames]
+    if not frames:
+        raise ValueError(f"There are no frames to write to {output}.")
+    height, width = frames[0].shape[:2]
+    if height % 2 or width % 2:
+        raise ValueError(f"Frames are {width}x{height}, but H.264 needs even sides.")
+    with new_file(output, overwrite=overwrite) as file:
+        with av.open(str(file), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+            if settings is not None:
+                container.metadata["comment"] = json.dumps(settings, ensure_ascii=False)
+            stream = container.add_stream("libx264", rate=fps, options={"crf": "17"})
+            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            for frame in frames:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+    return Path(output)
+
+
+def read_video(path: str | Path) -> np.ndarray:
+    """All frames of a video, uint8 `(frames, height, width, 3)`."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """The settings that [`write_video`] kept in the file; empty if there are none."""
+    with av.open(str(path)) as container:
+        return json.loads(container.metadata.get("comment", "{}"))

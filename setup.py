@@ -1,0 +1,45 @@
+"""Installs `refalign` from its source root. `pip install .` is light; extras add what more is needed."""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "pipelines/refalign/__init__.py").read_text("utf-8")).group(1)
+
+INSTALL = [
+    "accelerate>=1.0",
+    "av>=13",
+    "diffusers>=0.42.1",
+    "ftfy",
+    "huggingface_hub>=1.0",
+    "numpy",
+    "peft>=0.17",
+    "pillow>=11",
+    "safetensors>=0.6",
+    "torch>=2.6",
+    "tqdm",
+    "transformers>=5.0",
+    "tyro>=1.0",
+]
+BACKGROUND = ["rembg[cpu]>=2.0.86"]
+TEST = ["gguf", "hypothesis", "pytest", "pytest-xdist", "ruff"]
+
+setup(
+    name="refalign",
+    version=VERSION,
+    description="RefAlign for diffusers: reference-to-video with Wan 2.1 (arXiv 2603.25743)",
+    long_description=(ROOT / "README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # One import package, two source folders: the cards stand at the top of the repository, where people look
+    package_dir={"refalign": "pipelines/refalign", "refalign.model_cards": "model_cards"},
+    packages=["refalign", "refalign.model_cards"],
+    package_data={"refalign.model_cards": ["*.md"]},
+    install_requires=INSTALL,
+    extras_require={"background": BACKGROUND, "test": TEST},
+    entry_points={"console_scripts": ["refalign=refalign.cli:main"]},
+)
