@@ -180,9 +180,9 @@ def _load_pipeline(command: Generate):
     dtypes = {"default": dtype, "vae": torch.float32}
     if Path(command.model).suffix in (".safetensors", ".pth", ".pt", ".ckpt", ".bin"):
         transformer = _load_native(command, dtype)
-        pipeline = RefAlignWanPipeline.from_pretrained(command.base, transformer=transformer, torch_dtype=dtypes)
+        pipeline = RefAlignWanPipeline.from_pretrained(command.base, transformer=transformer, dtype=dtypes)
     else:
-        pipeline = RefAlignWanPipeline.from_pretrained(command.model, torch_dtype=dtypes)
+        pipeline = RefAlignWanPipeline.from_pretrained(command.model, dtype=dtypes)
     _load_loras(pipeline, command.lora)
     if command.offload == "model":
         if device.type == "cpu":
@@ -221,7 +221,7 @@ def _load_native(command: Generate, dtype):
     config = RefAlignWanTransformer3DModel.load_config(command.base, subfolder="transformer")
     checkpoints.check_shapes(tensors, config, command.model)
     return RefAlignWanTransformer3DModel.from_single_file(
-        checkpoints.read(tensors), config=command.base, subfolder="transformer", torch_dtype=dtype
+        checkpoints.read(tensors), config=command.base, subfolder="transformer", dtype=dtype
     )
 
 

@@ -110,13 +110,17 @@ class RefAlignWanPipeline(WanPipeline):
         config = super()._dict_from_json_file(json_file)
         if not _is_installed_package(cls.__module__):
             return config
-        config.pop("auto_map", None)
         for name, value in config.items():
             if isinstance(value, list) and value[-1:] == ["RefAlignWanPipeline"]:
                 config[name] = "RefAlignWanPipeline"
             elif isinstance(value, list) and value[-1:] == ["RefAlignWanTransformer3DModel"]:
                 config[name] = ["refalign", "RefAlignWanTransformer3DModel"]
         return config
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        # `auto_map` is there for AutoModel; diffusers would warn of it at every load
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     @property
     def image_guidance_scale(self) -> float:
@@ -365,7 +369,7 @@ class RefAlignWanPipeline(WanPipeline):
             >>> from diffusers.utils import export_to_video
             >>> from refalign import RefAlignWanPipeline
 
-            >>> pipe = RefAlignWanPipeline.from_pretrained("org/refalign-14b", torch_dtype=torch.bfloat16).to("cuda")
+            >>> pipe = RefAlignWanPipeline.from_pretrained("org/refalign-14b", dtype=torch.bfloat16).to("cuda")
             >>> video = pipe("A woman walks her dog on a beach.", reference_images=["woman.png", "dog.png"]).frames[0]
             >>> export_to_video(video, "walk.mp4", fps=16)
             ```

@@ -127,6 +127,11 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
         self.all_tokens = nn.Identity()
 
     @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        # `auto_map` is there for AutoModel; diffusers would warn of it at every load
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
+
+    @classmethod
     def from_wan(cls, transformer: WanTransformer3DModel) -> "RefAlignWanTransformer3DModel":
         """A model that shares the weights of `transformer`: no copy is made, and `transformer` stays as it is."""
         config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
