@@ -13,9 +13,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download, split_torch_state_dict_into_shards
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -28,10 +30,11 @@ WEIGHTS = "diffusion_pytorch_model"
 PROJECTORS = "projectors.safetensors"
 BASE_COMPONENTS = ("vae", "text_encoder", "tokenizer", "scheduler")
 BASE_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
+PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
 
 # native name -> diffusers name; each also has `.weight` and mostly `.bias` behind it
-_PARTS = {
+_TOP_PARTS = {
     "patch_embedding": "patch_embedding",
     "text_embedding.0": "condition_embedder.text_embedder.linear_1",
     "text_embedding.2": "condition_embedder.text_embedder.linear_2",
@@ -39,19 +42,24 @@ _PARTS = {
     "time_embedding.2": "condition_embedder.time_embedder.linear_2",
     "time_projection.1": "condition_embedder.time_proj",
     "head.head": "proj_out",
-    "ffn.0": "ffn.net.0.proj",
-    "ffn.2": "ffn.net.2",
-    "norm3": "norm2",
 }
+_BLOCK_PARTS = {"ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2", "norm3": "norm2"}
 for _native, _diffusers in (("self_attn", "attn1"), ("cross_attn", "attn2")):
-    _PARTS |= {f"{_native}.{part}": f"{_diffusers}.to_{part}" for part in "qkv"}
-    _PARTS |= {f"{_native}.norm_{part}": f"{_diffusers}.norm_{part}" for part in "qk"}
-    _PARTS[f"{_native}.o"] = f"{_diffusers}.to_out.0"
-_NATIVE_TO_DIFFUSERS = {f"{a}.{p}": f"{b}.{p}" for a, b in _PARTS.items() for p in ("weight", "bias")}
-_NATIVE_TO_DIFFUSERS |= {"head.modulation": "scale_shift_table"}
-_NATIVE_BLOCK_TO_DIFFUSERS = {**_NATIVE_TO_DIFFUSERS, "modulation": "scale_shift_table"}
+    _BLOCK_PARTS |= {f"{_native}.{part}": f"{_diffusers}.to_{part}" for part in "qkv"}
+    _BLOCK_PARTS |= {f"{_native}.norm_{part}": f"{_diffusers}.norm_{part}" for part in "qk"}
+    _BLOCK_PARTS[f"{_native}.o"] = f"{_diffusers}.to_out.0"
+
+
+def _with_parameters(parts: dict[str, str], modulation: str) -> dict[str, str]:
+    names = {f"{a}.{p}": f"{b}.{p}" for a, b in parts.items() for p in ("weight", "bias")}
+    names = {a: b for a, b in names.items() if not a.endswith(("norm_q.bias", "norm_k.bias"))}  # RMS norms have none
+    return {**names, modulation: "scale_shift_table"}
+
+
+_NATIVE_TO_DIFFUSERS = _with_parameters(_TOP_PARTS, "head.modulation")
+_NATIVE_BLOCK_TO_DIFFUSERS = _with_parameters(_BLOCK_PARTS, "modulation")
 _DIFFUSERS_TO_NATIVE = {b: a for a, b in _NATIVE_TO_DIFFUSERS.items()}
-_DIFFUSERS_BLOCK_TO_NATIVE = {**_DIFFUSERS_TO_NATIVE, "scale_shift_table": "modulation"}
+_DIFFUSERS_BLOCK_TO_NATIVE = {b: a for a, b in _NATIVE_BLOCK_TO_DIFFUSERS.items()}
 _BLOCK_KEY = re.compile(r"(blocks\.\d+\.)(.+)")
 _PROJECTOR_KEY = re.compile(r"blocks\.\d+\.input_mlp\..+")
 _COMFYUI_PREFIX = "model.diffusion_model."
@@ -71,15 +79,15 @@ def native_to_diffusers(
         keys `blocks.{i}.input_mlp.*` (empty for a released checkpoint). No tensor is copied.
 
     Raises:
-        ValueError: for a key that Wan's text-to-video transformer does not have.
+        ValueError: for a key that Wan's text-to-video transformer does not have, or that comes twice.
     """
     transformer, projectors = {}, {}
     for key, tensor in state_dict.items():
         key = key.removeprefix(_COMFYUI_PREFIX)
-        if is_projector_key(key):
-            projectors[key] = tensor
-        else:
-            transformer[diffusers_key(key)] = tensor
+        part, name = (projectors, key) if is_projector_key(key) else (transformer, diffusers_key(key))
+        if name in part:
+            raise ValueError(f"Key {key!r} comes twice, with and without the prefix {_COMFYUI_PREFIX!r}.")
+        part[name] = tensor
     return transformer, projectors
 
 
@@ -141,37 +149,59 @@ def find_safetensors(checkpoint: str | Path) -> list[Path]:
     if path.is_file():
         if path.suffix != ".safetensors":
             raise ValueError(
-                f"{path} is not a safetensors file. Formats that run code when they are opened (.pth, .pt, .bin, "
-                ".ckpt) are refused; ask for a safetensors release or convert it in a place you trust."
+                f"{path} is not a safetensors file. Formats that run code when they are opened "
+                f"({', '.join(PICKLES)}) are refused; ask for a safetensors release or convert it in a place you trust."
             )
         return [path]
     if not path.is_dir():
-        path = _download(str(checkpoint), ["*.safetensors", "*.safetensors.index.json"])
+        path = _download(str(checkpoint), ["*.safetensors", "*.safetensors.index.json"], ignore_patterns="*/*")
     indices = sorted(path.glob("*.safetensors.index.json"))
     if len(indices) > 1:
         raise ValueError(
             f"{path} has {len(indices)} checkpoints: {[i.name for i in indices]}. Keep one, or name a file."
         )
     if indices:
-        names = sorted(set(json.loads(indices[0].read_text("utf-8"))["weight_map"].values()))
-        missing = [name for name in names if not (path / name).is_file()]
-        if missing:
-            raise ValueError(f"{indices[0]} names shards that are missing: {missing}. Download them again.")
-        return [path / name for name in names]
+        return _find_shards(indices[0])
     files = sorted(path.glob("*.safetensors"))
     if len(files) != 1:
+        pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
         raise ValueError(
             f"{path} has {len(files)} safetensors files and no index: {[f.name for f in files]}. Name the file."
+            + (f" Formats that run code when they are opened are refused: {pickles}." if pickles else "")
         )
     return files
 
 
-def _download(repo_id: str, patterns: list[str]) -> Path:
+def _find_shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not weight_map:
+        raise ValueError(f"{index} is no index of shards: it has no `weight_map`. Download it again.")
+    names = sorted(set(weight_map.values()))
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise ValueError(f"{index} names shards that are missing: {missing}. Download them again.")
+    return [index.parent / name for name in names]
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file; ValueError, naming it, if it is none."""
     try:
+        return json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not a whole JSON file: {error}. Download or write it again.") from error
+
+
+def _download(repo_id: str, patterns: list[str], ignore_patterns: str | None = None) -> Path:
+    try:
+        if Path(repo_id).suffix in (".safetensors", *PICKLES):  # would be a Hub id too, but is meant as a file
+            raise ValueError
         validate_repo_id(repo_id)
     except ValueError:
         raise ValueError(f"{repo_id} is neither a file or folder here nor a Hub id (ORG/NAME).") from None
-    return Path(snapshot_download(repo_id, allow_patterns=patterns))
+    try:
+        return Path(snapshot_download(repo_id, allow_patterns=patterns, ignore_patterns=ignore_patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise ValueError(f"{repo_id} is no file or folder here, and the Hub does not give it: {error}") from error
 
 
 def read_headers(files: list[Path]) -> dict[str, StoredTensor]:
@@ -183,7 +213,7 @@ def read_headers(files: list[Path]) -> dict[str, StoredTensor]:
     """
     tensors = {}
     for file in files:
-        with _open(file) as opened:
+        with open_safetensors(file) as opened:
             for key in opened.keys():
                 part = opened.get_slice(key)
                 if key in tensors:
@@ -196,7 +226,8 @@ def read_headers(files: list[Path]) -> dict[str, StoredTensor]:
 
 
 @contextmanager
-def _open(file: Path) -> Iterator:
+def open_safetensors(file: Path) -> Iterator:
+    """`safe_open`; ValueError, naming the file and its size, if it is truncated or no safetensors."""
     try:
         with safe_open(file, framework="pt") as opened:
             yield opened
@@ -211,7 +242,7 @@ def read(tensors: Mapping[str, StoredTensor]) -> dict[str, torch.Tensor]:
     """The tensors' data under the mapping's keys, mapped from the disk and not copied."""
     result = {}
     for file in sorted({tensor.file for tensor in tensors.values()}):
-        with _open(file) as opened:
+        with open_safetensors(file) as opened:
             result |= {name: opened.get_tensor(t.key) for name, t in tensors.items() if t.file == file}
     return result
 
@@ -226,7 +257,7 @@ def check_shapes(tensors: Mapping[str, StoredTensor], config: Mapping, source: o
     from refalign.transformer_refalign_wan import RefAlignWanTransformer3DModel
 
     with torch.device("meta"):
-        model = RefAlignWanTransformer3DModel(**{k: v for k, v in config.items() if not k.startswith("_")})
+        model = RefAlignWanTransformer3DModel.from_config(dict(config))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     missing = sorted(native_key(key) for key in expected.keys() - tensors.keys())
     unknown = sorted(tensors[key].key for key in tensors.keys() - expected.keys())
@@ -280,10 +311,11 @@ def convert(
     """
     from refalign.hub import complete_repo
 
+    _check_free(output)  # before anything is downloaded
     files = find_safetensors(checkpoint)
     transformer, projectors = native_to_diffusers(read_headers(files))
     base = _find_base(base)
-    config = json.loads((base / "transformer/config.json").read_text("utf-8"))
+    config = _read_config(base)
     check_shapes(transformer, config, checkpoint)
     with new_folder(output) as folder:
         _write_shards(transformer, folder / "transformer", max_shard_size)
@@ -293,7 +325,7 @@ def convert(
         (folder / "transformer/config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         for component in BASE_COMPONENTS:
             _copy_component(base / component, folder / component)
-        index = json.loads((base / "model_index.json").read_text("utf-8"))
+        index = read_json(base / "model_index.json")
         index = {name: index[name] for name in ("_diffusers_version", *BASE_COMPONENTS) if name in index}
         if not keep_scheduler:
             index["scheduler"] = _write_paper_scheduler(folder / "scheduler")
@@ -320,7 +352,24 @@ def _find_base(base: str | Path) -> Path:
             f"{base} is not a Wan pipeline in diffusers' format with safetensors weights: it has no "
             f"{', '.join(missing)}. Pass one such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
         )
+    for component in BASE_COMPONENTS:
+        for index in (path / component).glob("*.safetensors.index.json"):
+            _find_shards(index)
+        for file in (path / component).glob("*.safetensors"):
+            with open_safetensors(file):
+                pass
     return path
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a pipeline folder's transformer; ValueError unless it is Wan's text-to-video one."""
+    file = folder / "transformer/config.json"
+    config = read_json(file)
+    kind = config.get("_class_name")
+    if kind not in ("WanTransformer3DModel", "RefAlignWanTransformer3DModel") or config.get("image_dim") is not None:
+        kind = f"image-to-video {kind}" if config.get("image_dim") is not None else kind
+        raise ValueError(f"{file} is of a {kind}, not of Wan 2.1's text-to-video transformer (WanTransformer3DModel).")
+    return config
 
 
 def _copy_component(source: Path, target: Path) -> None:
@@ -367,11 +416,10 @@ def export_native(model: str | Path, output: str | Path) -> Path:
     folder = Path(model)
     if not folder.is_dir():
         folder = _download(str(model), ["transformer/*.safetensors", "transformer/*.json"])
-    config = folder / "transformer/config.json"
-    if not config.is_file():
+    if not (folder / "transformer/config.json").is_file():
         raise ValueError(f"{model} is not a pipeline folder: it has no transformer/config.json.")
     tensors = read_headers(find_safetensors(folder / "transformer"))
-    check_shapes(tensors, json.loads(config.read_text("utf-8")), model)
+    check_shapes(tensors, _read_config(folder), model)
     with new_file(output) as partial:
         save_file(read(diffusers_to_native(tensors)), partial, metadata={"format": "pt"})
     return output
@@ -384,15 +432,20 @@ def new_folder(output: str | Path) -> Iterator[Path]:
     Raises:
         ValueError: if `output` exists and is not an empty folder.
     """
+    _check_free(output)
     output = Path(output)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ValueError(f"{output} exists already. Name another output, or move it away.")
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as beside:
         folder = Path(beside) / output.name
         folder.mkdir()
         yield folder
         folder.rename(output)
+
+
+def _check_free(output: str | Path) -> None:
+    output = Path(output)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ValueError(f"{output} exists already. Name another output, or move it away.")
 
 
 @contextmanager

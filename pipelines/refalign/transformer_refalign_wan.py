@@ -111,7 +111,8 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
     _no_split_modules = ["RefAlignWanTransformerBlock"]
     _repeated_blocks = ["RefAlignWanTransformerBlock"]
     _cp_plan = {
-        **WanTransformer3DModel._cp_plan,
+        # "" splits Wan 2.2's timestep a token, which a Wan 2.1 model never gets, and forbids all outputs but tensors
+        **{name: plan for name, plan in WanTransformer3DModel._cp_plan.items() if name != ""},
         "token_mask": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
         "all_tokens": ContextParallelOutput(gather_dim=1, expected_dims=3),
     }
@@ -134,9 +135,8 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
     @classmethod
     def from_wan(cls, transformer: WanTransformer3DModel) -> "RefAlignWanTransformer3DModel":
         """A model that shares the weights of `transformer`: no copy is made, and `transformer` stays as it is."""
-        config = {name: value for name, value in transformer.config.items() if not name.startswith("_")}
         with torch.device("meta"):
-            model = cls(**config)
+            model = cls.from_config(transformer.config)
         model.load_state_dict(transformer.state_dict(), assign=True)
         model.rope = transformer.rope  # its buffers are in no state dict
         return model.train(transformer.training)

@@ -1,0 +1,311 @@
+"""The command line, as its users call it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+from refalign import RefAlignWanPipeline
+from refalign.cli import main
+from refalign.reference_images import prepare_reference_image
+from refalign.video import read_settings, read_video
+from tests.drawn_references import write_reference_sets
+from tests.pipelines.test_pipeline_refalign_wan import lora_folder  # noqa: F401 (a fixture)
+
+
+SMALL = ["--height", "32", "--width", "48", "--num-frames", "5", "--steps", "1"]
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory) -> Path:
+    """Reference sets: real photographs where the environment names a folder of them, else drawn ones."""
+    if "REFERENCES" in os.environ:
+        return Path(os.environ["REFERENCES"]).resolve()
+    folder = tmp_path_factory.mktemp("references")
+    write_reference_sets(folder)
+    return folder
+
+
+@pytest.fixture
+def images(references) -> list[str]:
+    return [str(path) for path in sorted((references / "set4").iterdir())]
+
+
+@pytest.fixture
+def generate(repo_folder, tmp_path, images):
+    """Runs `refalign generate` at a small size and returns its exit code."""
+
+    def run(*arguments, model=repo_folder, prompt="a cat", reference=images, output=tmp_path / "out.mp4"):
+        words = ["generate", "--model", str(model), *SMALL]
+        words += ["--prompt", prompt] if prompt is not None else []
+        words += ["--reference", *reference] if reference else []
+        words += ["--output", str(output)] if output is not None else []
+        return main([*words, *map(str, arguments)])
+
+    return run
+
+
+def assert_same_video(first: Path, second: Path) -> None:
+    """Up to the last digits, which depend on where in memory a file's weights lie."""
+    assert np.abs(read_video(first).astype(int) - read_video(second)).mean() < 0.5
+
+
+# -- Start-up ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [[], ["generate"], ["convert"], ["push"]], ids=str)
+def test_help_imports_nothing_heavy(command):
+    code = (
+        "import sys\nfrom refalign.cli import main\n"
+        f"try: main({[*command, '--help']})\nexcept SystemExit as e: assert e.code == 0\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'numpy', 'huggingface_hub', 'PIL', 'av'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "usage: refalign" in result.stdout
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import sys, refalign; assert not {'torch', 'diffusers', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# -- The main job -----------------------------------------------------------------------------------------------------
+
+
+def test_every_reference_set_becomes_a_video(repo_folder, references, tmp_path):
+    """A face, a pet or object, and a place each, at the trained size; one process, as a user with four jobs would."""
+    sets = sorted(path for path in references.iterdir() if path.is_dir())
+    assert len(sets) == 4
+    jobs = [
+        {
+            "prompt": "They meet in the open.",
+            "reference": [str(path) for path in sorted(folder.iterdir())],
+            "output": str(tmp_path / f"{folder.name}.mp4"),
+        }
+        for folder in sets
+    ]
+    (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, jobs)), "utf-8")
+    words = ["generate", "--model", repo_folder, "--batch", tmp_path / "jobs.jsonl", "--num-frames", 17, "--steps", 1]
+    assert main(list(map(str, words))) == 0
+    for job in jobs:
+        with av.open(job["output"]) as container:
+            frames = list(container.decode(video=0))
+            assert container.streams.video[0].codec_context.name == "h264"
+        assert [(f.width, f.height) for f in frames] == [(832, 480)] * 17
+
+
+# -- generate ---------------------------------------------------------------------------------------------------------
+
+
+def test_it_says_what_it_will_do(generate, capsys):
+    assert generate() == 0
+    plan = capsys.readouterr().out
+    assert "5 frames of 48x32 from 3 references; 1 steps of 3 passes over 30 tokens" in plan
+    assert "(12 of the video, 18 of references)" in plan
+
+
+def test_without_references_it_is_text_to_video(generate, capsys):
+    assert generate(reference=[]) == 0
+    assert "0 references; 1 steps of 2 passes over 12 tokens" in capsys.readouterr().out
+
+
+def test_the_same_seed_gives_the_same_video(generate, tmp_path):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert generate("--seed", seed, output=tmp_path / f"{name}.mp4") == 0
+    a, b, c = (read_video(tmp_path / f"{name}.mp4") for name in "abc")
+    assert np.array_equal(a, b) and not np.array_equal(a, c)
+
+
+def test_the_file_holds_its_settings_and_no_folder_of_this_machine(generate, tmp_path, images):
+    assert generate("--guidance-scale", 3, "--seed", 9) == 0
+    settings = read_settings(tmp_path / "out.mp4")
+    assert (settings["prompt"], settings["guidance_scale"], settings["seed"]) == ("a cat", 3.0, 9)
+    assert settings["reference"] == [Path(image).name for image in images]
+    assert "/" not in json.dumps(settings)
+
+
+def test_preview_shows_what_the_model_sees(generate, tmp_path, images):
+    assert generate("--preview") == 0
+    for number, image in enumerate(images, start=1):
+        seen = Image.open(tmp_path / f"out.reference_{number}.png")
+        expected = prepare_reference_image(image, 32, 48, cut_out=False)
+        assert np.array_equal(np.asarray(seen), np.asarray(expected))
+
+
+def test_a_native_checkpoint_with_its_base_equals_the_converted_pipeline(generate, native_file, repo_folder, tmp_path):
+    assert generate() == 0
+    assert generate("--base", repo_folder, model=native_file, output=tmp_path / "native.mp4") == 0
+    assert_same_video(tmp_path / "native.mp4", tmp_path / "out.mp4")
+
+
+def test_loras_are_applied_at_their_scale(generate, lora_folder, tmp_path):  # noqa: F811
+    lora = lora_folder / "first/pytorch_lora_weights.safetensors"
+    assert generate() == 0
+    assert generate("--lora", f"{lora}:30", output=tmp_path / "one.mp4") == 0
+    assert generate("--lora", f"{lora}:0", output=tmp_path / "zero.mp4") == 0
+    assert_same_video(tmp_path / "zero.mp4", tmp_path / "out.mp4")
+    with pytest.raises(AssertionError):
+        assert_same_video(tmp_path / "one.mp4", tmp_path / "out.mp4")
+
+
+def test_group_offload_makes_the_same_video(generate, tmp_path):
+    assert generate() == 0
+    assert generate("--offload", "group", output=tmp_path / "offloaded.mp4") == 0
+    assert_same_video(tmp_path / "offloaded.mp4", tmp_path / "out.mp4")
+
+
+def test_half_precision_on_demand(generate):
+    assert generate("--dtype", "bfloat16") == 0
+
+
+def test_overwrite_is_asked_for(generate, tmp_path, capsys):
+    (tmp_path / "out.mp4").write_bytes(b"precious")
+    assert generate() == 1
+    assert "out.mp4 exists already" in capsys.readouterr().err
+    assert (tmp_path / "out.mp4").read_bytes() == b"precious"
+    assert generate("--overwrite") == 0
+    assert len(read_video(tmp_path / "out.mp4")) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "keywords", "message"),
+    [
+        ((), {"prompt": None}, "a prompt and an output are needed"),
+        ((), {"output": None}, "a prompt and an output are needed"),
+        ((), {"output": Path("out.avi")}, "has to end in .mp4"),
+        (("--height", 40), {}, "`height` has to be divisible by 16, but is 40"),
+        (("--num-frames", 6), {}, "`num_frames` has to be 4k + 1"),
+        (("--steps", 0), {}, "num_inference_steps"),
+        ((), {"reference": ["nowhere.png"]}, "nowhere.png"),
+        (("--cut-out", "true", "false"), {}, "2 words for 3 references"),
+        (("--lora", "nowhere.safetensors"), {}, "nowhere.safetensors does not exist"),
+        (("--lora", "weights.pt"), {}, "not a .safetensors file"),
+        (("--offload", "model"), {}, "the device is cpu"),
+        (("--device", "toaster"), {}, "toaster"),
+        ((), {"model": "nowhere"}, "nowhere"),
+        ((), {"model": "nowhere.safetensors"}, "--base"),
+        (("--batch", "jobs.jsonl"), {}, "stand in the file's lines"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_told_in_a_line_and_leave_nothing(generate, tmp_path, capsys, arguments, keywords, message):
+    before = sorted(tmp_path.rglob("*"))
+    assert generate(*arguments, **keywords) == 1
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_interrupting_leaves_no_half_file(repo_folder, images, tmp_path):
+    words = [sys.executable, "-u", "-m", "refalign.cli", "generate", "--model", str(repo_folder)]
+    words += [*SMALL[:-1], "100000", "--prompt", "a", "--reference", *images, "--preview"]
+    words += ["--output", str(tmp_path / "out.mp4")]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert "tokens" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in error and "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+# -- generate --batch -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def batch(repo_folder, tmp_path):
+    """Runs a batch of the given lines and returns its exit code."""
+
+    def run(*lines, extra=()):
+        text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
+        (tmp_path / "jobs.jsonl").write_text(text, "utf-8")
+        words = ["generate", "--model", repo_folder, *SMALL, "--batch", tmp_path / "jobs.jsonl", *extra]
+        return main(list(map(str, words)))
+
+    return run
+
+
+def test_a_batch_makes_each_line_with_its_own_settings(batch, tmp_path, images):
+    first = {"prompt": "a", "reference": images[0], "output": str(tmp_path / "a.mp4"), "num_frames": 9, "seed": 4}
+    second = {"prompt": "b", "reference": images, "output": str(tmp_path / "b.mp4"), "cut_out": [False, "auto", False]}
+    assert batch(first, "", second) == 0
+    assert len(read_video(tmp_path / "a.mp4")) == 9
+    assert read_settings(tmp_path / "b.mp4")["cut_out"] == ["false", "auto", "false"]
+
+
+def test_a_bad_line_is_told_and_the_others_are_made(batch, tmp_path, capsys):
+    lines = [{"prompt": "a", "output": str(tmp_path / f"{i}.mp4")} for i in range(3)]
+    lines[1]["reference"] = "nowhere.png"
+    assert batch(*lines) == 1
+    error = capsys.readouterr().err
+    assert "jobs.jsonl:2" in error and "nowhere.png" in error and "1 of 3 videos failed" in error
+    assert sorted(path.name for path in tmp_path.glob("*.mp4")) == ["0.mp4", "2.mp4"]
+
+
+def test_a_batch_run_again_passes_over_what_exists(batch, tmp_path, capsys):
+    lines = [{"prompt": "a", "output": str(tmp_path / f"{i}.mp4")} for i in range(2)]
+    assert batch(lines[0]) == 0
+    before = (tmp_path / "0.mp4").read_bytes()
+    assert batch(*lines) == 0
+    assert "passed over" in capsys.readouterr().out
+    assert (tmp_path / "0.mp4").read_bytes() == before and (tmp_path / "1.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["{prompt}"], "jobs.jsonl:1 is not JSON"),
+        (["[1]"], "jobs.jsonl:1 has to be an object"),
+        ([{"prompt": "a", "output": "a.mp4", "hight": 32}], "unknown settings ['hight']"),
+        ([{"prompt": "a"}], "jobs.jsonl:1: a prompt and an output are needed"),
+        ([{"prompt": "a", "output": "a.mp4"}] * 2, "same output more than once: a.mp4"),
+        ([{"prompt": "a", "output": "a.mp4", "cut_out": "maybe"}], "cut_out is maybe"),
+        ([""], "has no lines"),
+    ],
+    ids=str,
+)
+def test_a_batch_is_checked_before_a_model_is_loaded(batch, capsys, monkeypatch, lines, message):
+    monkeypatch.setattr(RefAlignWanPipeline, "from_pretrained", None)
+    assert batch(*lines) == 1
+    assert message in capsys.readouterr().err
+
+
+# -- convert, export, push --------------------------------------------------------------------------------------------
+
+
+def test_convert_and_export_are_inverse(native_file, wan_folder, tmp_path, capsys):
+    words = ["convert", "--checkpoint", native_file, "--base", wan_folder, "--output", tmp_path / "repo"]
+    assert main(list(map(str, words))) == 0
+    words = ["export", "--model", tmp_path / "repo", "--output", tmp_path / "native.safetensors"]
+    assert main(list(map(str, words))) == 0
+    before, after = load_file(native_file), load_file(tmp_path / "native.safetensors")
+    assert before.keys() == after.keys()
+    assert all(np.array_equal(before[key], after[key]) for key in before)
+
+
+def test_export_writes_a_repo_folder_and_the_community_script(repo_folder, tmp_path, capsys):
+    words = ["export", "--model", repo_folder, "--output", tmp_path / "copy", "--community", tmp_path / "script.py"]
+    assert main(list(map(str, words))) == 0
+    assert (tmp_path / "copy/transformer/transformer_refalign_wan.py").is_file()
+    compile((tmp_path / "script.py").read_text("utf-8"), "script.py", "exec")
+
+
+def test_export_without_anything_to_do_says_so(capsys):
+    assert main(["export"]) == 1
+    assert "--community FILE" in capsys.readouterr().err
+
+
+def test_push_dry_run_lists_files(repo_folder, capsys):
+    assert main(["push", str(repo_folder), "--repo", "org/name", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "transformer/transformer_refalign_wan.py" in out and "Would push" in out

@@ -1,0 +1,76 @@
+"""mp4 files: what was written is what is read, and a file is whole or not there."""
+
+import av
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from refalign.video import read_settings, read_video, write_video
+
+
+def moving_square(frames=9, height=64, width=96):
+    video = np.full((frames, height, width, 3), 230, np.uint8)
+    for i, frame in enumerate(video):
+        frame[16:48, 4 * i : 4 * i + 32] = (200, 30, 60)
+    return video
+
+
+def test_frames_come_back(tmp_path):
+    video = moving_square()
+    read = read_video(write_video(video, tmp_path / "a.mp4"))
+    assert read.shape == video.shape
+    assert np.abs(read.astype(int) - video).mean() < 3
+
+
+def test_it_is_h264_at_16_frames_a_second_in_colours_every_player_knows(tmp_path):
+    with av.open(str(write_video(moving_square(), tmp_path / "a.mp4"))) as container:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.average_rate, stream.pix_fmt) == ("h264", 16, "yuv420p")
+
+
+def test_settings_come_back(tmp_path):
+    settings = {"prompt": 'Zwei Hunde, "schnell"\n走', "seed": 3, "reference": ["a.png"], "scale": 0.5}
+    assert read_settings(write_video(moving_square(), tmp_path / "a.mp4", settings=settings)) == settings
+
+
+def test_a_video_without_settings_has_none(tmp_path):
+    assert read_settings(write_video(moving_square(), tmp_path / "a.mp4")) == {}
+
+
+@settings(max_examples=10, deadline=None)
+@given(frames=st.integers(1, 6), height=st.integers(1, 6), width=st.integers(1, 6))
+def test_every_size_the_pipeline_makes_is_kept(tmp_path_factory, frames, height, width):
+    output = tmp_path_factory.mktemp("video") / "a.mp4"
+    video = np.zeros((frames, 16 * height, 16 * width, 3), np.uint8)
+    assert read_video(write_video(video, output)).shape == video.shape
+
+
+@pytest.mark.parametrize(
+    ("video", "message"),
+    [([], "no frames"), (np.zeros((1, 15, 16, 3), np.uint8), "16x15.*even sides")],
+    ids=["none", "odd"],
+)
+def test_what_cannot_be_written_is_said(tmp_path, video, message):
+    with pytest.raises(ValueError, match=message):
+        write_video(video, tmp_path / "a.mp4")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_file_is_kept_unless_told(tmp_path):
+    output = write_video(moving_square(), tmp_path / "a.mp4")
+    before = output.read_bytes()
+    with pytest.raises(ValueError, match="exists already"):
+        write_video(moving_square(5), output)
+    assert output.read_bytes() == before
+    assert len(read_video(write_video(moving_square(5), output, overwrite=True))) == 5
+
+
+def test_a_failure_in_the_middle_leaves_the_old_file_and_nothing_else(tmp_path):
+    output = write_video(moving_square(), tmp_path / "a.mp4")
+    before = output.read_bytes()
+    frames = [*moving_square(3), np.zeros((8, 8), np.float32)]
+    with pytest.raises(ValueError):
+        write_video(frames, output, overwrite=True)
+    assert output.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [output]
