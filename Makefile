@@ -8,12 +8,13 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-slow lint clean
 
 demo: $(VENV)/installed
-	$(BIN)/refalign demo --output demo
+	$(BIN)/python -m tests.demo demo
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q -n 2
 
 test-slow: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,background]"
 	$(BIN)/python -m pytest -q -m slow
 
 lint: $(VENV)/installed
