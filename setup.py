@@ -25,7 +25,7 @@ INSTALL = [
     "tyro>=1.0",
 ]
 BACKGROUND = ["rembg[cpu]>=2.0.86"]
-TEST = ["gguf", "hypothesis", "pytest", "pytest-xdist", "ruff"]
+TEST = ["hypothesis", "pytest", "pytest-xdist", "ruff"]
 
 setup(
     name="refalign",

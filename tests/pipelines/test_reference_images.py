@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import http.server
-import importlib.util
 import io
 import shutil
 import struct
@@ -730,7 +729,7 @@ TINY_ONNX = (
 )
 
 
-@pytest.mark.skipif(importlib.util.find_spec("rembg") is None, reason='needs `pip install "refalign[background]"`')
+@pytest.mark.slow  # needs the background extra, whose first import compiles for half a minute
 def test_the_real_rembg_finds_runs_and_reports_its_model(monkeypatch, tmp_path):
     monkeypatch.setenv("U2NET_HOME", str(tmp_path))
     reference_images._background_session.cache_clear()
