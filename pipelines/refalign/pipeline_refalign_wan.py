@@ -423,9 +423,7 @@ class RefAlignWanPipeline(WanPipeline):
             device=device,
         )
         prompt_embeds, negative_prompt_embeds = (
-            embeds
-            if embeds is None
-            else embeds.to(device, self.transformer.dtype).repeat_interleave(num_videos_per_prompt, dim=0)
+            embeds if embeds is None else _repeat(embeds.to(device, self.transformer.dtype), num_videos_per_prompt)
             for embeds in (prompt_embeds, negative_prompt_embeds)
         )
 
@@ -537,7 +535,7 @@ def split_reference_images(reference_images: Any, batch_size: int) -> list[list[
 
 def group_by_references(
     references: Sequence[torch.Tensor | None], repeats: int, device: torch.device, dtype: torch.dtype
-) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+) -> list[tuple[torch.Tensor | slice, torch.Tensor | None]]:
     """
     Groups samples by their number of references, so that none is padded.
 
@@ -557,10 +555,9 @@ def group_by_references(
     result = []
     for count, indices in groups.items():
         samples = torch.tensor([index * repeats + r for index in indices for r in range(repeats)], device=device)
-        latents = torch.cat([references[index] for index in indices]) if count else None
-        result.append(
-            (samples, latents if latents is None else latents.to(device, dtype).repeat_interleave(repeats, 0))
-        )
+        latents = torch.cat([references[index] for index in indices]).to(device, dtype) if count else None
+        # The usual single group is the batch as it is: a slice spares copies of it at every step
+        result.append((slice(None) if len(groups) == 1 else samples, _repeat(latents, repeats)))
     return result
 
 
@@ -573,6 +570,10 @@ def _split_reference_latents(reference_latents, batch_size: int, shape: tuple[in
             f"references, height, width) = ({batch_size}, {channels}, 1 or more, {height}, {width})."
         )
     return list(reference_latents.split(1))
+
+
+def _repeat(tensor: torch.Tensor | None, repeats: int) -> torch.Tensor | None:
+    return tensor if tensor is None or repeats == 1 else tensor.repeat_interleave(repeats, dim=0)
 
 
 def _batch_size(prompt, prompt_embeds) -> int:
