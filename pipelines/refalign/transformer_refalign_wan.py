@@ -134,7 +134,17 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
 
     @classmethod
     def from_wan(cls, transformer: WanTransformer3DModel) -> "RefAlignWanTransformer3DModel":
-        """A model that shares the weights of `transformer`: no copy is made, and `transformer` stays as it is."""
+        """
+        A model that shares the weights of `transformer`: no copy is made, and `transformer` stays as it is.
+
+        Raises:
+            ValueError: if `transformer` is quantised or has LoRAs, whose layers cannot be shared.
+        """
+        if getattr(transformer, "hf_quantizer", None) is not None or getattr(transformer, "peft_config", None):
+            raise ValueError(
+                "A Wan transformer that is quantised or has LoRAs cannot be given the reference branch. Load it as "
+                f"{cls.__name__} in the first place (its from_pretrained and from_single_file), and LoRAs after that."
+            )
         with torch.device("meta"):
             model = cls.from_config(transformer.config)
         model.load_state_dict(transformer.state_dict(), assign=True)

@@ -79,6 +79,13 @@ def test_from_wan_shares_the_weights_and_leaves_wan_as_it_is(transformer, inputs
     assert torch.equal(velocity(shared, inputs), velocity(transformer, inputs))
 
 
+def test_from_wan_refuses_a_transformer_with_loras():
+    wan = tiny_transformer()
+    wan.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    with pytest.raises(ValueError, match="LoRAs cannot be given the reference branch"):
+        RefAlignWanTransformer3DModel.from_wan(wan)
+
+
 # -- The reference branch ---------------------------------------------------------------------------------------------
 
 
