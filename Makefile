@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m tests.demo demo
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,background]"

@@ -18,7 +18,7 @@ INSTALL = [
     "numpy",
     "peft>=0.17",
     "pillow>=11",
-    "safetensors>=0.6",
+    "safetensors>=0.8",
     "torch>=2.6",
     "tqdm",
     "transformers>=5.0",

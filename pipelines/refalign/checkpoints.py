@@ -150,11 +150,12 @@ def find_safetensors(checkpoint: str | Path) -> list[Path]:
         if path.suffix != ".safetensors":
             raise ValueError(
                 f"{path} is not a safetensors file. Formats that run code when they are opened "
-                f"({', '.join(PICKLES)}) are refused; ask for a safetensors release or convert it in a place you trust."
+                f"({', '.join(PICKLES)}) are refused; ask for a safetensors release, or convert it in a place you "
+                "trust."
             )
         return [path]
     if not path.is_dir():
-        path = _download(str(checkpoint), ["*.safetensors", "*.safetensors.index.json"], ignore_patterns="*/*")
+        path = download(str(checkpoint), ["*.safetensors", "*.safetensors.index.json"], ignore_patterns="*/*")
     indices = sorted(path.glob("*.safetensors.index.json"))
     if len(indices) > 1:
         raise ValueError(
@@ -191,7 +192,8 @@ def read_json(file: Path) -> Any:
         raise ValueError(f"{file} is not a whole JSON file: {error}. Download or write it again.") from error
 
 
-def _download(repo_id: str, patterns: list[str], ignore_patterns: str | None = None) -> Path:
+def download(repo_id: str, patterns: list[str], ignore_patterns: str | None = None) -> Path:
+    """The folder of a Hub repo's files of these patterns; ValueError, naming the repo, if there is none."""
     try:
         if Path(repo_id).suffix in (".safetensors", *PICKLES):  # would be a Hub id too, but is meant as a file
             raise ValueError
@@ -338,7 +340,7 @@ def _find_base(base: str | Path) -> Path:
     path = Path(base)
     if not path.is_dir():
         patterns = [f"{component}/{pattern}" for component in BASE_COMPONENTS for pattern in BASE_FILES]
-        path = _download(str(base), [*patterns, "model_index.json", "transformer/config.json"])
+        path = download(str(base), [*patterns, "model_index.json", "transformer/config.json"])
     missing = [
         name
         for name in ("model_index.json", "transformer/config.json", *BASE_COMPONENTS)
@@ -415,7 +417,7 @@ def export_native(model: str | Path, output: str | Path) -> Path:
         raise ValueError(f"`output` is {output}, but has to end in .safetensors.")
     folder = Path(model)
     if not folder.is_dir():
-        folder = _download(str(model), ["transformer/*.safetensors", "transformer/*.json"])
+        folder = download(str(model), ["transformer/*.safetensors", "transformer/*.json"])
     if not (folder / "transformer/config.json").is_file():
         raise ValueError(f"{model} is not a pipeline folder: it has no transformer/config.json.")
     tensors = read_headers(find_safetensors(folder / "transformer"))

@@ -13,14 +13,15 @@ import logging
 import re
 import shutil
 import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from safetensors import safe_open
 
-from refalign.checkpoints import PROJECTORS, new_file, new_folder
+from refalign.checkpoints import PROJECTORS, download, new_file, new_folder, open_safetensors, read_json
 
 
 logger = logging.getLogger(__name__)
@@ -36,14 +37,19 @@ BASES = {30: "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 40: "Wan-AI/Wan2.1-T2V-14B-Diff
 
 ROOT_FILES = ("model_index.json", "README.md", "LICENSE*", PROJECTORS, *(f"{name}.py" for name in CODE))
 ASSET_FILES = ("*.png", "*.jpg", "*.webp", "*.gif", "*.mp4")
+BINARY_SUFFIXES = (".model", *(pattern[1:] for pattern in ASSET_FILES))
 COMPONENT_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", f"{TRANSFORMER_CODE}.py")
+REPO_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "README.md", "LICENSE*", "assets/*")  # no code
 TRAINING_STATE = ("*optim*", "*ema_state*", "*random_states*", "trainer_state*")
 SECRET = re.compile(
-    r"\b(hf_[A-Za-z0-9]{20,}|github_pat_\w{20,}|gh[pousr]_\w{30,}|sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16})\b"
+    r"hf_[A-Za-z0-9]{30,}"
+    r"|(?<![A-Za-z0-9])(github_pat_\w{20,}|gh[pousr]_\w{30,}|sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16})"
 )
 ABSOLUTE_PATH = re.compile(
-    r"(?<![\w.:/])(/(home|root|Users|mnt|data|workspace|work|tmp|var|scratch|opt)/[^\s\"'`)]+|[A-Za-z]:\\\\?\w+)"
+    r"((?<![\w.:/])|(?<=file://))/(home|root|Users|mnt|data|workspace|work|tmp|var|scratch|opt)/[^\s\"'`)]+"
+    r"|(?<![\w.:/])[A-Za-z]:(\\\\?|/)\w+"
 )
+WHOLE_PATH = re.compile(r"^/[^/\s]+/\S+$", re.MULTILINE)  # below whatever root; a whole string of a JSON file
 
 
 def complete_repo(folder: str | Path, card: str = "template") -> None:
@@ -84,14 +90,15 @@ def complete_repo(folder: str | Path, card: str = "template") -> None:
 
 def export_repo(model: Any, output: str | Path, card: str = "template") -> Path:
     """
-    Writes a pipeline, an object or a folder, as a Hub repo with all doors into the new folder `output`.
+    Writes a pipeline, an object, a folder or a Hub id, as a Hub repo with all doors into the new folder `output`.
 
     Raises:
         ValueError: if `model` is not a pipeline folder, or `output` exists.
     """
     with new_folder(output) as folder:
         if isinstance(model, (str, Path)):
-            left_out = _copy_repo(Path(model), folder)
+            source = Path(model) if Path(model).is_dir() else download(str(model), list(REPO_FILES))
+            left_out = _copy_repo(source, folder)
             if left_out:
                 logger.info("Not part of a pipeline, left out: %s", ", ".join(left_out))
         else:
@@ -119,7 +126,8 @@ def push(
         `list[str]`: the files of the repo.
 
     Raises:
-        ValueError: if it is no pipeline folder, or a file holds a token or an absolute path.
+        ValueError: if it is no pipeline folder, a file holds a token or an absolute path, or `private` is asked of a
+            public repo.
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
         raise ValueError(f"`repo_id` is {repo_id!r}, but has to be ORG/NAME.")
@@ -137,6 +145,10 @@ def push(
         if not dry_run:
             api = HfApi(token=token)
             api.create_repo(repo_id, private=private, exist_ok=True)
+            if private and not api.repo_info(repo_id).private:
+                raise ValueError(
+                    f"{repo_id} exists and is public. Make it private on the Hub, or push without --private."
+                )
             api.upload_folder(repo_id=repo_id, folder_path=stage, commit_message="Upload RefAlign pipeline")
     return names
 
@@ -145,19 +157,34 @@ def check_nothing_private(folder: Path) -> None:
     """Raises ValueError for a token or an absolute path in a repo's text files or weights' metadata, naming the file
     and, of a token, only its beginning."""
     for file in sorted(folder.rglob("*")):
-        if file.suffix == ".safetensors":
-            with safe_open(file, framework="np") as opened:
-                text = json.dumps(opened.metadata() or {})
-        elif file.suffix in (".json", ".md", ".txt", ".py"):
-            text = file.read_text("utf-8", errors="replace")
-        else:
+        if not file.is_file() or file.suffix in BINARY_SUFFIXES:
             continue
-        name = file.relative_to(folder)
+        name = file.relative_to(folder).as_posix()
+        if file.suffix == ".safetensors":
+            with open_safetensors(file) as opened:
+                text = "\n".join(_strings(opened.metadata()))
+        elif file.suffix == ".json":
+            text = "\n".join(_strings(read_json(file)))
+        else:
+            text = file.read_text("utf-8", errors="replace")
         if found := SECRET.search(text):
             raise ValueError(f"{name} holds what looks like a token ({found[0][:7]}...). Remove it before pushing.")
-        # Vocabularies hold slashes of every kind, and no paths
-        if file.name not in ("tokenizer.json", "vocab.json") and (found := ABSOLUTE_PATH.search(text)):
+        if file.name in ("tokenizer.json", "vocab.json"):  # vocabularies hold slashes of every kind, and no paths
+            continue
+        found = ABSOLUTE_PATH.search(text)
+        if file.suffix in (".json", ".safetensors"):
+            found = found or WHOLE_PATH.search(text)
+        if found:
             raise ValueError(f"{name} holds a path of this machine ({found[0]}). Remove it before pushing.")
+
+
+def _strings(content: Any) -> Iterator[str]:
+    """All strings in a JSON value, keys too."""
+    if isinstance(content, str):
+        yield content
+    elif isinstance(content, (dict, list)):
+        for part in content.items() if isinstance(content, dict) else content:
+            yield from _strings(list(part) if isinstance(part, tuple) else part)
 
 
 def model_card(config: dict[str, Any], card: str = "template") -> str:
@@ -194,23 +221,32 @@ def community_script() -> str:
     The whole pipeline as one self-contained script, made from the package's own sources, for
     `DiffusionPipeline.from_pretrained(repo, custom_pipeline=FILE)`.
     """
-    imports, bodies = {}, []
+    imports, bodies = [], []
     for name in CODE:
         source = _source(name)
         module_imports, body = _split_imports(source)
-        imports |= dict.fromkeys(module_imports)
+        imports += module_imports
         bodies.append(body)
-    plain = sorted(line for line in imports if line.startswith("import "))
-    from_imports = sorted(line for line in imports if not line.startswith("import "))
     header = (
         '"""RefAlign for diffusers as one script. Generated by `refalign export --community`; edit the package.'
         '\n\nDiffusionPipeline.from_pretrained(repo, custom_pipeline="this_file.py")\n"""'
     )
-    return "\n".join([header, "", *plain, *from_imports, "", "\n\n".join(bodies)])
+    return "\n".join([header, "", *_merge_imports(imports), "", "\n\n".join(bodies)])
 
 
-def _split_imports(source: str) -> tuple[list[str], str]:
-    """Top-level imports from other packages, a line each, and the code without imports and docstring."""
+def _merge_imports(imports: list[ast.Import | ast.ImportFrom]) -> list[str]:
+    """The imports, a line a module, with each name once."""
+    plain, names = set(), defaultdict(set)
+    for node in imports:
+        if isinstance(node, ast.Import):
+            plain.add(ast.unparse(node))
+        else:
+            names[node.module] |= {ast.unparse(name) for name in node.names}
+    return [*sorted(plain), *(f"from {module} import {', '.join(sorted(names[module]))}" for module in sorted(names))]
+
+
+def _split_imports(source: str) -> tuple[list[ast.Import | ast.ImportFrom], str]:
+    """Top-level imports from other packages, and the code without imports and docstring."""
     lines = source.splitlines()
     imports = []
     nodes = ast.parse(source).body
@@ -218,7 +254,7 @@ def _split_imports(source: str) -> tuple[list[str], str]:
         is_docstring = position == 0 and isinstance(node, ast.Expr)
         is_import = isinstance(node, (ast.Import, ast.ImportFrom))
         if is_import and not getattr(node, "level", 0):
-            imports.append(ast.unparse(node))
+            imports.append(node)
         if is_import or is_docstring:
             lines[node.lineno - 1 : node.end_lineno] = [None] * (node.end_lineno - node.lineno + 1)
     return imports, "\n".join(line for line in lines if line is not None).strip() + "\n"
@@ -240,7 +276,8 @@ def _copy_repo(source: Path, target: Path, link_weights: bool = False) -> list[s
     for file in sorted(path for path in source.rglob("*") if path.is_file()):
         name = file.relative_to(source)
         patterns = allowed.get(name.parent.as_posix(), ())
-        if not _matches(file.name, patterns) or _matches(file.name, TRAINING_STATE):
+        is_hidden = file.name.startswith(".")
+        if is_hidden or not _matches(file.name, patterns) or _matches(file.name, TRAINING_STATE):
             left_out.append(name.as_posix())
             continue
         (target / name).parent.mkdir(exist_ok=True)
@@ -269,7 +306,7 @@ def _forget_local_name(file: Path) -> None:
 def _read_json(file: Path) -> Any:
     if not file.is_file():
         raise ValueError(f"{file.parent} is not a pipeline folder: it has no {file.name}.")
-    return json.loads(file.read_text("utf-8"))
+    return read_json(file)
 
 
 def _write_json(file: Path, content: Any) -> None:
