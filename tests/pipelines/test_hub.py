@@ -317,6 +317,7 @@ def pushes(work, run_child, mock_hub) -> dict[str, dict]:
         "public": ["push", work / "trained", "--repo", "tester/model"],
         "private": ["push", work / "carded", "--repo", "tester/carded", "--private"],
         "plain Wan": ["push", work / "wan", "--repo", "tester/wan"],
+        "private to public": ["push", work / "carded", "--repo", "tester/model", "--private"],
         "leaking": ["push", work / "leaking", "--repo", "tester/leaking"],
         "native": ["export", "--model", "org/refalign", "--output", work / "native.safetensors"],
         "repo": ["export", "--model", "org/wan", "--output", work / "exported"],
@@ -530,6 +531,11 @@ def test_the_path_a_model_was_loaded_from_is_dropped(pushes, mock_hub):
 @pytest.mark.parametrize(("repo", "private"), [("tester/model", False), ("tester/carded", True)])
 def test_a_repo_is_private_if_wanted(repo, private, pushes, mock_hub):
     assert mock_hub.private[repo] is private
+
+
+def test_private_is_not_pushed_to_a_public_repo(pushes, mock_hub):
+    assert "tester/model exists and is public" in pushes["private to public"]["err"]
+    assert b"My own card" not in mock_hub.uploads["tester/model"]["README.md"]
 
 
 def test_the_card_names_the_repo_it_is_pushed_to(pushes, mock_hub):
