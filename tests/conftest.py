@@ -12,6 +12,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -20,6 +22,7 @@ from refalign.checkpoints import convert, diffusers_to_native, native_to_diffuse
 from tests.tiny_pipeline import tiny_transformer, tiny_wan_pipeline
 
 
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 FIXTURES = Path(__file__).parent / "fixtures"
 GOLDEN_FILES = sorted(FIXTURES.glob("dit_*.safetensors"))
 
@@ -90,3 +93,16 @@ def pipeline(repo_folder) -> RefAlignWanPipeline:
     pipeline = RefAlignWanPipeline.from_pretrained(repo_folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture
+def lora_folder(pipeline, tmp_path):
+    """Two random LoRAs, saved by diffusers' own way as `first` and `second`."""
+    for number, name in enumerate(("first", "second")):
+        torch.manual_seed(number)
+        config = LoraConfig(r=2, lora_alpha=2, target_modules=TARGETS, init_lora_weights=False)
+        pipeline.transformer.add_adapter(config, adapter_name=name)
+        layers = get_peft_model_state_dict(pipeline.transformer, adapter_name=name)
+        RefAlignWanPipeline.save_lora_weights(tmp_path / name, transformer_lora_layers=layers)
+        pipeline.transformer.delete_adapters(name)
+    return tmp_path

@@ -2,7 +2,7 @@
 
 Until trained weights are shipped it shows that everything runs, from images to mp4, and nothing about quality.
 `REFERENCES=FOLDER make demo` takes a folder of sets (folders of images) instead of drawn ones. Videos that exist are
-not made again: `make clean` first.
+passed over; remove `demo/` to see them made again.
 """
 
 import json
@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from refalign import checkpoints
+from refalign.atomic import new_folder
 from refalign.video import read_video
 from tests.drawn_references import write_reference_sets
 from tests.tiny_pipeline import tiny_wan_pipeline
@@ -23,13 +24,12 @@ from tests.tiny_pipeline import tiny_wan_pipeline
 WARNING = "The model is tiny and its weights are RANDOM: the videos are colourful noise. Only the way to them is real."
 
 
-def make_model(folder: Path) -> None:
+def make_model(output: Path) -> None:
     """A RefAlign pipeline folder, by the way that a user goes: base and native checkpoint, then `convert`."""
-    wan = tiny_wan_pipeline()
-    wan.save_pretrained(folder / "wan")
-    (folder / "wan/transformer").mkdir(exist_ok=True)
-    native = checkpoints.export_native(folder / "wan", folder / "native.safetensors")
-    checkpoints.convert(native, folder / "wan", folder / "refalign")
+    with new_folder(output) as folder:
+        tiny_wan_pipeline().save_pretrained(folder / "wan")
+        native = checkpoints.export_native(folder / "wan", folder / "native.safetensors")
+        checkpoints.convert(native, folder / "wan", folder / "refalign")
 
 
 def write_sheet(output: Path) -> Path:
@@ -48,24 +48,28 @@ def write_sheet(output: Path) -> Path:
 
 def main(folder: Path) -> None:
     print(WARNING, flush=True)
-    folder.mkdir(exist_ok=True)
-    if not (folder / "model/refalign").exists():
+    if not (folder / "model").exists():
         make_model(folder / "model")
     if "REFERENCES" in os.environ:
-        sets = sorted(path for path in Path(os.environ["REFERENCES"]).iterdir() if path.is_dir())
+        source = Path(os.environ["REFERENCES"]).resolve()
+        sets = sorted(path for path in source.iterdir() if path.is_dir())
     else:
-        sets = write_reference_sets(folder / "references")
+        source = folder / "drawn"
+        sets = write_reference_sets(source)
+    videos = folder / f"videos_of_{source.name}"
+    videos.mkdir(exist_ok=True)
     jobs = [
         {
             "prompt": "The two of them meet in the open and look into the camera.",
             "reference": [str(path) for path in sorted(references.iterdir())],
-            "output": str(folder / f"{references.name}.mp4"),
+            "output": str(videos / f"{references.name}.mp4"),
+            "seed": seed,
         }
-        for references in sets
+        for seed, references in enumerate(sets)
     ]
-    (folder / "jobs.jsonl").write_text("\n".join(map(json.dumps, jobs)) + "\n", "utf-8")
+    (videos / "jobs.jsonl").write_text("\n".join(map(json.dumps, jobs)) + "\n", "utf-8")
     command = [sys.executable, "-m", "refalign.cli", "generate", "--model", folder / "model/refalign"]
-    command += ["--batch", folder / "jobs.jsonl", "--num-frames", "17", "--steps", "2", "--preview"]
+    command += ["--batch", videos / "jobs.jsonl", "--num-frames", "17", "--steps", "2", "--preview"]
     subprocess.run(list(map(str, command)), check=True)
     for job in jobs:
         print(f"{job['output']}: see {write_sheet(Path(job['output']))}")

@@ -18,6 +18,7 @@ _MODULES = {
     "prepare_reference_images": "refalign.reference_images",
     "native_to_diffusers": "refalign.checkpoints",
     "diffusers_to_native": "refalign.checkpoints",
+    "write_video": "refalign.video",
     "ModelMixin": "diffusers",  # diffusers looks here for the base class of the components named ["refalign", ...]
 }
 

@@ -8,7 +8,6 @@ import json
 import logging
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
+
+from refalign.atomic import check_free, new_file, new_folder
 
 
 logger = logging.getLogger(__name__)
@@ -313,7 +314,7 @@ def convert(
     """
     from refalign.hub import complete_repo
 
-    _check_free(output)  # before anything is downloaded
+    check_free(output)  # before anything is downloaded
     files = find_safetensors(checkpoint)
     transformer, projectors = native_to_diffusers(read_headers(files))
     base = _find_base(base)
@@ -425,43 +426,3 @@ def export_native(model: str | Path, output: str | Path) -> Path:
     with new_file(output) as partial:
         save_file(read(diffusers_to_native(tensors)), partial, metadata={"format": "pt"})
     return output
-
-
-@contextmanager
-def new_folder(output: str | Path) -> Iterator[Path]:
-    """A folder to fill, beside `output`, that becomes `output` when the block ends well and vanishes when it does not.
-
-    Raises:
-        ValueError: if `output` exists and is not an empty folder.
-    """
-    _check_free(output)
-    output = Path(output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as beside:
-        folder = Path(beside) / output.name
-        folder.mkdir()
-        yield folder
-        folder.rename(output)
-
-
-def _check_free(output: str | Path) -> None:
-    output = Path(output)
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise ValueError(f"{output} exists already. Name another output, or move it away.")
-
-
-@contextmanager
-def new_file(output: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """A path to write, beside `output`, that becomes `output` when the block ends well and vanishes when it does not.
-
-    Raises:
-        ValueError: if `output` is a folder, or exists and `overwrite` is false.
-    """
-    output = Path(output)
-    if output.is_dir() or (output.exists() and not overwrite):
-        raise ValueError(f"{output} exists already. Name another output, or move it away.")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as beside:
-        file = Path(beside) / output.name
-        yield file
-        file.replace(output)

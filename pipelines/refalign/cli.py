@@ -4,6 +4,7 @@ Nothing heavy is imported before the command line is understood, so that `--help
 """
 
 import logging
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = tyro.cli(Command, args=arguments, prog="refalign", description="RefAlign for diffusers.")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of an exception, so that nothing half is left
     runners = {Generate: generate.run, Convert: convert, Export: export, Push: push}
     try:
         return runners[type(command)](command)
@@ -98,11 +100,11 @@ def convert(command: Convert) -> int:
 def export(command: Export) -> int:
     from refalign import checkpoints, hub
 
-    if command.community is None and (command.model is None or command.output is None):
+    if (command.model is None) != (command.output is None) or (command.model is None and command.community is None):
         raise ValueError("Pass --model and --output (FILE.safetensors or a new folder), or --community FILE.")
     if command.community is not None:
         print(f"Wrote {hub.write_community_script(command.community)}")
-    if command.output is not None and command.model is not None:
+    if command.output is not None:
         native = command.output.suffix == ".safetensors"
         write = checkpoints.export_native if native else hub.export_repo
         print(f"Wrote {write(command.model, command.output)}")

@@ -4,6 +4,9 @@ Nothing heavy is imported before it is needed, so that `--help` answers at once.
 """
 
 import json
+import math
+import os
+import re
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,7 +18,7 @@ class Generate:
     """Make a video of the references' subjects acting out a prompt."""
 
     model: str
-    """A pipeline folder, a Hub id, or a native checkpoint (.safetensors; needs --base)."""
+    """A pipeline folder or Hub id; with --base, a native checkpoint: a file, a folder of shards or a Hub id."""
     prompt: str | None = None
     """What happens in the video."""
     reference: tuple[str, ...] = ()
@@ -23,8 +26,7 @@ class Generate:
     output: Path | None = None
     """The mp4 to write."""
     batch: Path | None = None
-    """Many videos: a JSONL file, each line an object with prompt, reference and output, and any of the settings from
-    height to cut_out. Videos that exist already are passed over."""
+    """Many videos: a JSONL file, each line an object with prompt, reference, output and any of the settings below."""
     base: str | None = None
     """The Wan 2.1 pipeline (folder or Hub id) that a native checkpoint lacks: VAE, text encoder, tokenizer."""
     height: int = 480
@@ -44,8 +46,7 @@ class Generate:
     negative_prompt: str | None = None
     """What should not be seen; by default Wan's own negative prompt."""
     cut_out: tuple[Literal["auto", "true", "false"], ...] = ("auto",)
-    """Whether subjects are cut out and put on white: one word for all references, or one each. auto uses an image's
-    transparency, else BiRefNet where it is installed."""
+    """Whether subjects are cut out: one word for all references, or one each. auto: if BiRefNet is on this machine."""
     lora: tuple[str, ...] = ()
     """LoRA files (.safetensors) or Hub ids, each with an optional :SCALE behind it."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
@@ -60,21 +61,22 @@ class Generate:
     """Replace videos that exist."""
 
 
-# What a line of a batch may set
-JOB_SETTINGS = (
-    "prompt",
-    "reference",
-    "output",
-    "height",
-    "width",
-    "num_frames",
-    "steps",
-    "seed",
-    "guidance_scale",
-    "image_guidance_scale",
-    "negative_prompt",
-    "cut_out",
-)
+# What a line of a batch may set, and of which type
+JOB_SETTINGS: dict[str, type | tuple[type, ...]] = {
+    "prompt": str,
+    "reference": (str, list),
+    "output": str,
+    "height": int,
+    "width": int,
+    "num_frames": int,
+    "steps": int,
+    "seed": int,
+    "guidance_scale": (int, float),
+    "image_guidance_scale": (int, float),
+    "negative_prompt": str,
+    "cut_out": (bool, str, list),
+}
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -86,23 +88,28 @@ class Job:
 
 
 def run(command: Generate) -> int:
+    """Makes the videos and returns the exit code. Of a batch, a job that fails is told and the others go on."""
     jobs = _jobs(command)
     for job in jobs:
         _check_job(job)
-    skipped = [job for job in jobs if command.batch and job.command.output.exists() and not command.overwrite]
-    for job in skipped:
-        print(f"{job.name}: {job.command.output} exists, passed over (--overwrite makes it again)")
-    jobs = [job for job in jobs if job not in skipped]
-    if not jobs:
+    if command.batch is None:
+        references = _prepare_references(command)  # first of all, so that a mistake shows before the model is loaded
+        _generate_one(_load_pipeline(command), command, references)
         return 0
+    for job in jobs:
+        if job.command.output.exists() and not command.overwrite:
+            print(f"{job.name}: {job.command.output} exists, passed over (--overwrite makes it again)")
+    jobs = [job for job in jobs if command.overwrite or not job.command.output.exists()]
+    return _run_batch(command, jobs) if jobs else 0
+
+
+def _run_batch(command: Generate, jobs: list[Job]) -> int:
     pipeline = _load_pipeline(command)
     failed = []
     for job in jobs:
         try:
-            _generate_one(pipeline, job)
-        except (ValueError, OSError) as error:
-            if not command.batch:
-                raise
+            _generate_one(pipeline, job.command, _prepare_references(job.command))
+        except (ValueError, OSError, ImportError, RuntimeError) as error:  # RuntimeError: out of memory, for one
             print(f"refalign: {job.name}: {error}", file=sys.stderr)
             failed.append(job.name)
     if failed:
@@ -110,16 +117,23 @@ def run(command: Generate) -> int:
     return 1 if failed else 0
 
 
+# -- What is asked for ------------------------------------------------------------------------------------------------
+
+
 def _jobs(command: Generate) -> list[Job]:
     if command.batch is None:
         return [Job(command, "generate")]
     if command.prompt is not None or command.output is not None or command.reference:
         raise ValueError("With --batch, prompt, reference and output stand in the file's lines. Leave them out here.")
+    try:
+        lines = command.batch.read_text("utf-8-sig").split("\n")  # not splitlines: JSON may hold other line breaks
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{command.batch} is not UTF-8: {error}") from error
     jobs = []
-    for number, line in enumerate(command.batch.read_text("utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             name = f"{command.batch.name}:{number}"
-            jobs.append(Job(replace(command, batch=None, **_read_job(name, line)), name))
+            jobs.append(Job(replace(command, **_read_job(name, line)), name))
     if not jobs:
         raise ValueError(f"{command.batch} has no lines.")
     outputs = [job.command.output for job in jobs]
@@ -131,12 +145,16 @@ def _jobs(command: Generate) -> list[Job]:
 def _read_job(name: str, line: str) -> dict[str, Any]:
     try:
         job = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{name} is not JSON: {error}") from error
     if not isinstance(job, dict):
         raise ValueError(f'{name} has to be an object such as {{"prompt": "...", "output": "a.mp4"}}.')
-    if unknown := sorted(job.keys() - set(JOB_SETTINGS)):
+    if unknown := sorted(job.keys() - JOB_SETTINGS.keys()):
         raise ValueError(f"{name} has unknown settings {unknown}. Known are: {', '.join(JOB_SETTINGS)}.")
+    for key, value in job.items():
+        is_bool = isinstance(value, bool) and key != "cut_out"  # which Python takes for a number
+        if is_bool or not isinstance(value, JOB_SETTINGS[key]):
+            raise ValueError(f"{name}: {key} is {json.dumps(value)}, of a wrong type.")
     if "reference" in job:
         job["reference"] = _as_tuple(job["reference"])
     if "cut_out" in job:
@@ -152,12 +170,23 @@ def _as_tuple(value: Any) -> tuple:
 
 def _check_job(job: Job) -> None:
     command = job.command
-    if command.prompt is None or command.output is None:
-        raise ValueError(f"{job.name}: a prompt and an output are needed.")
+    for name in ("prompt", "output"):
+        if getattr(command, name) is None:
+            raise ValueError(f"{job.name}: the {name} is missing.")
     if command.output.suffix != ".mp4":
         raise ValueError(f"{job.name}: the output is {command.output}, but has to end in .mp4.")
-    if job.name == "generate" and command.output.exists() and not command.overwrite:
-        raise ValueError(f"{command.output} exists already. Name another output, or pass --overwrite.")
+    place = next(parent for parent in command.output.absolute().parents if parent.exists())
+    if command.output.is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(f"{job.name}: {command.output} cannot be written. Name another output.")
+    if command.batch is None:
+        outputs = [
+            command.output,
+            *(_preview_path(command, n) for n in range(len(command.reference)) if command.preview),
+        ]
+        if existing := [str(output) for output in outputs if output.exists() and not command.overwrite]:
+            raise ValueError(f"{', '.join(existing)} exists already. Name another output, or pass --overwrite.")
+    if not all(isinstance(reference, str) for reference in command.reference):
+        raise ValueError(f"{job.name}: references are paths or URLs, not {command.reference}.")
     if unknown := set(command.cut_out) - {"auto", "true", "false"}:
         raise ValueError(f"{job.name}: cut_out is {', '.join(sorted(unknown))}; known are auto, true and false.")
     if len(command.cut_out) not in (1, len(command.reference)):
@@ -165,28 +194,55 @@ def _check_job(job: Job) -> None:
             f"{job.name}: cut_out has {len(command.cut_out)} words for {len(command.reference)} references. Give one "
             "for all, or one each."
         )
+    if not -(2**63) <= command.seed < 2**64:
+        raise ValueError(f"{job.name}: the seed is {command.seed}, more than 64 bits.")
+
+
+def _prepare_references(command: Generate) -> list:
+    from refalign.pipeline_refalign_wan import check_size
+    from refalign.reference_images import prepare_reference_images
+
+    check_size(command.height, command.width, command.num_frames)
+    cut_out = [{"auto": "auto", "true": True, "false": False}[word] for word in command.cut_out]
+    cut_out = cut_out * len(command.reference) if len(cut_out) == 1 else cut_out
+    return prepare_reference_images(list(command.reference), command.height, command.width, cut_out)
+
+
+# -- The pipeline -----------------------------------------------------------------------------------------------------
 
 
 def _load_pipeline(command: Generate):
     import torch
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
     from refalign import RefAlignWanPipeline
+    from refalign.checkpoints import PICKLES
 
     device = _device(command.device)
+    if command.offload == "model" and device.type == "cpu":
+        raise ValueError("--offload model moves parts to a GPU, but the device is cpu. Use --offload none.")
+    loras = [_read_lora(lora) for lora in command.lora]
     if command.dtype == "auto":
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     else:
         dtype = getattr(torch, command.dtype)
     dtypes = {"default": dtype, "vae": torch.float32}
-    if Path(command.model).suffix in (".safetensors", ".pth", ".pt", ".ckpt", ".bin"):
-        transformer = _load_native(command, dtype)
-        pipeline = RefAlignWanPipeline.from_pretrained(command.base, transformer=transformer, dtype=dtypes)
+    if command.base is not None:
+        pipeline = RefAlignWanPipeline.from_pretrained(
+            _folder_or_hub_id(command.base),
+            transformer=_load_native(command, dtype),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),  # the paper's, as `convert` writes it
+            dtype=dtypes,
+        )
+    elif Path(command.model).suffix in (".safetensors", *PICKLES):
+        raise ValueError(
+            f"{command.model} is a native checkpoint: only the transformer. Pass --base with the Wan 2.1 pipeline for "
+            "the rest, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+        )
     else:
-        pipeline = RefAlignWanPipeline.from_pretrained(command.model, dtype=dtypes)
-    _load_loras(pipeline, command.lora)
+        pipeline = RefAlignWanPipeline.from_pretrained(_folder_or_hub_id(command.model), dtype=dtypes)
+    _load_loras(pipeline, loras)
     if command.offload == "model":
-        if device.type == "cpu":
-            raise ValueError("--offload model moves parts to a GPU, but the device is cpu. Use --offload none.")
         pipeline.enable_model_cpu_offload(device=device)
     elif command.offload == "group":
         pipeline.enable_group_offload(device, offload_type="leaf_level", use_stream=device.type == "cuda")
@@ -195,73 +251,83 @@ def _load_pipeline(command: Generate):
     return pipeline
 
 
+def _folder_or_hub_id(name: str) -> str:
+    if not Path(name).is_dir() and not HUB_ID.fullmatch(name):
+        raise ValueError(f"{name} is neither a folder here nor a Hub id (ORG/NAME).")
+    return name
+
+
 def _device(name: str):
     import torch
 
-    if name != "auto":
-        try:
-            return torch.device(name)
-        except RuntimeError:
-            raise ValueError(f"--device is {name!r}; known are cuda, cuda:N, mps and cpu.") from None
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device).cpu()  # a device that torch knows, but that is not here, fails only here
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {error}") from None
+    return device
 
 
 def _load_native(command: Generate, dtype):
     from refalign import RefAlignWanTransformer3DModel, checkpoints
 
-    if command.base is None:
-        raise ValueError(
-            f"{command.model} is a native checkpoint: only the transformer. Pass --base with the Wan 2.1 pipeline for "
-            "the rest, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
-        )
-    files = checkpoints.find_safetensors(command.model)
-    tensors, _ = checkpoints.native_to_diffusers(checkpoints.read_headers(files))
-    config = RefAlignWanTransformer3DModel.load_config(command.base, subfolder="transformer")
+    tensors, _ = checkpoints.native_to_diffusers(checkpoints.read_headers(checkpoints.find_safetensors(command.model)))
+    config = RefAlignWanTransformer3DModel.load_config(_folder_or_hub_id(command.base), subfolder="transformer")
     checkpoints.check_shapes(tensors, config, command.model)
     return RefAlignWanTransformer3DModel.from_single_file(
         checkpoints.read(tensors), config=command.base, subfolder="transformer", dtype=dtype
     )
 
 
-def _load_loras(pipeline, loras: tuple[str, ...]) -> None:
+def _read_lora(lora: str) -> tuple[str, float]:
+    """A LoRA's file or Hub id, and its scale, of FILE[:SCALE]."""
+    from refalign.checkpoints import PICKLES
+
+    source, separator, scale = lora.rpartition(":")
+    try:
+        source, scale = (source, float(scale)) if separator else (lora, 1.0)
+    except ValueError:
+        source, scale = lora, 1.0
+    path = Path(source)
+    if not math.isfinite(scale) or ".safetensors:" in path.name:
+        raise ValueError(f"--lora {lora}: the scale behind the colon is not a number.")
+    if path.suffix in PICKLES or (path.is_file() and path.suffix != ".safetensors"):
+        raise ValueError(f"LoRA {source} is not a .safetensors file.")
+    may_be_on_hub = HUB_ID.fullmatch(source) and path.suffix != ".safetensors"
+    if not path.exists() and not may_be_on_hub:
+        raise ValueError(f"LoRA {source} does not exist.")
+    return source, scale
+
+
+def _load_loras(pipeline, loras: list[tuple[str, float]]) -> None:
     scales = {}
-    for number, lora in enumerate(loras):
-        source, scale = _split_scale(lora)
-        path = Path(source)
-        if path.suffix and path.suffix != ".safetensors":
-            raise ValueError(f"LoRA {source} is not a .safetensors file.")
-        if path.suffix and not path.is_file():
-            raise ValueError(f"LoRA {source} does not exist.")
+    for number, (source, scale) in enumerate(loras):
         name = f"lora_{number}"
         pipeline.load_lora_weights(source, adapter_name=name, use_safetensors=True)
+        if name not in pipeline.get_list_adapters().get("transformer", ()):
+            raise ValueError(f"LoRA {source} holds no weights for Wan's transformer.")
         scales[name] = scale
     if scales:
         pipeline.set_adapters(list(scales), list(scales.values()))
 
 
-def _split_scale(lora: str) -> tuple[str, float]:
-    source, separator, scale = lora.rpartition(":")
-    try:
-        return (source, float(scale)) if separator else (lora, 1.0)
-    except ValueError:
-        return lora, 1.0
+# -- One video --------------------------------------------------------------------------------------------------------
 
 
-def _generate_one(pipeline, job: Job) -> None:
+def _generate_one(pipeline, command: Generate, references: list) -> None:
     import torch
 
     from refalign.pipeline_refalign_wan import DEFAULT_NEGATIVE_PROMPT
-    from refalign.reference_images import prepare_reference_images
     from refalign.video import write_video
 
-    command = job.command
-    cut_out = [{"auto": "auto", "true": True, "false": False}[word] for word in command.cut_out]
-    cut_out = cut_out * len(command.reference) if len(cut_out) == 1 else cut_out
     arguments = {
         "prompt": command.prompt,
         "negative_prompt": DEFAULT_NEGATIVE_PROMPT if command.negative_prompt is None else command.negative_prompt,
+        "reference_images": references or None,
         "height": command.height,
         "width": command.width,
         "num_frames": command.num_frames,
@@ -270,18 +336,13 @@ def _generate_one(pipeline, job: Job) -> None:
         "image_guidance_scale": command.image_guidance_scale,
     }
     pipeline.check_inputs(**arguments)
-    references = prepare_reference_images(list(command.reference), command.height, command.width, cut_out)
-    print(_plan(pipeline, command, len(references)))
-    frames = pipeline(
-        **arguments,
-        reference_images=references or None,
-        generator=torch.Generator().manual_seed(command.seed),
-        output_type="pil",
-    ).frames[0]
-    write_video(frames, command.output, settings=_settings(command), overwrite=command.overwrite)
+    print(_plan(pipeline, command, len(references)), flush=True)
     if command.preview:
-        _write_previews(references, command.output)
-    print(f"Wrote {command.output}")
+        _write_previews(references, command)
+    generator = torch.Generator().manual_seed(command.seed)
+    frames = pipeline(**arguments, generator=generator, output_type="pil").frames[0]
+    write_video(frames, command.output, settings=_settings(command), overwrite=command.overwrite)
+    print(f"Wrote {command.output}", flush=True)
 
 
 def _plan(pipeline, command: Generate, num_references: int) -> str:
@@ -295,27 +356,43 @@ def _plan(pipeline, command: Generate, num_references: int) -> str:
     video = ((command.num_frames - 1) // pipeline.vae_scale_factor_temporal + 1) * per_frame
     passes = guidance_passes(command.guidance_scale, command.image_guidance_scale, num_references > 0)
     return (
-        f"{command.output}: {command.num_frames} frames of {command.width}x{command.height} from {num_references} "
-        f"references; {command.steps} steps of {len(passes)} passes over {video + references:,} tokens "
-        f"({video:,} of the video, {references:,} of references)"
+        f"{command.output}: frames: {command.num_frames} of {command.width}x{command.height}, references: "
+        f"{num_references}, tokens: {video + references:,} ({video:,} of the video, {references:,} of references), "
+        f"steps: {command.steps}, passes a step: {len(passes)}"
     )
 
 
 def _settings(command: Generate) -> dict[str, Any]:
-    """What it takes to make the video again, without the folders of this machine."""
+    """What it takes to make the video again, without folders of this machine and secrets of URLs."""
+    from refalign import __version__
+
     settings = {f.name: getattr(command, f.name) for f in fields(command)}
     for name in ("output", "batch", "preview", "overwrite", "device", "offload"):
         del settings[name]
-    settings["model"] = Path(command.model).name if Path(command.model).exists() else command.model
-    settings["base"] = Path(command.base).name if command.base and Path(command.base).exists() else command.base
-    settings["reference"] = [Path(reference).name for reference in command.reference]
-    settings["lora"] = [Path(lora).name for lora in command.lora]
-    return settings
+    for name in ("model", "base"):
+        settings[name] = settings[name] and _public_name(settings[name])
+    settings["reference"] = [_public_name(reference) for reference in command.reference]
+    settings["lora"] = [f"{_public_name(source)}:{scale:g}" for source, scale in map(_read_lora, command.lora)]
+    return {"refalign": __version__, **settings}
 
 
-def _write_previews(references, output: Path) -> None:
-    from refalign.checkpoints import new_file
+def _public_name(source: str) -> str:
+    from refalign.reference_images import redacted_url
 
-    for number, image in enumerate(references, start=1):
-        with new_file(output.with_name(f"{output.stem}.reference_{number}.png"), overwrite=True) as file:
+    if "://" in source:
+        return redacted_url(source)
+    return Path(source).name if Path(source).exists() else source
+
+
+def _write_previews(references: list, command: Generate) -> None:
+    from refalign.atomic import new_file
+
+    for number, image in enumerate(references):
+        with new_file(
+            _preview_path(command, number), overwrite=command.overwrite or command.batch is not None
+        ) as file:
             image.save(file)
+
+
+def _preview_path(command: Generate, number: int) -> Path:
+    return command.output.with_name(f"{command.output.stem}.reference_{number + 1}.png")

@@ -21,7 +21,8 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from refalign.checkpoints import PROJECTORS, download, new_file, new_folder, open_safetensors, read_json
+from refalign.atomic import new_file, new_folder
+from refalign.checkpoints import PROJECTORS, download, open_safetensors, read_json
 
 
 logger = logging.getLogger(__name__)

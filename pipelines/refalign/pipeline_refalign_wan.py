@@ -3,9 +3,11 @@
 A Hub repo carries this file at its root, with `reference_images.py` and `transformer_refalign_wan.py` beside it.
 """
 
+import inspect
 import math
 import numbers
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from diffusers import (
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import get_module_execution_device, randn_tensor
 from diffusers.video_processor import VideoProcessor
 from transformers import AutoTokenizer, UMT5EncoderModel
@@ -26,6 +29,8 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from .reference_images import prepare_reference_image
 from .transformer_refalign_wan import RefAlignWanTransformer3DModel
 
+
+logger = logging.get_logger(__name__)
 
 # Wan's own, with which RefAlign's results were made
 DEFAULT_NEGATIVE_PROMPT = (
@@ -96,6 +101,9 @@ class RefAlignWanPipeline(WanPipeline):
         # `type is`, not `isinstance`: RefAlign's own class is one too, and each load from the Hub makes a new one
         if type(transformer) is WanTransformer3DModel:
             transformer = RefAlignWanTransformer3DModel.from_wan(transformer)
+            logger.warning(
+                "This transformer is plain Wan's: it was not trained to follow references, and hardly will."
+            )
         self.register_modules(
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, scheduler=scheduler, transformer=transformer
         )
@@ -122,6 +130,14 @@ class RefAlignWanPipeline(WanPipeline):
         # `auto_map` is there for AutoModel; diffusers would warn of it at every load
         return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        """As diffusers' own; a [`WanPipeline`]'s transformer is given the reference branch, sharing its weights."""
+        transformer = pipeline.components.get("transformer")
+        if isinstance(transformer, WanTransformer3DModel):  # diffusers hands on only the very class of the annotation
+            kwargs.setdefault("transformer", transformer)
+        return super().from_pipe(pipeline, **kwargs)
+
     @property
     def image_guidance_scale(self) -> float:
         return self._image_guidance_scale
@@ -137,48 +153,52 @@ class RefAlignWanPipeline(WanPipeline):
         guidance_scale,
         image_guidance_scale,
         num_videos_per_prompt=1,
+        generator=None,
+        latents=None,
         prompt_embeds=None,
         negative_prompt_embeds=None,
         reference_images=None,
         reference_latents=None,
         output_type="np",
-        callback_on_step_end_tensor_inputs=None,
+        attention_kwargs=None,
+        callback_on_step_end=None,
+        callback_on_step_end_tensor_inputs=(),
+        max_sequence_length=512,
     ) -> None:
         """Raises ValueError for the first argument that is wrong, with its value and what would be right."""
         _, patch_height, patch_width = self.transformer.config.patch_size
-        for name, value, multiple in (
-            ("height", height, self.vae_scale_factor_spatial * patch_height),
-            ("width", width, self.vae_scale_factor_spatial * patch_width),
-        ):
-            _check_whole_number(name, value)
-            if value <= 0 or value % multiple:
-                nearest = max(multiple, round(value / multiple) * multiple)
-                raise ValueError(f"`{name}` has to be divisible by {multiple}, but is {value}. Nearest: {nearest}.")
-        _check_whole_number("num_frames", num_frames)
-        step = self.vae_scale_factor_temporal
-        if num_frames < 1 or num_frames % step != 1 % step:
-            nearest = max(1, round((num_frames - 1) / step) * step + 1)
-            raise ValueError(f"`num_frames` has to be {step}k + 1, but is {num_frames}. Nearest: {nearest}.")
+        multiples = (self.vae_scale_factor_spatial * patch_height, self.vae_scale_factor_spatial * patch_width)
+        check_size(height, width, num_frames, multiples, self.vae_scale_factor_temporal)
         for name, value in (
             ("num_inference_steps", num_inference_steps),
             ("num_videos_per_prompt", num_videos_per_prompt),
+            ("max_sequence_length", max_sequence_length),
         ):
             _check_whole_number(name, value)
             if value < 1:
                 raise ValueError(f"`{name}` has to be 1 or more, but is {value}.")
         for name, value in (("guidance_scale", guidance_scale), ("image_guidance_scale", image_guidance_scale)):
-            if not isinstance(value, numbers.Real) or not math.isfinite(value) or value < 0:
-                raise ValueError(f"`{name}` has to be a number from 0 up, but is {value!r}. 1 switches it off.")
+            is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            if not is_number or not math.isfinite(value) or value < 0:
+                raise ValueError(f"`{name}` has to be a number from 0 up, but is {value!r}.")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` has to be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
-        if reference_images is not None and reference_latents is not None:
-            raise ValueError("Pass either `reference_images` or `reference_latents`, not both.")
-        self._check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
-        unknown = [k for k in callback_on_step_end_tensor_inputs or () if k not in self._callback_tensor_inputs]
-        if unknown:
+        if attention_kwargs is not None and not isinstance(attention_kwargs, dict):
             raise ValueError(
-                f"`callback_on_step_end_tensor_inputs` has {unknown}; it can have {self._callback_tensor_inputs}."
+                f'`attention_kwargs` has to be a dict such as {{"scale": 0.5}}, but is {attention_kwargs!r}.'
             )
+        self._check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        batch_size = _batch_size(prompt, prompt_embeds)
+        self._check_references(reference_images, reference_latents, batch_size, height, width)
+        shape = self._latents_shape(batch_size * num_videos_per_prompt, num_frames, height, width)
+        _check_noise(generator, latents, shape)
+        self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        for name, is_needed in (
+            ("text_encoder", prompt is not None),
+            ("vae", output_type != "latent" or reference_images is not None),
+        ):
+            if is_needed and getattr(self, name) is None:
+                raise ValueError(f"This call needs the pipeline's `{name}`, but it was loaded without one.")
 
     def _check_prompts(self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds) -> None:
         if (prompt is None) == (prompt_embeds is None):
@@ -189,36 +209,54 @@ class RefAlignWanPipeline(WanPipeline):
                 raise ValueError(f"`{name}` has to be a string or a list of strings, but is {value!r}.")
         if negative_prompt_embeds is not None and negative_prompt not in (None, DEFAULT_NEGATIVE_PROMPT):
             raise ValueError("Pass either `negative_prompt` or `negative_prompt_embeds`, not both.")
+        for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
+            if embeds is not None:
+                batch_size = len(embeds) if name == "prompt_embeds" else _batch_size(prompt, prompt_embeds)
+                _check_tensor(name, embeds, (batch_size, None, self.transformer.config.text_dim))
         batch_size = _batch_size(prompt, prompt_embeds)
         if isinstance(negative_prompt, list) and len(negative_prompt) != batch_size:
             raise ValueError(
                 f"`negative_prompt` has {len(negative_prompt)} entries for {batch_size} prompts. Pass one string for "
                 "all prompts, or one a prompt."
             )
-        for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
-            dim = self.transformer.config.text_dim
-            if embeds is not None and (embeds.ndim != 3 or embeds.shape[0] != batch_size or embeds.shape[2] != dim):
-                raise ValueError(
-                    f"`{name}` has shape {tuple(embeds.shape)}, but has to be (batch, text_tokens, dim) = "
-                    f"({batch_size}, any, {dim})."
-                )
+
+    def _check_references(self, reference_images, reference_latents, batch_size: int, height: int, width: int) -> None:
+        if reference_images is not None and reference_latents is not None:
+            raise ValueError("Pass either `reference_images` or `reference_latents`, not both.")
+        split_reference_images(reference_images, batch_size)
+        if reference_latents is not None:
+            _, channels, _, height, width = self._latents_shape(batch_size, 1, height, width)
+            _check_tensor("reference_latents", reference_latents, (batch_size, channels, None, height, width))
+
+    def _check_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs) -> None:
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(f"`callback_on_step_end` has to be callable, but is {callback_on_step_end!r}.")
+        unknown = [k for k in callback_on_step_end_tensor_inputs or () if k not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has {unknown}; it can have {self._callback_tensor_inputs}."
+            )
+
+    def _latents_shape(self, num_videos: int, num_frames: int, height: int, width: int) -> tuple[int, ...]:
+        """(videos, channels, latent frames, latent height, latent width)"""
+        return (
+            num_videos,
+            self.transformer.config.in_channels,
+            (num_frames - 1) // self.vae_scale_factor_temporal + 1,
+            height // self.vae_scale_factor_spatial,
+            width // self.vae_scale_factor_spatial,
+        )
 
     def prepare_latents(self, shape, generator, latents, device) -> torch.Tensor:
         """Noise in float32, drawn on the CPU (so that a seed gives the same video on every device) unless the
-        generator is on another device; or the given `latents`, checked against `shape`."""
+        generator is on another device; or the given `latents`."""
         if latents is not None:
-            if tuple(latents.shape) != shape:
-                raise ValueError(
-                    f"`latents` has shape {tuple(latents.shape)}, but this size and number of videos needs "
-                    f"(batch, channels, frames, height, width) = {shape}."
-                )
             return latents.to(device, torch.float32)
-        if isinstance(generator, list) and len(generator) != shape[0]:
-            raise ValueError(f"`generator` has {len(generator)} entries for {shape[0]} videos. Pass one, or one each.")
         first = generator[0] if isinstance(generator, list) else generator
         noise_device = torch.device("cpu") if first is None else first.device
         return randn_tensor(shape, generator=generator, device=noise_device, dtype=torch.float32).to(device)
 
+    @torch.no_grad()
     def encode_reference(self, image, height: int, width: int) -> torch.Tensor:
         """
         A reference image as latents of shape `(1, channels, 1, height / 8, width / 8)`, float32, normalised as the
@@ -240,11 +278,8 @@ class RefAlignWanPipeline(WanPipeline):
         self, reference_images, reference_latents, batch_size: int, height: int, width: int
     ) -> list[torch.Tensor | None]:
         """One entry a prompt: its references' latents, `(1, channels, references, h, w)` in float32, or `None`."""
-        latent_size = (height // self.vae_scale_factor_spatial, width // self.vae_scale_factor_spatial)
         if reference_latents is not None:
-            return _split_reference_latents(
-                reference_latents, batch_size, (self.transformer.config.in_channels, *latent_size)
-            )
+            return list(reference_latents.float().split(1))
         references = []
         for index, images in enumerate(split_reference_images(reference_images, batch_size)):
             latents = []
@@ -327,7 +362,8 @@ class RefAlignWanPipeline(WanPipeline):
             num_inference_steps (`int`, defaults to `50`):
                 Denoising steps.
             guidance_scale (`float`, defaults to `7.5`):
-                How closely the prompt is followed: `g_text` of [`guidance_passes`].
+                How closely the prompt is followed: `g_text` of [`guidance_passes`]. With references, 0 leaves the
+                prompt out; without them, anything up to 1 is Wan's "no guidance".
             image_guidance_scale (`float`, defaults to `5.0`):
                 How closely the references are followed: `g_ref` of [`guidance_passes`]. With both scales at 1 a step
                 takes one forward pass (for distilled LoRAs), else two or three.
@@ -366,12 +402,11 @@ class RefAlignWanPipeline(WanPipeline):
         Examples:
             ```python
             >>> import torch
-            >>> from diffusers.utils import export_to_video
-            >>> from refalign import RefAlignWanPipeline
+            >>> from refalign import RefAlignWanPipeline, write_video
 
-            >>> pipe = RefAlignWanPipeline.from_pretrained("org/refalign-14b", dtype=torch.bfloat16).to("cuda")
+            >>> pipe = RefAlignWanPipeline.from_pretrained("ORG/NAME", dtype=torch.bfloat16).to("cuda")
             >>> video = pipe("A woman walks her dog on a beach.", reference_images=["woman.png", "dog.png"]).frames[0]
-            >>> export_to_video(video, "walk.mp4", fps=16)
+            >>> write_video(video, "walk.mp4")
             ```
         """
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
@@ -388,12 +423,17 @@ class RefAlignWanPipeline(WanPipeline):
             guidance_scale,
             image_guidance_scale,
             num_videos_per_prompt,
+            generator,
+            latents,
             prompt_embeds,
             negative_prompt_embeds,
             reference_images,
             reference_latents,
             output_type,
+            attention_kwargs,
+            callback_on_step_end,
             callback_on_step_end_tensor_inputs,
+            max_sequence_length,
         )
         self._guidance_scale = guidance_scale
         self._image_guidance_scale = image_guidance_scale
@@ -413,6 +453,8 @@ class RefAlignWanPipeline(WanPipeline):
             for _, group in groups
             for name, _ in guidance_passes(guidance_scale, image_guidance_scale, group is not None)
         )
+        if callback_on_step_end is not None and self.text_encoder is not None:
+            needs_negative = True  # the callback may raise the guidance
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
             prompt=prompt,
             negative_prompt=negative_prompt if negative_prompt_embeds is None else None,
@@ -427,64 +469,74 @@ class RefAlignWanPipeline(WanPipeline):
             for embeds in (prompt_embeds, negative_prompt_embeds)
         )
 
-        # 4. Timesteps
+        # 4. Timesteps and noise
         self._set_timesteps(num_inference_steps, device)
-        timesteps = self.scheduler.timesteps
-        self._num_timesteps = len(timesteps)
-
-        # 5. Noise
-        shape = (
-            batch_size * num_videos_per_prompt,
-            self.transformer.config.in_channels,
-            (num_frames - 1) // self.vae_scale_factor_temporal + 1,
-            height // self.vae_scale_factor_spatial,
-            width // self.vae_scale_factor_spatial,
-        )
+        shape = self._latents_shape(batch_size * num_videos_per_prompt, num_frames, height, width)
         latents = self.prepare_latents(shape, generator, latents, device)
 
-        # 6. Denoise
-        num_warmup_steps = len(timesteps) - num_inference_steps * self.scheduler.order
-        with self.progress_bar(total=num_inference_steps) as progress_bar:
-            for i, t in enumerate(timesteps):
-                if self.interrupt:
-                    continue
-                self._current_timestep = t
-                context = {
-                    "step_index": i,
-                    "sigma": float(self.scheduler.sigmas[i]),
-                    "num_inference_steps": self._num_timesteps,
-                }
-                velocity = torch.empty_like(latents)
-                for number, (samples, group_references) in enumerate(groups):
-                    velocity[samples] = self._predict_velocity(
-                        latents[samples],
-                        t,
-                        prompt_embeds[samples],
-                        negative_prompt_embeds[samples] if negative_prompt_embeds is not None else None,
-                        group_references,
-                        f"_{number}" if number else "",
-                        context,
-                    )
-                latents = self.scheduler.step(velocity, t, latents, return_dict=False)[0]
+        # 5. Denoise
+        callback = callback_on_step_end and partial(callback_on_step_end, self)
+        latents = self._denoise(
+            latents,
+            prompt_embeds,
+            negative_prompt_embeds,
+            groups,
+            generator,
+            callback,
+            callback_on_step_end_tensor_inputs or (),
+        )
 
-                if callback_on_step_end is not None:
-                    values = locals()
-                    callback_kwargs = {name: values[name] for name in callback_on_step_end_tensor_inputs}
-                    outputs = callback_on_step_end(self, i, t, callback_kwargs)
-                    latents = outputs.pop("latents", latents)
-                    prompt_embeds = outputs.pop("prompt_embeds", prompt_embeds)
-                    negative_prompt_embeds = outputs.pop("negative_prompt_embeds", negative_prompt_embeds)
-
-                if i == len(timesteps) - 1 or (i + 1 > num_warmup_steps and (i + 1) % self.scheduler.order == 0):
-                    progress_bar.update()
-        self._current_timestep = None
-
-        # 7. Decode
+        # 6. Decode
         video = latents if output_type == "latent" else self._decode(latents, output_type)
         self.maybe_free_model_hooks()
         if not return_dict:
             return (video,)
         return WanPipelineOutput(frames=video)
+
+    def _denoise(
+        self, latents, prompt_embeds, negative_prompt_embeds, groups, generator, callback, callback_tensors
+    ) -> torch.Tensor:
+        """Latents from noise; `groups` as of [`group_by_references`]."""
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        step_arguments = {"generator": generator} if takes_generator else {}
+        if hasattr(self.transformer, "_reset_stateful_cache"):
+            self.transformer._reset_stateful_cache()  # a call that was broken off has left its cache behind
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                self._current_timestep = t
+                velocity = torch.empty_like(latents)
+                for number, (samples, references) in enumerate(groups):
+                    velocity[samples] = self._predict_velocity(
+                        latents[samples],
+                        t,
+                        prompt_embeds[samples],
+                        None if negative_prompt_embeds is None else negative_prompt_embeds[samples],
+                        references,
+                        f"_{number}" if number else "",
+                        {
+                            "step_index": i,
+                            "sigma": float(self.scheduler.sigmas[i]),
+                            "num_inference_steps": len(timesteps),
+                        },
+                    )
+                latents = self.scheduler.step(velocity, t, latents, **step_arguments, return_dict=False)[0]
+                if callback is not None:
+                    tensors = {
+                        "latents": latents,
+                        "prompt_embeds": prompt_embeds,
+                        "negative_prompt_embeds": negative_prompt_embeds,
+                    }
+                    tensors |= callback(i, t, {name: tensors[name] for name in callback_tensors}) or {}
+                    latents, prompt_embeds, negative_prompt_embeds = (
+                        tensors[name] for name in self._callback_tensor_inputs
+                    )
+                progress_bar.update()
+        self._current_timestep = None
+        return latents
 
     def _set_timesteps(self, num_inference_steps: int, device: torch.device) -> None:
         if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
@@ -500,6 +552,22 @@ class RefAlignWanPipeline(WanPipeline):
         mean, std = self._latents_mean_and_std(latents)
         video = self.vae.decode((latents * std + mean).to(self.vae.dtype), return_dict=False)[0]
         return self.video_processor.postprocess_video(video, output_type=output_type)
+
+
+def check_size(
+    height: int, width: int, num_frames: int, multiples: tuple[int, int] = (16, 16), frame_step: int = 4
+) -> None:
+    """Raises ValueError, naming the nearest valid number, unless height and width are `multiples` and the number of
+    frames is `frame_step` k + 1. The defaults are Wan 2.1's."""
+    for name, value, multiple in (("height", height, multiples[0]), ("width", width, multiples[1])):
+        _check_whole_number(name, value)
+        if value <= 0 or value % multiple:
+            nearest = max(multiple, round(value / multiple) * multiple)
+            raise ValueError(f"`{name}` has to be divisible by {multiple}, but is {value}. Nearest: {nearest}.")
+    _check_whole_number("num_frames", num_frames)
+    if num_frames < 1 or num_frames % frame_step != 1 % frame_step:
+        nearest = max(1, round((num_frames - 1) / frame_step) * frame_step + 1)
+        raise ValueError(f"`num_frames` has to be {frame_step}k + 1, but is {num_frames}. Nearest: {nearest}.")
 
 
 def split_reference_images(reference_images: Any, batch_size: int) -> list[list[Any]]:
@@ -561,15 +629,24 @@ def group_by_references(
     return result
 
 
-def _split_reference_latents(reference_latents, batch_size: int, shape: tuple[int, int, int]) -> list[torch.Tensor]:
-    channels, height, width = shape
-    given = tuple(reference_latents.shape)
-    if len(given) != 5 or given[0] != batch_size or given[1] != channels or given[2] == 0 or given[3:] != shape[1:]:
-        raise ValueError(
-            f"`reference_latents` has shape {given}, but this size and number of prompts needs (batch, channels, "
-            f"references, height, width) = ({batch_size}, {channels}, 1 or more, {height}, {width})."
-        )
-    return list(reference_latents.split(1))
+def _check_tensor(name: str, tensor: Any, shape: tuple[int | None, ...]) -> None:
+    """Raises ValueError unless it is a tensor of this shape, in which `None` stands for any size but 0."""
+    wanted = f"({', '.join('any' if size is None else str(size) for size in shape)})"
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"`{name}` has to be a tensor of shape {wanted}, but is a {type(tensor).__name__}.")
+    fits = all(size == given or (size is None and given > 0) for size, given in zip(shape, tensor.shape, strict=False))
+    if tensor.ndim != len(shape) or not fits:
+        raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}, but this call needs {wanted}.")
+
+
+def _check_noise(generator: Any, latents: Any, shape: tuple[int, ...]) -> None:
+    generators = generator if isinstance(generator, list) else [generator]
+    if not all(entry is None or isinstance(entry, torch.Generator) for entry in generators):
+        raise ValueError(f"`generator` has to be a torch.Generator or a list of them, but is {generator!r}.")
+    if isinstance(generator, list) and len(generator) != shape[0]:
+        raise ValueError(f"`generator` has {len(generator)} entries for {shape[0]} videos. Pass one, or one each.")
+    if latents is not None:
+        _check_tensor("latents", latents, shape)
 
 
 def _repeat(tensor: torch.Tensor | None, repeats: int) -> torch.Tensor | None:

@@ -106,7 +106,7 @@ def _split_url(url: str) -> tuple[urllib.parse.SplitResult, int]:
     return parts, port
 
 
-def _redacted(url: str) -> str:
+def redacted_url(url: str) -> str:
     """The URL without what may be secret: credentials and query."""
     parts = urllib.parse.urlsplit(url)
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
@@ -132,7 +132,7 @@ def _get(url: str, deadline: float) -> tuple[int, str, bytes]:
                 too_long = (response.length or 0) > MAX_DOWNLOAD_BYTES
                 body = b"" if too_long else response.read(MAX_DOWNLOAD_BYTES + 1)
     if too_long or len(body) > MAX_DOWNLOAD_BYTES:
-        raise ValueError(f"{_redacted(url)} is larger than {MAX_DOWNLOAD_BYTES} bytes. Pass a smaller image.")
+        raise ValueError(f"{redacted_url(url)} is larger than {MAX_DOWNLOAD_BYTES} bytes. Pass a smaller image.")
     return response.status, "", body
 
 
@@ -145,18 +145,18 @@ def _download(url: str) -> bytes:
         except (OSError, http.client.HTTPException, UnicodeError) as error:
             if time.monotonic() < deadline:
                 raise ValueError(
-                    f"{_redacted(hop)} cannot be downloaded: {error}. Check it, or pass a path."
+                    f"{redacted_url(hop)} cannot be downloaded: {error}. Check it, or pass a path."
                 ) from error
         if time.monotonic() >= deadline:  # asked on success too: a body cut at the deadline looks like a whole one
             raise ValueError(
-                f"{_redacted(hop)} took more than {MAX_DOWNLOAD_SECONDS:g} s. Download it and pass its path."
+                f"{redacted_url(hop)} took more than {MAX_DOWNLOAD_SECONDS:g} s. Download it and pass its path."
             )
         if status == 200:
             return body
         if status not in (301, 302, 303, 307, 308) or not location:
-            raise ValueError(f"{_redacted(hop)} answered with HTTP status {status}. Check it, or pass a path.")
+            raise ValueError(f"{redacted_url(hop)} answered with HTTP status {status}. Check it, or pass a path.")
         hop = urllib.parse.urljoin(hop, location)
-    raise ValueError(f"{_redacted(url)} redirects more than {MAX_REDIRECTS} times. Pass the final URL.")
+    raise ValueError(f"{redacted_url(url)} redirects more than {MAX_REDIRECTS} times. Pass the final URL.")
 
 
 def _check_pixels(width: int, height: int) -> None:
@@ -178,6 +178,10 @@ def _reading(name: str) -> Iterator[None]:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             yield
     except Exception as error:
+        if isinstance(error, FileNotFoundError):
+            raise ValueError(f"{name} does not exist.") from error
+        if isinstance(error, Image.DecompressionBombError):
+            raise ValueError(f"{name} has more pixels than are safe to decode: {error} Scale it down.") from error
         reason = "the format is unknown" if isinstance(error, UnidentifiedImageError) else error
         raise ValueError(f"{name} cannot be read: {reason}. Pass an intact image, such as a PNG or JPEG.") from error
 
@@ -290,7 +294,7 @@ def load_reference_image(image: ReferenceImage) -> Image.Image:
         with _reading(f"The {type(image).__name__}"):
             return _from_array(image)
     if isinstance(image, str) and _URL.match(image):
-        source, name = io.BytesIO(_download(image)), _redacted(image)
+        source, name = io.BytesIO(_download(image)), redacted_url(image)
     elif isinstance(image, (str, os.PathLike)):
         source = name = os.fspath(image)
     else:
@@ -370,12 +374,20 @@ def _has_background_model() -> bool:
         return False
 
 
+@functools.cache  # once is enough
+def _say_background_is_kept() -> None:
+    logger.info(
+        "References without transparency keep their background: BiRefNet is not on this machine. To have it cut "
+        'out: `pip install "refalign[background]"`, and say so of each reference (`cut_out`).'
+    )
+
+
 def _cut_out(image: Image.Image, cut_out: CutOut) -> Image.Image:
     """The image with its subject's mask as alpha; as it is where it has alpha, or where "auto" finds no reason."""
     if cut_out is False or image.mode == "RGBA":
         return image
     if cut_out == "auto" and not _has_background_model():
-        logger.info("A reference keeps its background: it has no alpha, and BiRefNet is not on this machine.")
+        _say_background_is_kept()
         return image
     rembg, session = _background_session()
     mask = rembg.remove(image, session=session, only_mask=True).convert("L")

@@ -149,7 +149,25 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
             model = cls.from_config(transformer.config)
         model.load_state_dict(transformer.state_dict(), assign=True)
         model.rope = transformer.rope  # its buffers are in no state dict
+        for ours, theirs in zip(model.parameters(), transformer.parameters(), strict=True):
+            ours.requires_grad_(theirs.requires_grad)
         return model.train(transformer.training)
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path_or_dict=None, *, dtype=None, torch_dtype=None, **kwargs):
+        """
+        As diffusers' own, for native and diffusers checkpoints; with `dtype` it keeps in float32 what
+        [`~RefAlignWanTransformer3DModel.from_pretrained`] keeps (norms, modulation, timestep embedding), which
+        diffusers' own casts.
+        """
+        dtype = torch_dtype if dtype is None else dtype
+        if dtype is None or kwargs.get("quantization_config") is not None:
+            return super().from_single_file(pretrained_model_link_or_path_or_dict, dtype=dtype, **kwargs)
+        model = super().from_single_file(pretrained_model_link_or_path_or_dict, **kwargs)
+        for name, parameter in model.named_parameters():
+            is_kept = any(module in name.split(".") for module in cls._keep_in_fp32_modules)
+            parameter.data = parameter.data.to(torch.float32 if is_kept else dtype)
+        return model
 
     def enable_cache(self, config: Any) -> None:
         """
@@ -163,8 +181,8 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
         if isinstance(config, (PyramidAttentionBroadcastConfig, FasterCacheConfig)):
             # Both keep one state, or one pair of states, for all guidance passes; RefAlign has up to three.
             raise ValueError(
-                f"{type(config).__name__} mixes RefAlign's guidance passes with each other and cannot be used with "
-                f"{type(self).__name__}. Use FirstBlockCacheConfig, MagCacheConfig or TaylorSeerCacheConfig instead."
+                f"{type(config).__name__} mixes RefAlign's guidance passes with each other. Use "
+                "FirstBlockCacheConfig, MagCacheConfig, SeaCacheConfig or TaylorSeerCacheConfig instead."
             )
         if isinstance(config, TaylorSeerCacheConfig) and not (
             config.use_lite_mode or config.cache_identifiers or config.skip_predict_identifiers
@@ -214,10 +232,11 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
         Raises:
             ValueError: if the shapes of video and references do not fit each other, or a layer does not exist.
         """
+        layers = None if output_reference_layers is None else tuple(output_reference_layers)
         if reference_hidden_states is None:
-            if output_reference_layers is not None:
+            if layers is not None:
                 raise ValueError(
-                    f"`output_reference_layers` is {tuple(output_reference_layers)}, but there are no reference "
+                    f"`output_reference_layers` is {layers}, but there are no reference "
                     "tokens to return. Pass `reference_hidden_states`, or leave `output_reference_layers` out."
                 )
             # The decorator has taken the LoRA scale out of `attention_kwargs`, so it is not applied twice
@@ -229,7 +248,7 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
                 return_dict=return_dict,
                 attention_kwargs=attention_kwargs,
             )
-        self._check_references(hidden_states, timestep, reference_hidden_states, output_reference_layers)
+        self._check_references(hidden_states, timestep, reference_hidden_states, layers)
 
         # 1. Tokens: references are latent frames behind the video's, in the patches and in the rotary positions
         batch_size, _, num_frames, height, width = hidden_states.shape
@@ -256,7 +275,6 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
             token_mask = None
 
         # 4. Transformer blocks
-        layers = () if output_reference_layers is None else tuple(output_reference_layers)
         reference_tokens = {}
         arguments = (encoder_hidden_states, timestep_proj, rotary_emb, num_video_tokens, token_mask)
         for index, block in enumerate(self.blocks):
@@ -264,7 +282,7 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
                 hidden_states = self._gradient_checkpointing_func(block, hidden_states, *arguments)
             else:
                 hidden_states = block(hidden_states, *arguments)
-            if index in layers:
+            if index in (layers or ()):
                 reference_tokens[index] = self.all_tokens(hidden_states)[:, num_video_tokens:]
 
         # 5. Head, for the video alone. Where a rank holds a part of the tokens, `proj_out` gathers them first.
@@ -279,7 +297,7 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
         hidden_states = hidden_states.reshape(batch_size, *grid, patch_height, patch_width, -1)
         sample = hidden_states.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
-        references = None if output_reference_layers is None else tuple(reference_tokens[i] for i in layers)
+        references = None if layers is None else tuple(reference_tokens[layer] for layer in layers)
         if not return_dict:
             return (sample,) if references is None else (sample, references)
         return RefAlignWanTransformerOutput(sample=sample, reference_hidden_states=references)

@@ -9,7 +9,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from refalign.checkpoints import new_file
+from refalign.atomic import new_file
 
 
 FPS = 16  # of Wan 2.1, and so of RefAlign
@@ -26,21 +26,26 @@ def write_video(
     Writes frames as H.264 mp4 that every browser plays. The file appears when it is complete.
 
     Args:
-        frames (`Iterable`): PIL images, or uint8 arrays `(height, width, 3)`, of one even size.
+        frames (`Iterable`): of one even size: PIL images, or arrays `(height, width, 3)`, uint8 or floats in 0..1.
         output (`str` or `Path`): where to write.
         fps (`int`, defaults to 16): frames a second.
         settings (`Mapping`, *optional*): kept as JSON in the file's `comment`; [`read_settings`] reads them.
         overwrite (`bool`, defaults to `False`): whether an existing file may be replaced.
 
     Raises:
-        ValueError: if there are no frames, a side is odd, or `output` exists and `overwrite` is false.
+        ValueError: if there are no frames, their sizes differ or are odd, `fps` is not positive, or `output` exists
+            and `overwrite` is false.
     """
-    frames = [np.asarray(frame) for frame in frames]
-    if not frames:
-        raise ValueError(f"There are no frames to write to {output}.")
+    frames = [_to_uint8(frame) for frame in frames]
+    if not frames or fps < 1:
+        raise ValueError(
+            f"There are {len(frames)} frames at {fps} a second to write to {output}; both have to be 1 up."
+        )
     height, width = frames[0].shape[:2]
     if height % 2 or width % 2:
         raise ValueError(f"Frames are {width}x{height}, but H.264 needs even sides.")
+    if different := {frame.shape for frame in frames if frame.shape != (height, width, 3)}:
+        raise ValueError(f"All frames have to be ({height}, {width}, 3), but there are {sorted(different)}.")
     with new_file(output, overwrite=overwrite) as file:
         with av.open(str(file), "w", format="mp4", options={"movflags": "+faststart"}) as container:
             if settings is not None:
@@ -51,6 +56,15 @@ def write_video(
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
             container.mux(stream.encode())
     return Path(output)
+
+
+def _to_uint8(frame: Image.Image | np.ndarray) -> np.ndarray:
+    values = np.asarray(frame.convert("RGB") if isinstance(frame, Image.Image) else frame)
+    if values.dtype.kind == "f":
+        values = np.rint(values.clip(0, 1) * 255).astype(np.uint8)
+    if values.dtype != np.uint8 or values.ndim != 3:
+        raise ValueError(f"A frame is {values.dtype} of shape {values.shape}; it has to be uint8 (height, width, 3).")
+    return values
 
 
 def read_video(path: str | Path) -> np.ndarray:

@@ -1,6 +1,7 @@
 """The pipeline: equal to the authors' sampling, to plain Wan without references, and good to its users."""
 
 import inspect
+import logging
 import re
 
 import numpy as np
@@ -10,18 +11,20 @@ import torch
 from diffusers import (
     FirstBlockCacheConfig,
     FlowMatchEulerDiscreteScheduler,
+    MagCacheConfig,
+    SeaCacheConfig,
+    TaylorSeerCacheConfig,
     UniPCMultistepScheduler,
     WanPipeline,
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from refalign import RefAlignWanPipeline, RefAlignWanTransformer3DModel
 from refalign.checkpoints import native_key
-from refalign.pipeline_refalign_wan import DEFAULT_NEGATIVE_PROMPT, combine_passes, guidance_passes
+from refalign.pipeline_refalign_wan import DEFAULT_NEGATIVE_PROMPT, check_size, combine_passes, guidance_passes
 from refalign.reference_images import prepare_reference_image
 from tests.drawn_references import draw_face, draw_pet, draw_place
 
@@ -167,11 +170,20 @@ def test_without_references_it_is_wans_text_to_video(wan_folder, guidance_scale)
     np.testing.assert_allclose(*outputs, atol=1e-4)
 
 
-def test_a_plain_wan_transformer_is_given_the_reference_branch(wan_folder, pipeline):
-    wan = WanPipeline.from_pretrained(wan_folder)
-    refalign = RefAlignWanPipeline.from_pipe(wan)
-    assert type(refalign.transformer) is RefAlignWanTransformer3DModel
-    assert run(refalign).shape == (1, 16, 2, 4, 6)
+@pytest.mark.parametrize("source", [WanPipeline, RefAlignWanPipeline])
+def test_from_pipe_takes_wans_pipelines_and_its_own(repo_folder, wan_folder, source):
+    pipeline = source.from_pretrained(wan_folder if source is WanPipeline else repo_folder)
+    ours = RefAlignWanPipeline.from_pipe(pipeline)
+    ours.set_progress_bar_config(disable=True)
+    assert type(ours.transformer) is RefAlignWanTransformer3DModel
+    assert run(ours).shape == (1, 16, 2, 4, 6)
+
+
+def test_plain_wan_weights_are_warned_of(wan_folder, caplog):
+    logging.getLogger("diffusers").addHandler(caplog.handler)
+    logging.getLogger("refalign").addHandler(caplog.handler)
+    RefAlignWanPipeline.from_pretrained(wan_folder)
+    assert "not trained to follow references" in caplog.text
 
 
 # -- References -------------------------------------------------------------------------------------------------------
@@ -310,29 +322,43 @@ def test_references_that_do_not_fit_are_named(pipeline, prompt, images, message)
         ({"reference_images": None, "reference_latents": torch.zeros(1, 16, 1, 4, 4)}, r"\(1, 16, 1, 4, 4\)"),
         ({"reference_images": None, "reference_latents": torch.zeros(2, 16, 1, 4, 6)}, r"\(2, 16, 1, 4, 6\)"),
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "noise"),
+        ({"callback_on_step_end": 3}, "callable"),
+        ({"attention_kwargs": "scale"}, "attention_kwargs"),
+        ({"max_sequence_length": 0}, "max_sequence_length"),
+        ({"max_sequence_length": "16"}, "max_sequence_length"),
+        ({"guidance_scale": True}, "guidance_scale"),
+        ({"generator": 3}, "torch.Generator"),
+        ({"latents": np.zeros((1, 16, 2, 4, 6))}, "`latents` has to be a tensor"),
+        ({"prompt": None, "prompt_embeds": [[1.0]]}, "`prompt_embeds` has to be a tensor"),
+        ({"reference_images": None, "reference_latents": [1]}, "`reference_latents` has to be a tensor"),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
-def test_wrong_arguments_are_named(pipeline, changes, message):
+def test_wrong_arguments_are_named_before_anything_is_computed(pipeline, changes, message, monkeypatch):
+    monkeypatch.setattr(pipeline, "encode_prompt", None)
+    monkeypatch.setattr(pipeline, "encode_reference", None)
     with pytest.raises(ValueError, match=message):
+        run(pipeline, **changes)
+
+
+@pytest.mark.parametrize(("missing", "changes"), [("vae", {"output_type": "np"}), ("vae", {}), ("text_encoder", {})])
+def test_a_part_that_is_missing_and_needed_is_named(repo_folder, missing, changes):
+    pipeline = RefAlignWanPipeline.from_pretrained(repo_folder, **{missing: None})
+    with pytest.raises(ValueError, match=f"needs the pipeline's `{missing}`"):
         run(pipeline, **changes)
 
 
 @given(height=st.integers(-100, 3000), num_frames=st.integers(-10, 400))
 def test_the_nearest_valid_size_it_names_is_valid(height, num_frames):
-    transformer = RefAlignWanTransformer3DModel(num_attention_heads=1, attention_head_dim=12, num_layers=1, ffn_dim=8)
-    pipeline = RefAlignWanPipeline(None, None, None, FlowMatchEulerDiscreteScheduler(), transformer)
-    call = {"prompt": "a", "negative_prompt": None, "height": height, "width": 64, "num_frames": num_frames}
-    call |= {"num_inference_steps": 1, "guidance_scale": 1.0, "image_guidance_scale": 1.0}
-    for _ in range(3):
+    size = {"height": height, "width": 64, "num_frames": num_frames}
+    for _ in range(2):
         try:
-            pipeline.check_inputs(**call)
-            break
+            check_size(**size)
         except ValueError as error:
             name, nearest = re.search(r"`(\w+)` has .*Nearest: (\d+)", str(error)).groups()
-            assert abs(call[name] - int(nearest)) <= 8 or call[name] < 16
-            call[name] = int(nearest)
-    pipeline.check_inputs(**call)
+            assert abs(size[name] - int(nearest)) <= 8 or size[name] < 16
+            size[name] = int(nearest)
+    check_size(**size)
 
 
 # -- Prompts, noise and outputs ---------------------------------------------------------------------------------------
@@ -443,6 +469,19 @@ def test_callback_may_change_guidance(pipeline, calls):
     assert len(calls) == 3 + 1
 
 
+def test_callback_may_raise_guidance(pipeline, calls):
+    def callback(pipe, step, timestep, kwargs):
+        pipe._guidance_scale = 5.0
+
+    run(pipeline, guidance_scale=1.0, image_guidance_scale=1.0, callback_on_step_end=callback)
+    assert len(calls) == 1 + 2
+
+
+def test_stochastic_sampling_follows_the_generator(pipeline):
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0, stochastic_sampling=True)
+    assert torch.equal(run(pipeline), run(pipeline))
+
+
 def test_interrupt_stops_after_the_step(pipeline, calls):
     def callback(pipe, step, timestep, kwargs):
         pipe._interrupt = True
@@ -519,31 +558,49 @@ def test_layerwise_casting_of_the_transformer(pipeline):
     assert 0 < (output - expected).abs().mean() < 0.5 * expected.abs().mean()
 
 
-def test_a_cache_works_through_three_passes_and_starts_afresh(pipeline):
+CACHES = {
+    "FirstBlockCache": FirstBlockCacheConfig(threshold=0.3),
+    "MagCache": MagCacheConfig(threshold=0.5, num_inference_steps=6, mag_ratios=torch.ones(6)),
+    "SeaCache": SeaCacheConfig(threshold=10.0),
+    "TaylorSeer": TaylorSeerCacheConfig(disable_cache_before_step=3, cache_interval=2),
+}
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_cache_works_through_three_passes(pipeline, cache):
     plain = run(pipeline, num_inference_steps=6)
-    pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.3))
+    pipeline.transformer.enable_cache(CACHES[cache])
+    cached = run(pipeline, num_inference_steps=6)
+    assert not torch.equal(cached, plain)
+    assert (cached - plain).abs().mean() < 0.3 * plain.abs().mean()
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_cache_starts_afresh_even_after_a_call_that_failed(pipeline, cache):
+    def fail(pipe, step, timestep, kwargs):
+        if step == 4:
+            raise InterruptedError
+
+    pipeline.transformer.enable_cache(CACHES[cache])
     first = run(pipeline, num_inference_steps=6)
-    assert not torch.equal(first, plain)
-    assert (first - plain).abs().mean() < 0.3 * plain.abs().mean()
-    assert torch.equal(run(pipeline, num_inference_steps=6), first)
+    with pytest.raises(InterruptedError):
+        run(pipeline, num_inference_steps=6, height=48, callback_on_step_end=fail)
+    torch.testing.assert_close(run(pipeline, num_inference_steps=6), first)
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_cache_keeps_groups_of_samples_apart(pipeline, cache):
+    references = [[draw_pet(0.1)], [draw_face(0.3), draw_pet(0.6)]]
+    noise = [torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    pipeline.transformer.enable_cache(CACHES[cache])
+    call = {"num_inference_steps": 6}
+    together = run(pipeline, prompt=["a", "b"], reference_images=references, latents=torch.cat(noise), **call)
+    for i in range(2):
+        alone = run(pipeline, prompt="ab"[i], reference_images=references[i], latents=noise[i], **call)
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-4, rtol=1e-4)
 
 
 # -- LoRA -------------------------------------------------------------------------------------------------------------
-
-TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
-
-
-@pytest.fixture
-def lora_folder(pipeline, tmp_path):
-    """Two random LoRAs, saved by diffusers' own way as `first` and `second`."""
-    for number, name in enumerate(("first", "second")):
-        torch.manual_seed(number)
-        config = LoraConfig(r=2, lora_alpha=2, target_modules=TARGETS, init_lora_weights=False)
-        pipeline.transformer.add_adapter(config, adapter_name=name)
-        layers = get_peft_model_state_dict(pipeline.transformer, adapter_name=name)
-        RefAlignWanPipeline.save_lora_weights(tmp_path / name, transformer_lora_layers=layers)
-        pipeline.transformer.delete_adapters(name)
-    return tmp_path
 
 
 def test_lora_loads_scales_and_unloads(pipeline, lora_folder):

@@ -327,7 +327,7 @@ def write_bad_file(path, kind):
 @pytest.mark.parametrize("kind", ["missing", "directory", "empty", "text", "truncated", "damaged"])
 def test_a_bad_file_is_named(tmp_path, kind):
     write_bad_file(tmp_path / "photo.png", kind)
-    with pytest.raises(ValueError, match=r"photo\.png cannot be read"):
+    with pytest.raises(ValueError, match=r"photo\.png (cannot be read|does not exist)"):
         load_reference_image(tmp_path / "photo.png")
 
 
@@ -345,7 +345,7 @@ def test_other_types_are_refused_by_name(image):
 
 @pytest.mark.parametrize("path", ["C:\\photos\\cat.png", "C:/photos/cat.png", "cat:1.png"])
 def test_a_colon_does_not_make_a_url(path):
-    with pytest.raises(ValueError, match="No such file"):
+    with pytest.raises(ValueError, match="does not exist"):
         load_reference_image(path)
 
 
@@ -354,7 +354,7 @@ def test_a_colon_does_not_make_a_url(path):
 
 def test_a_bomb_in_a_file_is_refused(tmp_path):
     (tmp_path / "bomb.png").write_bytes(png(60_000, 60_000, 8, 2, b""))
-    with pytest.raises(ValueError, match=r"bomb\.png cannot be read.*3600000000 pixels"):
+    with pytest.raises(ValueError, match=r"bomb\.png has more pixels than are safe.*3600000000 pixels"):
         load_reference_image(tmp_path / "bomb.png")
 
 
@@ -676,6 +676,7 @@ def test_true_without_rembg_says_what_to_install(without_rembg):
 
 def test_auto_without_rembg_leaves_the_image_whole(without_rembg, caplog):
     caplog.set_level("INFO")
+    reference_images._say_background_is_kept.cache_clear()
     assert_same(prepare_reference_image(gradient(), 4, 6), gradient())
     assert "BiRefNet is not on this machine" in caplog.text
 

@@ -19,6 +19,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from refalign import RefAlignWanTransformer3DModel
+from refalign.checkpoints import diffusers_to_native
 from refalign.transformer_refalign_wan import RefAlignWanTransformerBlock
 from tests.parallel import run_on_two_ranks
 from tests.tiny_pipeline import tiny_transformer
@@ -312,6 +313,16 @@ def test_from_single_file_reads_native_checkpoints(golden, tmp_path, with_projec
     assert type(loaded.blocks[0]) is RefAlignWanTransformerBlock
     for name, tensor in golden.model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_from_single_file_keeps_in_float32_what_from_pretrained_keeps(transformer, tmp_path):
+    transformer.save_pretrained(tmp_path)
+    native = diffusers_to_native(transformer.state_dict())
+    loaded = RefAlignWanTransformer3DModel.from_single_file(native, config=str(tmp_path), dtype=torch.bfloat16)
+    expected = RefAlignWanTransformer3DModel.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
+    assert {tensor.dtype for tensor in expected.values()} == {torch.float32, torch.bfloat16}
+    for name, tensor in loaded.state_dict().items():
+        assert tensor.dtype == expected[name].dtype and torch.equal(tensor, expected[name]), name
 
 
 @pytest.mark.parametrize("saving", [{}, {"variant": "bf16"}, {"max_shard_size": "40KB"}], ids=str)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from refalign.video import read_settings, read_video, write_video
 
@@ -29,6 +30,13 @@ def test_it_is_h264_at_16_frames_a_second_in_colours_every_player_knows(tmp_path
         assert (stream.codec_context.name, stream.average_rate, stream.pix_fmt) == ("h264", 16, "yuv420p")
 
 
+def test_the_pipelines_floats_and_images_are_taken(tmp_path):
+    video = moving_square()
+    floats = read_video(write_video(video.astype(np.float32) / 255, tmp_path / "floats.mp4"))
+    images = read_video(write_video(map(Image.fromarray, video), tmp_path / "images.mp4"))
+    assert np.abs(floats.astype(int) - video).mean() < 3 and np.abs(images.astype(int) - video).mean() < 3
+
+
 def test_settings_come_back(tmp_path):
     settings = {"prompt": 'Zwei Hunde, "schnell"\n走', "seed": 3, "reference": ["a.png"], "scale": 0.5}
     assert read_settings(write_video(moving_square(), tmp_path / "a.mp4", settings=settings)) == settings
@@ -48,8 +56,14 @@ def test_every_size_the_pipeline_makes_is_kept(tmp_path_factory, frames, height,
 
 @pytest.mark.parametrize(
     ("video", "message"),
-    [([], "no frames"), (np.zeros((1, 15, 16, 3), np.uint8), "16x15.*even sides")],
-    ids=["none", "odd"],
+    [
+        ([], "0 frames"),
+        (np.zeros((1, 15, 16, 3), np.uint8), "16x15.*even sides"),
+        ([np.zeros((16, 16, 3), np.uint8), np.zeros((16, 32, 3), np.uint8)], r"\(16, 32, 3\)"),
+        (np.zeros((1, 16, 16), np.uint8), r"\(16, 16\)"),
+        (np.zeros((1, 16, 16, 3), np.int64), "int64"),
+    ],
+    ids=["none", "odd", "mixed", "grey", "integers"],
 )
 def test_what_cannot_be_written_is_said(tmp_path, video, message):
     with pytest.raises(ValueError, match=message):
