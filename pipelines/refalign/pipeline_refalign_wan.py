@@ -4,6 +4,7 @@ A Hub repo carries this file at its root, with `reference_images.py` and `transf
 """
 
 import inspect
+import logging
 import math
 import numbers
 from collections.abc import Callable, Sequence
@@ -21,7 +22,6 @@ from diffusers import (
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
-from diffusers.utils import logging
 from diffusers.utils.torch_utils import get_module_execution_device, randn_tensor
 from diffusers.video_processor import VideoProcessor
 from transformers import AutoTokenizer, UMT5EncoderModel
@@ -29,8 +29,6 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from .reference_images import prepare_reference_image
 from .transformer_refalign_wan import RefAlignWanTransformer3DModel
 
-
-logger = logging.get_logger(__name__)
 
 # Wan's own, with which RefAlign's results were made
 DEFAULT_NEGATIVE_PROMPT = (
@@ -101,7 +99,7 @@ class RefAlignWanPipeline(WanPipeline):
         # `type is`, not `isinstance`: RefAlign's own class is one too, and each load from the Hub makes a new one
         if type(transformer) is WanTransformer3DModel:
             transformer = RefAlignWanTransformer3DModel.from_wan(transformer)
-            logger.warning(
+            logging.getLogger(__name__).warning(
                 "This transformer is plain Wan's: it was not trained to follow references, and hardly will."
             )
         self.register_modules(
