@@ -114,7 +114,7 @@ class RefAlignWanPipeline(WanPipeline):
         """Reads `model_index.json`. A Hub repo names classes of the code it carries; the installed package takes its
         own classes for them, so that it needs no `trust_remote_code`."""
         config = super()._dict_from_json_file(json_file)
-        if not _is_installed_package(cls.__module__):
+        if not _is_installed_package(__name__):
             return config
         for name, value in config.items():
             if isinstance(value, list) and value[-1:] == ["RefAlignWanPipeline"]:
@@ -235,6 +235,16 @@ class RefAlignWanPipeline(WanPipeline):
                 f"`callback_on_step_end_tensor_inputs` has {unknown}; it can have {self._callback_tensor_inputs}."
             )
 
+    def _default_size(self, latents, reference_latents) -> tuple[int, int, int]:
+        """(height, width, frames) of given latents, else what the models were trained at"""
+        height, width, num_frames = 480, 832, 81
+        for tensor in (reference_latents, latents):
+            if isinstance(tensor, torch.Tensor) and tensor.ndim == 5:
+                height, width = (side * self.vae_scale_factor_spatial for side in tensor.shape[3:])
+        if isinstance(latents, torch.Tensor) and latents.ndim == 5:
+            num_frames = (latents.shape[2] - 1) * self.vae_scale_factor_temporal + 1
+        return height, width, num_frames
+
     def _latents_shape(self, num_videos: int, num_frames: int, height: int, width: int) -> tuple[int, ...]:
         """(videos, channels, latent frames, latent height, latent width)"""
         return (
@@ -320,9 +330,9 @@ class RefAlignWanPipeline(WanPipeline):
         prompt: str | list[str] | None = None,
         negative_prompt: str | list[str] | None = DEFAULT_NEGATIVE_PROMPT,
         reference_images: Any = None,
-        height: int = 480,
-        width: int = 832,
-        num_frames: int = 81,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
         image_guidance_scale: float = 5.0,
@@ -351,11 +361,11 @@ class RefAlignWanPipeline(WanPipeline):
                 One image, or a list of them, each a PIL image, an array `(height, width, channels)`, a tensor
                 `(channels, height, width)`, a path or a URL. For a list of prompts, a list with one such list a
                 prompt; their lengths may differ. Letterboxed on white to the video's size. `None`: text-to-video.
-            height (`int`, defaults to `480`):
+            height (`int`, *optional*, defaults to that of `latents` or `reference_latents`, else to `480`):
                 Of the video, in pixels, a multiple of 16.
-            width (`int`, defaults to `832`):
+            width (`int`, *optional*, defaults to that of `latents` or `reference_latents`, else to `832`):
                 Of the video, in pixels, a multiple of 16.
-            num_frames (`int`, defaults to `81`):
+            num_frames (`int`, *optional*, defaults to that of `latents`, else to `81`):
                 4k + 1. The model was trained on 81 frames at 16 a second.
             num_inference_steps (`int`, defaults to `50`):
                 Denoising steps.
@@ -411,6 +421,11 @@ class RefAlignWanPipeline(WanPipeline):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
 
         # 1. Check inputs
+        size = self._default_size(latents, reference_latents)
+        height, width, num_frames = (
+            default if given is None else given
+            for given, default in zip((height, width, num_frames), size, strict=True)
+        )
         self.check_inputs(
             prompt,
             negative_prompt,

@@ -76,9 +76,15 @@ class RefAlignWanTransformerBlock(WanTransformerBlock):
 
         # 2. Cross-attention to the text, for the video only
         if token_mask is None:
-            video, references = hidden_states[:, :num_video_tokens], hidden_states[:, num_video_tokens:]
-            video = video + self._cross_attention(video, encoder_hidden_states)
-            hidden_states = torch.cat([video, references], dim=1)
+            # The parts have no names, so that none lives on through the feed-forward and adds to the peak of memory
+            hidden_states = torch.cat(
+                [
+                    hidden_states[:, :num_video_tokens]
+                    + self._cross_attention(hidden_states[:, :num_video_tokens], encoder_hidden_states),
+                    hidden_states[:, num_video_tokens:],
+                ],
+                dim=1,
+            )
         else:
             hidden_states = hidden_states + self._cross_attention(hidden_states, encoder_hidden_states) * token_mask
 

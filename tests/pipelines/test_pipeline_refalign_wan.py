@@ -425,6 +425,14 @@ def test_tuple_and_output_class_are_equal(pipeline):
     assert torch.equal(pipeline(**arguments(), return_dict=False)[0], run(pipeline))
 
 
+def test_given_latents_give_the_size(pipeline):
+    latents = torch.randn(1, 16, 3, 6, 4, generator=torch.Generator().manual_seed(0))
+    references = torch.zeros(1, 16, 1, 6, 4)
+    unsized = {"height": None, "width": None, "num_frames": None, "reference_images": None}
+    assert run(pipeline, **unsized, latents=latents, reference_latents=references).shape == latents.shape
+    assert run(pipeline, **{**unsized, "num_frames": 5}, reference_latents=references).shape == (1, 16, 2, 6, 4)
+
+
 @pytest.mark.parametrize("num_frames", [1, 9])
 def test_any_number_of_frames(pipeline, num_frames):
     assert run(pipeline, num_frames=num_frames, output_type="np").shape[1] == num_frames
