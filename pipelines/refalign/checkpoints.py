@@ -179,6 +179,8 @@ def _find_shards(index: Path) -> list[Path]:
     if not weight_map:
         raise ValueError(f"{index} is no index of shards: it has no `weight_map`. Download it again.")
     names = sorted(set(weight_map.values()))
+    if outside := [name for name in names if Path(name).name != name]:  # a downloaded index may name any file of ours
+        raise ValueError(f"{index} names shards outside its own folder: {outside}. Do not use it.")
     missing = [name for name in names if not (index.parent / name).is_file()]
     if missing:
         raise ValueError(f"{index} names shards that are missing: {missing}. Download them again.")

@@ -828,3 +828,16 @@ def test_an_export_stopped_while_it_writes_leaves_nothing(repo_folder, here, mon
     with pytest.raises(KeyboardInterrupt):
         export_native(repo_folder, here / "native.safetensors")
     assert os.listdir(here) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["../private.safetensors", "{folder}/private.safetensors"], ids=["relative", "absolute"]
+)
+def test_an_index_that_names_files_outside_its_folder_is_refused(tmp_path, name):
+    save_file({"head.modulation": torch.zeros(1)}, tmp_path / "private.safetensors")
+    release = tmp_path / "release"
+    release.mkdir()
+    weight_map = {"head.modulation": name.format(folder=tmp_path)}
+    (release / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), "utf-8")
+    with pytest.raises(ValueError, match="outside its own folder"):
+        checkpoints.find_safetensors(release)
