@@ -1,4 +1,4 @@
-"""Installs `refalign` from its source root. `pip install .` is light; extras add what more is needed."""
+"""Installs `refalign` and `refalign_training` from their source roots. `pip install .` is light; extras add more."""
 
 import re
 from pathlib import Path
@@ -25,7 +25,8 @@ INSTALL = [
     "tyro>=1.0",
 ]
 BACKGROUND = ["rembg[cpu]>=2.0.86"]
-TEST = ["hypothesis", "pytest", "pytest-xdist", "ruff"]
+TRAIN = ["pyarrow>=18", "pycocotools>=2.0.8"]
+TEST = [*TRAIN, "hypothesis", "pytest", "pytest-xdist", "ruff"]
 
 setup(
     name="refalign",
@@ -36,10 +37,22 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     # One import package, two source folders: the cards stand at the top of the repository, where people look
-    package_dir={"refalign": "pipelines/refalign", "refalign.model_cards": "model_cards"},
-    packages=["refalign", "refalign.model_cards"],
+    package_dir={
+        "refalign": "pipelines/refalign",
+        "refalign.model_cards": "model_cards",
+        "refalign_training": "training/refalign_training",
+    },
+    packages=[
+        "refalign",
+        "refalign.model_cards",
+        "refalign_training",
+        "refalign_training.cache",
+        "refalign_training.data",
+    ],
     package_data={"refalign.model_cards": ["*.md"]},
     install_requires=INSTALL,
-    extras_require={"background": BACKGROUND, "test": TEST},
-    entry_points={"console_scripts": ["refalign=refalign.cli:main"]},
+    extras_require={"background": BACKGROUND, "train": TRAIN, "test": TEST},
+    entry_points={
+        "console_scripts": ["refalign=refalign.cli:main", "refalign-train=refalign_training.cli:main"],
+    },
 )

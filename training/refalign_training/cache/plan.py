@@ -1,0 +1,169 @@
+"""
+What a cache will hold: the dataset's samples in units, and the ingredients of every item, which its key is made of.
+
+The identity of a sample's files is their names, sizes and times of modification (mtime_ns): to read millions of videos
+through takes as long as to encode them. So a dataset may be moved, or copied with its times (`cp -p`, `rsync -a`),
+without a new cache; a file that is touched is encoded again.
+"""
+
+import dataclasses
+import itertools
+import json
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from refalign_training.cache.files import EMPTY, CacheFolder, canonical, digest, write_text
+from refalign_training.data.recipe import Recipe
+from refalign_training.data.sample import Clip, Fault, Reference, Sample, View, read_sample, write_sample
+
+
+logger = logging.getLogger(__name__)
+
+ROOT = Path("/")  # plans hold absolute paths
+ENCODING_SCHEMAS = {"video": 1, "references": 1, "text": 1, "teacher": 1}  # raised when our code gives other numbers
+
+# What of a recipe a family's items do not depend on; by what is new to a recipe, all change
+_WITHOUT = {
+    "video": {"cross_probability", "augment"},
+    "references": {"num_frames", "stride"},
+    "teacher": {"num_frames", "stride"},
+}
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A sample of the plan."""
+
+    sample: Sample
+    files: Mapping[str, list[int] | None]
+    """Size and mtime_ns of its files by path; `None`: there is no such file."""
+
+
+EMPTY_PROMPT = Planned(Sample("", ("",), Clip(ROOT), (), "", 0), {})  # what conditioning dropout puts for a prompt
+
+
+def family_ingredients(family: str, recipe: Recipe, model: str, dtypes: Mapping[str, str]) -> dict[str, Any]:
+    """What all items of a family are made with: recipe, model and dtypes, as far as it depends on them."""
+    ingredients = {"family": family, "schema": ENCODING_SCHEMAS[family], "model": model, **dtypes}
+    if family == "text":
+        return ingredients
+    fields = dataclasses.asdict(recipe)
+    return ingredients | {name: value for name, value in fields.items() if name not in _WITHOUT[family]}
+
+
+def sample_digests(family: str, planned: Planned) -> tuple[str, str]:
+    """Digests of a sample's files and of what the dataset says about it, as far as the family depends on them."""
+    sample = planned.sample
+    if family == "text":
+        return digest([]), digest(sample.prompts)
+    if family == "video":
+        paths, annotation = [sample.clip.path], dataclasses.asdict(sample.clip)
+    else:
+        views = [view for reference in sample.references for view in _views(reference)]
+        paths, annotation = [view.path for view in views], [dataclasses.asdict(r) for r in sample.references]
+    files = sorted({(path.name, *(planned.files[str(path)] or (None, None))) for path in paths}, key=repr)
+    # By name alone, so that a dataset that is moved keeps its keys
+    text = json.dumps([sample.id, annotation], sort_keys=True, default=lambda path: path.name)
+    return digest(files), digest(text)
+
+
+def item_ingredients(ingredients: Mapping[str, Any], files: str, annotation: str, variant: int) -> dict[str, Any]:
+    """What an item is made with; its key is the digest of it."""
+    return {**ingredients, "files": files, "annotation": annotation, "variant": variant}
+
+
+def _views(reference: Reference) -> list[View]:
+    return [view for view in (reference.view, *reference.cross) if view is not None]
+
+
+def make_plan(folder: CacheFolder, items: Iterable[Sample | Fault], unit_size: int, may_change: Any) -> dict[str, Any]:
+    """
+    Writes what changed of the plan, and returns its summary: `units` (digests), `samples`, `faults` (counts).
+
+    Args:
+        folder (`CacheFolder`): the cache.
+        items (`Iterable`): what a dataset's reader gives.
+        unit_size (`int`): samples a unit.
+        may_change (`Callable`): called before the first change; raises if there may be none now.
+    """
+    faults: list[Fault] = []
+    units, count, changed = [], 0, False
+    samples = _samples(items, faults)
+    while unit := list(itertools.islice(samples, unit_size)):
+        lines = "".join(f"{line}\n" for line in map(_plan_line, unit))
+        path = folder.plan(f"{len(units):06d}")
+        if not _holds(path, lines):
+            may_change()
+            folder.summary.unlink(missing_ok=True)
+            write_text(path, lines)
+            changed = True
+        units.append(digest(lines))
+        count += len(unit)
+    counts = {f"{lost}: {kind}": n for (lost, kind), n in sorted(Counter((f.lost, f.kind) for f in faults).items())}
+    summary = {"units": units, "samples": count, "faults": counts}
+    text = "".join(f"{canonical(dataclasses.asdict(fault))}\n" for fault in faults)
+    if changed or not _holds(folder.summary, canonical(summary)) or not _holds(folder.faults, text):
+        may_change()
+        folder.summary.unlink(missing_ok=True)
+        for path in folder.summary.parent.glob("[0-9]*.jsonl"):
+            if int(path.stem) >= len(units):
+                path.unlink()
+        write_text(folder.faults, text)
+        write_text(folder.summary, canonical(summary))
+    return summary
+
+
+def read_plan(folder: CacheFolder, unit: str) -> Iterator[Planned]:
+    """The samples of a unit."""
+    if unit == EMPTY:
+        yield EMPTY_PROMPT
+        return
+    with folder.plan(unit).open(encoding="utf-8", errors="surrogatepass") as lines:
+        for line in lines:
+            record = json.loads(line)
+            yield Planned(read_sample(json.dumps(record["sample"]), ROOT), record["files"])
+
+
+def _samples(items: Iterable[Sample | Fault], faults: list[Fault]) -> Iterator[Sample]:
+    for item in items:
+        if isinstance(item, Sample):
+            yield item
+        else:
+            faults.append(item)
+
+
+def _plan_line(sample: Sample) -> str:
+    sample = _with_absolute_paths(sample)
+    paths = {sample.clip.path, *(view.path for r in sample.references for view in _views(r))}
+    files = {str(path): _identity(path) for path in paths}
+    return canonical({"sample": json.loads(write_sample(sample, ROOT)), "files": files})
+
+
+def _with_absolute_paths(sample: Sample) -> Sample:
+    def absolute(part: Any) -> Any:
+        return None if part is None else dataclasses.replace(part, path=Path(os.path.abspath(part.path)))
+
+    references = tuple(
+        dataclasses.replace(r, view=absolute(r.view), cross=tuple(map(absolute, r.cross))) for r in sample.references
+    )
+    return dataclasses.replace(sample, clip=absolute(sample.clip), references=references)
+
+
+def _identity(path: Path) -> list[int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _holds(path: Path, text: str) -> bool:
+    try:
+        return path.read_text("utf-8", "surrogatepass") == text
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,155 @@
+"""Cross pairs: which subject of which clip another clip shows too, joined to those clips' records on disk.
+
+The clips of a pair may be in any of the annotation files, in any order, and there are millions: a temporary SQLite
+database holds the pairs and the views they ask for, and memory stays flat.
+"""
+
+import json
+import sqlite3
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from refalign_training.data.fields import Place, integer, member, number, text
+from refalign_training.data.json_stream import first_character, read_items
+from refalign_training.data.sample import Fault, Unusable, View
+from refalign_training.data.selection import SelectionRule
+
+
+_TABLES = """
+    PRAGMA journal_mode = OFF;
+    PRAGMA synchronous = OFF;
+    PRAGMA cache_size = -32000;
+    CREATE TABLE clip (number INTEGER PRIMARY KEY, id TEXT UNIQUE);
+    CREATE TABLE pair (clip INTEGER, subject TEXT, other INTEGER, other_subject TEXT, similarity REAL, file INTEGER,
+        row INTEGER, PRIMARY KEY (clip, subject, other, other_subject)) WITHOUT ROWID;
+    CREATE TABLE view (clip INTEGER, subject TEXT, view TEXT, PRIMARY KEY (clip, subject)) WITHOUT ROWID;
+"""
+_VIEWS = """
+    SELECT view.view FROM clip JOIN pair ON pair.clip = clip.number
+    JOIN view ON view.clip = pair.other AND view.subject = pair.other_subject
+    WHERE clip.id = ? AND pair.subject = ? AND view.view IS NOT NULL
+    ORDER BY pair.similarity DESC, pair.other, pair.other_subject LIMIT ?
+"""
+_MISSING = """
+    SELECT clip.id, pair.subject, pair.file, min(pair.row) FROM pair JOIN clip ON pair.clip = clip.number
+    WHERE NOT EXISTS (SELECT 1 FROM view WHERE view.clip = pair.clip AND view.subject = pair.subject)
+    GROUP BY pair.clip, pair.subject
+"""
+
+
+def check_pair_files(files: Sequence[Path]) -> None:
+    """
+    Looks at how each file begins.
+
+    Raises:
+        ValueError: if one is missing, or holds an object instead of a list, as `cluster_videos.json` does.
+    """
+    for path in files:
+        if not path.is_file():
+            raise ValueError(f"The file of cross pairs {path} does not exist.")
+        if first_character(path) == "{":
+            raise ValueError(
+                f"{path} is no list of cross pairs. `cluster_videos.json` only says which clips may be alike; pass "
+                "the other files of Jsons/cross_video_pairs, each a list of pairs with `cur_id` and `aft_id`."
+            )
+
+
+class CrossPairs(AbstractContextManager):
+    """
+    The pairs of some files, and the views of their subjects. `read`, then `keep` what [`wanted`] names, then `views`.
+
+    Args:
+        files (`Sequence[Path]`): lists of pairs, as [`check_pair_files`] wants them.
+        rule (`SelectionRule`): its `max_image_similarity` and `max_cross_views`.
+    """
+
+    def __init__(self, files: Sequence[Path], rule: SelectionRule) -> None:
+        self._files, self._rule = files, rule
+        self._folder = tempfile.TemporaryDirectory(prefix="refalign-cross-pairs-")
+        # a generator that reads a dataset may be started in one thread and go on in another
+        self._database = sqlite3.connect(Path(self._folder.name) / "pairs", check_same_thread=False)
+        self._database.executescript(_TABLES)
+
+    def __exit__(self, *_: Any) -> None:
+        self._database.close()
+        self._folder.cleanup()
+
+    def read(self) -> Iterator[Fault]:
+        """Takes in all pairs; yields what is wrong with them."""
+        for number_of_file, path in enumerate(self._files):
+            for record in read_items(path):
+                try:
+                    self._add(_pair(record.value), number_of_file, record.row)
+                except Unusable as error:
+                    yield Place(str(path), record.row).fault(error, lost="nothing")
+
+    def _add(self, pair: "_Pair", file: int, row: int) -> None:
+        ceiling = self._rule.max_image_similarity
+        if pair.ids[0] == pair.ids[1] or (ceiling is not None and pair.similarity > ceiling):
+            return
+        first, second = (self._number(sample_id) for sample_id in pair.ids)
+        for clip, other, (subject, other_subject) in (
+            (first, second, pair.subjects),
+            (second, first, pair.subjects[::-1]),
+        ):
+            self._database.execute(
+                "INSERT OR IGNORE INTO pair VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (clip, subject, other, other_subject, pair.similarity, file, row),
+            )
+
+    def _number(self, sample_id: str) -> int:
+        self._database.execute("INSERT OR IGNORE INTO clip (id) VALUES (?)", (sample_id,))
+        return self._database.execute("SELECT number FROM clip WHERE id = ?", (sample_id,)).fetchone()[0]
+
+    def wanted(self, sample_id: str) -> set[str]:
+        """The subjects of a sample that are in a pair."""
+        query = "SELECT DISTINCT subject FROM clip JOIN pair ON pair.clip = clip.number WHERE clip.id = ?"
+        return {subject for (subject,) in self._database.execute(query, (sample_id,))}
+
+    def keep(self, sample_id: str, subject: str, view: View | None) -> None:
+        """A wanted subject's view; `None` if it is there and cannot be used."""
+        self._database.execute(
+            "INSERT OR IGNORE INTO view SELECT number, ?, ? FROM clip WHERE id = ?",
+            (subject, None if view is None else _encode(view), sample_id),
+        )
+
+    def missing(self) -> Iterator[Fault]:
+        """The ends of pairs that were wanted and are not there, each once."""
+        for sample_id, subject, file, row in self._database.execute(_MISSING):
+            error = Unusable("cross pair", f"subject {subject!r} of {sample_id} is not in the annotations")
+            yield Place(str(self._files[file]), row, sample_id).fault(error, lost="nothing")
+
+    def views(self, sample_id: str, subject: str) -> tuple[View, ...]:
+        """The subject in other clips, the most similar one first."""
+        rows = self._database.execute(_VIEWS, (sample_id, subject, self._rule.max_cross_views)).fetchall()
+        return tuple(_decode(view) for (view,) in rows)
+
+
+class _Pair(NamedTuple):
+    ids: tuple[str, str]
+    subjects: tuple[str, str]
+    similarity: float
+
+
+def _pair(record: Any) -> _Pair:
+    if isinstance(record, Unusable):
+        raise record
+    ids = tuple(text(member(record, f"{end}_id"), f"{end}_id") for end in ("cur", "aft"))
+    subjects = tuple(_subject(member(record, f"{end}_class_id"), f"{end}_class_id") for end in ("cur", "aft"))
+    return _Pair(ids, subjects, number(member(record, "image_similarity"), "image_similarity"))
+
+
+def _subject(value: Any, name: str) -> str:
+    return text(value, name) if isinstance(value, str) else str(integer(value, name))
+
+
+def _encode(view: View) -> str:
+    return json.dumps([str(view.path), view.frame, view.crop, view.box, view.mask])
+
+
+def _decode(document: str) -> View:
+    path, frame, crop, box, mask = json.loads(document)
+    return View(Path(path), frame, tuple(crop), tuple(box), mask=mask)

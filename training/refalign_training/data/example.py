@@ -1,0 +1,200 @@
+"""From a [`Sample`] to pixels: the frames, the references as the model will see them, and one of the captions."""
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+
+from refalign.reference_images import load_reference_image, prepare_reference_image
+from refalign_training.data.augmentation import jitter_colours, warp
+from refalign_training.data.masks import check_box, decode_mask
+from refalign_training.data.randomness import numpy_generator
+from refalign_training.data.recipe import Recipe
+from refalign_training.data.sample import Reference, Sample, Unusable, View
+from refalign_training.data.video import open_video
+
+
+logger = logging.getLogger(__name__)
+
+Origin = Literal["regular", "cross", "image"]
+
+
+@dataclass(frozen=True)
+class ReferencePixels:
+    """A reference as the model will see it."""
+
+    image: Image.Image
+    """RGB, of the video's size, letterboxed on white."""
+    subject: str
+    """References of one sample with equal subjects show the same one."""
+    origin: Origin
+    """From the clip itself, from another clip, or an image file."""
+
+
+def draw_prompt(sample: Sample, recipe: Recipe, variant: int = 0) -> str:
+    """One of the sample's captions."""
+    generator = numpy_generator("prompt", recipe.seed, variant, sample.id)
+    return sample.prompts[generator.integers(len(sample.prompts))]
+
+
+def draw_conditions(
+    seed: int, step: int, sample_id: str, *, no_text: float = 0.1, no_references: float = 0.1, neither: float = 0.1
+) -> tuple[bool, bool]:
+    """
+    Whether a sample keeps its text, and whether it keeps its references, at a training step. The three probabilities
+    of dropping exclude each other (RefAlign, arXiv 2603.25743, section 4).
+
+    Raises:
+        ValueError: if the probabilities are none, or sum to more than 1.
+    """
+    if min(no_text, no_references, neither) < 0 or no_text + no_references + neither > 1:
+        raise ValueError(f"The dropout rates {no_text}, {no_references} and {neither} have to be 0 up and sum to 1.")
+    place = numpy_generator("conditions", seed, step, sample_id).random()
+    drops_text = place < no_text or no_text + no_references <= place < no_text + no_references + neither
+    drops_references = no_text <= place < no_text + no_references + neither
+    return not drops_text, not drops_references
+
+
+def draw_frames(available: int, fps: float, recipe: Recipe, generator: np.random.Generator) -> np.ndarray:
+    """
+    Which of a clip's frames are taken, int64 `(num_frames,)`, rising from 0 to at most `available - 1`.
+
+    `stride` is relative to 25 frames a second and need not be whole; the start is random. A clip that is too short for
+    the stride is taken as a whole, more slowly, and frames repeat where it has fewer than are needed.
+    """
+    span = min(available - 1, (recipe.num_frames - 1) * recipe.stride * fps / 25)
+    start = generator.uniform(0, available - 1 - span) if span < available - 1 else 0.0
+    return np.floor(start + np.linspace(0, span, recipe.num_frames) + 1e-6).astype(np.int64)
+
+
+def load_video(sample: Sample, recipe: Recipe, variant: int = 0) -> np.ndarray:
+    """
+    The frames that are drawn from the clip, uint8 `(frames, height, width, 3)`: scaled to cover the size, and the
+    centre of that.
+
+    Raises:
+        Unusable: if the video cannot be read, or has no frames in the clip's range.
+    """
+    clip = sample.clip
+    with open_video(clip.path) as video:
+        end = len(video) if clip.end is None else min(clip.end, len(video))
+        if not 0 <= clip.start < end:
+            raise Unusable("no frames", f"{clip.path} has {len(video)} frames, the clip is {clip.start} to {clip.end}")
+        generator = numpy_generator("frames", recipe.seed, variant, sample.id)
+        numbers = clip.start + draw_frames(end - clip.start, video.fps, recipe, generator)
+        frames = {
+            number: np.asarray(cover(frame, clip.crop, recipe.height, recipe.width))
+            for number, frame in video.read(numbers.tolist())
+        }
+    return np.stack([frames[number] for number in numbers])
+
+
+def cover(image: Image.Image, crop: tuple[int, int, int, int] | None, height: int, width: int) -> Image.Image:
+    """The crop of an image, scaled to cover a size and centred; what is too much is cut off. Raises [`Unusable`]."""
+    left, top, right, bottom = _checked_crop(image, crop)
+    scale = min((right - left) / width, (bottom - top) / height)
+    x, y = (left + right - scale * width) / 2, (top + bottom - scale * height) / 2
+    box = (max(x, 0), max(y, 0), min(x + scale * width, image.width), min(y + scale * height, image.height))
+    return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+
+
+def _checked_crop(image: Image.Image, crop: tuple[int, int, int, int] | None) -> tuple[int, int, int, int]:
+    left, top, right, bottom = crop or (0, 0, *image.size)
+    if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
+        raise Unusable("crop", f"{crop} (left, top, right, bottom) in a frame of {image.width}x{image.height}")
+    return left, top, right, bottom
+
+
+def _warn(fault: Unusable) -> None:
+    logger.warning("A reference is left out: %s", fault)
+
+
+def load_references(
+    sample: Sample, recipe: Recipe, variant: int = 0, on_fault: Callable[[Unusable], None] = _warn
+) -> list[ReferencePixels]:
+    """
+    The references that can be read, in the sample's order.
+
+    Where the view that was drawn cannot be read, the subject's other views are tried. Each failure goes to `on_fault`.
+
+    Raises:
+        Unusable: if no reference can be read.
+    """
+    frames: dict[tuple[Path, int | float], Image.Image] = {}  # several subjects are cut out of one frame
+    references = []
+    for number, reference in enumerate(sample.references):
+        generator = numpy_generator("reference", recipe.seed, variant, sample.id, number)
+        for view, origin in _drawn_views(reference, recipe, generator):
+            try:
+                image = _cut_out(view, frames)
+            except Unusable as fault:
+                on_fault(fault)
+                continue
+            references.append(ReferencePixels(_prepare(image, origin, recipe, generator), reference.subject, origin))
+            break
+    if not references:
+        raise Unusable("no references", f"none of the {len(sample.references)} can be read")
+    return references
+
+
+def _drawn_views(reference: Reference, recipe: Recipe, generator: np.random.Generator) -> list[tuple[View, Origin]]:
+    """The view that is drawn, and behind it the others in case it cannot be read."""
+    takes_cross = generator.random() < recipe.cross_probability
+    cross: list[tuple[View, Origin]] = [
+        (reference.cross[i], "cross") for i in generator.permutation(len(reference.cross))
+    ]
+    if reference.view is None:
+        return cross
+    own: list[tuple[View, Origin]] = [(reference.view, "image" if reference.view.frame is None else "regular")]
+    return cross + own if takes_cross else own + cross
+
+
+def _prepare(image: Image.Image, origin: Origin, recipe: Recipe, generator: np.random.Generator) -> Image.Image:
+    augments = recipe.augment == "all" or recipe.augment == origin
+    if augments:
+        image = jitter_colours(image, generator)
+    image = prepare_reference_image(image, recipe.height, recipe.width, cut_out=False)
+    return warp(image, generator) if augments else image
+
+
+def _cut_out(view: View, frames: dict[tuple[Path, int | float], Image.Image]) -> Image.Image:
+    """The view's subject: RGBA where it has a mask or its file has alpha, else RGB. Raises [`Unusable`]."""
+    if view.frame is None:
+        return _read_image(view.path)
+    place = (view.path, view.frame)
+    if place not in frames:
+        frames[place] = _read_frame(view)
+    whole = frames[place]
+    image = whole.crop(_checked_crop(whole, view.crop))
+    if view.mask is not None:
+        mask = decode_mask(view.mask, image.height, image.width)
+        image.putalpha(Image.fromarray(mask.astype(np.uint8) * 255))
+    if view.box is not None:
+        scale = 1.0 if view.box_long_side is None else max(image.size) / view.box_long_side
+        left, top, right, bottom = check_box(
+            [side * scale for side in view.box], image.width, image.height, tolerance=scale
+        )
+        image = image.crop((math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)))
+    return image
+
+
+def _read_image(path: Path) -> Image.Image:
+    if not path.is_file():
+        raise Unusable("missing file", f"{path} does not exist")
+    try:
+        return load_reference_image(path)
+    except ValueError as error:
+        raise Unusable("image", str(error)) from error
+
+
+def _read_frame(view: View) -> Image.Image:
+    with open_video(view.path) as video:
+        is_share = isinstance(view.frame, float)
+        number = min(int(view.frame * len(video)), len(video) - 1) if is_share else view.frame
+        ((_, frame),) = video.read([number])
+    return frame

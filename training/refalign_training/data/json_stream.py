@@ -1,0 +1,205 @@
+"""JSON files of any size, one record at a time: an object's members, a list's items, a file's lines.
+
+Each record is decoded on its own by Python's `json`. A parser of events such as ijson gives up all that follows in a
+file of 66 GB at one `NaN`, number over 64 bits or byte that is not UTF-8; here that is one fault, and the next record
+is read.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from refalign_training.data.fields import is_unicode, shorten
+from refalign_training.data.sample import Unusable
+
+
+CHUNK = 1 << 20
+LONGEST_RECORD = 1 << 24  # characters; memory stays below some of these, and no record comes near
+_BLANK = re.compile(r"[ \t\r\n]*")
+_TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{}]', re.DOTALL)
+_SCALAR = re.compile(r"[^,\]}]+")
+
+
+class Record(NamedTuple):
+    """A record of a file."""
+
+    row: int
+    """From 0. In files of lines, the line."""
+    key: str | None
+    """`None` in a list or a file of lines."""
+    value: Any
+    """What it holds; an [`Unusable`] where it cannot be read."""
+
+
+def _integer(digits: str) -> int | float:
+    return int(digits) if len(digits) < 20 else float(digits)  # int() refuses 4300 digits, float() none
+
+
+_DECODER = json.JSONDecoder(parse_int=_integer, strict=False)
+
+
+def decode(document: str) -> Any:
+    """
+    A JSON document; integers over 19 digits become floats.
+
+    Raises:
+        Unusable: if it is none, nests too deep, or comes of bytes that are not UTF-8.
+    """
+    if not is_unicode(document):
+        raise Unusable("not readable", f"not UTF-8: {shorten(document)}")
+    try:
+        return _DECODER.decode(document)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise Unusable("not readable", f"no JSON: {error}: {shorten(document)}") from None
+
+
+def read_lines(path: Path) -> Iterator[Record]:
+    """A file's lines that are not blank, as texts without their ends; UTF-8 with or without byte order mark."""
+    with path.open("rb") as file:
+        row = -1
+        while line := file.readline(LONGEST_RECORD):
+            row += 1
+            too_long = len(line) == LONGEST_RECORD and not line.endswith(b"\n")
+            while too_long and line and not line.endswith(b"\n"):
+                line = file.readline(LONGEST_RECORD)
+            if too_long:
+                yield Record(row, None, Unusable("not readable", f"a line of over {LONGEST_RECORD} bytes"))
+            elif line.strip():
+                yield Record(row, None, _decode_line(line.removeprefix(codecs.BOM_UTF8) if row == 0 else line))
+
+
+def _decode_line(line: bytes) -> str | Unusable:
+    try:
+        return line.decode("utf-8").strip()
+    except UnicodeDecodeError:
+        return Unusable("not readable", f"not UTF-8: {shorten(line)}")
+
+
+def first_character(path: Path) -> str:
+    """The first character that is not blank; empty if there is none in the first kilobyte."""
+    with path.open("rb") as file:
+        return file.read(1024).decode("utf-8-sig", "replace").strip()[:1]
+
+
+def read_members(path: Path) -> Iterator[Record]:
+    """The members of the object that a JSON file holds."""
+    with path.open("rb") as file:
+        yield from _records(_Text(file), "{", "}")
+
+
+def read_items(path: Path) -> Iterator[Record]:
+    """The items of the list that a JSON file holds."""
+    with path.open("rb") as file:
+        yield from _records(_Text(file), "[", "]")
+
+
+def _records(text: "_Text", opening: str, closing: str) -> Iterator[Record]:
+    row = 0
+    try:
+        text.expect(opening)
+        more = not text.skip(closing)
+        while more:
+            key = _key(text) if opening == "{" else None
+            yield Record(row, key, text.value())
+            row += 1
+            more = text.skip(",")
+        if row:
+            text.expect(closing)
+        text.expect("")
+    except Unusable as error:
+        yield Record(row, None, error)
+
+
+def _key(text: "_Text") -> str:
+    key = text.value()
+    if not isinstance(key, str):
+        raise key if isinstance(key, Unusable) else text.wrong(f"{shorten(key)} instead of a key")
+    text.expect(":")
+    return key
+
+
+class _Text:
+    """A file's text, of which a few records at a time are in memory."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
+        self._text, self._at = "", 0
+        self._dropped = 0  # characters before `_text`
+        self._ended = False
+
+    def wrong(self, what: str) -> Unusable:
+        return Unusable("not readable", f"{what} at character {self._dropped + self._at}")
+
+    def skip(self, mark: str) -> bool:
+        """Whether `mark`, or the file's end if it is empty, is what comes next, and goes past it."""
+        while True:
+            self._at = _BLANK.match(self._text, self._at).end()
+            if self._at < len(self._text) or not self._read():
+                break
+        found = self._text[self._at : self._at + 1] == mark
+        self._at += found and len(mark)
+        return found
+
+    def expect(self, mark: str) -> None:
+        if not self.skip(mark):
+            found, wanted = self._text[self._at : self._at + 20], repr(mark) if mark else "the end"
+            raise self.wrong(f"{shorten(found) if found else 'the end'} instead of {wanted}")
+
+    def value(self) -> Any:
+        """The JSON value that comes next, or an [`Unusable`] if only its end could be found; else raises one."""
+        self.skip("")
+        problem: Exception | str = "the end"
+        while self._text:
+            end = None
+            try:
+                value, end = _DECODER.raw_decode(self._text, self._at)
+            except (json.JSONDecodeError, RecursionError) as error:
+                problem, end = error, _end_of_value(self._text, self._at)
+                value = self.wrong(f"no JSON: {getattr(error, 'msg', error)}")
+            if end is not None and (end < len(self._text) or self._ended):  # else a number may go on
+                return self._take(end, value)
+            if len(self._text) - self._at > LONGEST_RECORD or not self._read():
+                break
+        raise self.wrong(f"no whole record, but {getattr(problem, 'msg', problem)},")
+
+    def _take(self, end: int, value: Any) -> Any:
+        source, self._at = self._text[self._at : end], end
+        return value if is_unicode(source) else Unusable("not readable", f"not UTF-8: {_around_surrogate(source)}")
+
+    def _read(self) -> bool:
+        if self._ended:
+            return False
+        try:
+            data = self._file.read(CHUNK)
+        except OSError as error:
+            raise self.wrong(f"{error}") from None
+        self._ended = not data
+        first = not self._dropped and not self._text
+        new = self._decoder.decode(data, final=self._ended)
+        self._dropped += self._at
+        self._text, self._at = self._text[self._at :] + (new.removeprefix("\ufeff") if first else new), 0
+        return True
+
+
+def _around_surrogate(source: str) -> str:
+    at = next(i for i, character in enumerate(source) if not is_unicode(character))
+    return shorten(source[max(0, at - 40) : at + 40])
+
+
+def _end_of_value(text: str, start: int) -> int | None:
+    """One behind the brackets or the quote that close what starts there; `None` if the text ends before."""
+    if start < len(text) and text[start] not in '{["':
+        scalar = _SCALAR.match(text, start)
+        return scalar and scalar.end()
+    depth = 0
+    for token in _TOKEN.finditer(text, start):
+        if token[0] == '"':  # a string that does not end
+            return None
+        depth += (token[0] in "{[") - (token[0] in "}]")
+        if depth == 0:
+            return token.end()
+    return None

@@ -1,0 +1,128 @@
+"""Boxes, and masks in COCO's compressed run-length encoding (RLE): checked, decoded, measured, compared.
+
+pycocotools' C code trusts what it is given: run lengths that do not sum to the image's size make it read or write
+beyond its memory. So nothing reaches it before [`check_mask`] has summed them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco
+
+from refalign_training.data.fields import member, sequence, shorten
+from refalign_training.data.sample import Box, Unusable, View, is_number
+
+
+_LARGEST_SIDE = 1 << 14  # pixels; pycocotools counts a mask's in 32 bits
+_LONGEST_RUN = 6  # characters of 5 bits: 2**29 pixels
+
+
+def check_mask(mask: Any, height: int, width: int) -> dict[str, Any]:
+    """
+    A record's mask as `{"size": [height, width], "counts": str}`, once it is known to be one of that frame.
+
+    Raises:
+        Unusable: of kind "mask size" or "mask".
+    """
+    size = sequence(member(mask, "size"), "a mask's size")
+    if size != [height, width] or not 0 < max(height, width) <= _LARGEST_SIDE:
+        raise Unusable("mask size", f"{shorten(size)}, but the cropped frame has [height, width] {[height, width]}")
+    counts = member(mask, "counts")
+    if not isinstance(counts, str):
+        raise Unusable("mask", f"counts are {shorten(counts)} and no compressed RLE")
+    runs = _runs(counts)
+    if (runs < 0).any() or int(runs.sum()) != height * width:
+        raise Unusable("mask", f"runs of {int(runs.sum())} pixels, not {height}x{width}: {shorten(counts)}")
+    return {"size": [height, width], "counts": counts}
+
+
+def _runs(counts: str) -> np.ndarray:
+    """
+    The lengths of the runs, in turns without and with the subject, int64. As `rleFrString` of pycocotools' maskApi.c:
+    little-endian groups of 5 bits, each from character 48 up, a sixth bit where the number goes on, a sign in the last
+    group; from the fourth number on, differences to the last but one.
+    """
+    codes = np.frombuffer(counts.encode("utf-8", "surrogatepass"), np.uint8).astype(np.int64) - 48
+    if not codes.size or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
+        raise Unusable("mask", f"counts are no compressed RLE: {shorten(counts)}")
+    ends = np.flatnonzero(codes & 32 == 0)
+    starts = np.concatenate([[0], ends[:-1] + 1])
+    if (ends - starts).max() >= _LONGEST_RUN:
+        raise Unusable("mask", f"a run of over {_LONGEST_RUN} characters: {shorten(counts)}")
+    places = np.arange(codes.size) - np.repeat(starts, ends - starts + 1)
+    values = np.add.reduceat((codes & 31) << 5 * places, starts)
+    values -= np.where(codes[ends] & 16, np.int64(32) << 5 * (ends - starts), 0)
+    values[1::2] = values[1::2].cumsum()
+    values[2::2] = values[2::2].cumsum()
+    return values
+
+
+def decode_mask(mask: Any, height: int, width: int) -> np.ndarray:
+    """A mask's pixels, bool `(height, width)`. Raises [`Unusable`] as [`check_mask`] does."""
+    return coco.decode(check_mask(mask, height, width)).astype(bool)
+
+
+def mask_area(mask: Any) -> int:
+    """The number of a checked mask's pixels."""
+    return int(coco.area(mask))
+
+
+def mask_box(mask: Any) -> Box | None:
+    """The tight box around a checked mask's pixels; `None` if there are none."""
+    if not mask_area(mask):
+        return None
+    left, top, width, height = (float(side) for side in coco.toBbox(mask))
+    return left, top, left + width, top + height
+
+
+def check_box(value: Any, width: float, height: float, tolerance: float = 0.0) -> Box:
+    """
+    A box `[left, top, right, bottom]` inside a frame; what leaves it by up to `tolerance` pixels is cut off.
+
+    Raises:
+        Unusable: of kind "box".
+    """
+    sides = value if isinstance(value, list) and len(value) == 4 and all(map(is_number, value)) else None
+    if sides is None:
+        raise Unusable("box", f"{shorten(value)} is not four finite numbers")
+    left, top, right, bottom = map(float, sides)
+    if min(left, top) < -tolerance or right > width + tolerance or bottom > height + tolerance:
+        raise Unusable("box", f"{shorten(value)} leaves its frame of {width:g}x{height:g}")
+    box = (max(left, 0.0), max(top, 0.0), min(right, float(width)), min(bottom, float(height)))
+    if not (box[0] < box[2] and box[1] < box[3]):
+        raise Unusable("box", f"{shorten(value)} is empty in its frame of {width:g}x{height:g}")
+    return box
+
+
+def box_area(box: Box) -> float:
+    """In square pixels."""
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def box_iou(a: Box, b: Box) -> float:
+    """Intersection over union of two boxes that are not empty."""
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    shared = max(width, 0.0) * max(height, 0.0)
+    return shared / (box_area(a) + box_area(b) - shared)
+
+
+def view_iou(a: View, b: View) -> float:
+    """Of two views of one frame, checked: of their masks where both have one, else of their boxes."""
+    if a.mask is not None and b.mask is not None:
+        return float(coco.iou([a.mask], [b.mask], [0])[0, 0])
+    return box_iou(a.box, b.box)
+
+
+def view_area(view: View) -> float:
+    """The pixels of a checked view's mask, else of its box."""
+    return box_area(view.box) if view.mask is None else mask_area(view.mask)
+
+
+def drop_duplicates(views: Sequence[View], limit: float = 0.8) -> list[int]:
+    """The indices of the views of one frame that stay if of any two with an IoU over `limit` the larger one does."""
+    kept: list[int] = []
+    for index in sorted(range(len(views)), key=lambda i: -view_area(views[i])):
+        if all(view_iou(views[index], views[other]) <= limit for other in kept):
+            kept.append(index)
+    return sorted(kept)

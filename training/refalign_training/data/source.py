@@ -1,0 +1,103 @@
+"""A dataset as a run's configuration names it, and all its samples in order."""
+
+import hashlib
+import sqlite3
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from refalign_training.data.fields import Place
+from refalign_training.data.opens2v import read_opens2v
+from refalign_training.data.phantom import read_phantom
+from refalign_training.data.sample import Fault, Sample, Unusable
+from refalign_training.data.selection import SelectionRule
+from refalign_training.data.table import read_folder, read_samples_file, read_table
+
+
+@dataclass(frozen=True)
+class Source:
+    """A dataset: what format it has, and where it is."""
+
+    data: Literal["opens2v", "phantom", "table", "folder", "samples"]
+    """The format: OpenS2V-5M, Phantom-Data, a table or a folder of your own, or files that the subset tool wrote."""
+    annotations: tuple[Path, ...] = ()
+    """The annotation files. opens2v: Jsons/mask_and_bbox/total_part*.json, full or high quality. phantom: .parquet.
+    table: .jsonl, .csv or .parquet with video, prompt and references. samples: lines of JSON. folder: none."""
+    videos: Path | None = None
+    """The folder that all paths start from. opens2v: of total_part1, total_part2, ... phantom: of Koala-36M's mp4s.
+    folder: the folder itself. table, samples: by default each annotation file's own."""
+    cross_pairs: tuple[Path, ...] = ()
+    """opens2v alone: lists of pairs of Jsons/cross_video_pairs, for references from other clips of a subject."""
+    rule: SelectionRule = field(default_factory=SelectionRule)
+    """Which subjects become references."""
+
+
+def read_source(source: Source) -> Iterator[Sample | Fault]:
+    """
+    The samples of a dataset, in its order and with ids that come once, and what is wrong in it. Memory does not grow
+    with the dataset.
+
+    Raises:
+        ValueError: at once, if something that the format needs is missing, or something it has no use for is given.
+    """
+    _check(source)
+    return _drop_duplicates(_read(source))
+
+
+def _check(source: Source) -> None:
+    needs_annotations, needs_videos = source.data != "folder", source.data in ("opens2v", "phantom", "folder")
+    if needs_annotations and not source.annotations:
+        raise ValueError(f"Data of the format {source.data!r} need annotation files; pass them as `annotations`.")
+    if source.annotations and not needs_annotations:
+        raise ValueError(f"A folder has no annotation files, but `annotations` are {_names(source.annotations)}.")
+    if needs_videos and source.videos is None:
+        raise ValueError(f"Data of the format {source.data!r} need the folder of the videos; pass it as `videos`.")
+    if source.cross_pairs and source.data != "opens2v":
+        raise ValueError(f"`cross_pairs` are OpenS2V-5M's; data of the format {source.data!r} have none of their own.")
+    if missing := [path for path in (*source.annotations, *source.cross_pairs) if not path.is_file()]:
+        raise ValueError(f"There is no file {_names(missing)}; check `annotations` and `cross_pairs`.")
+    if source.videos is not None and not source.videos.is_dir():
+        raise ValueError(f"There is no folder {source.videos}; check `videos`.")
+
+
+def _names(paths: list[Path] | tuple[Path, ...]) -> str:
+    return ", ".join(map(str, paths[:3])) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+
+
+def _read(source: Source) -> Iterator[Sample | Fault]:
+    match source.data:
+        case "opens2v":
+            return read_opens2v(source.annotations, source.videos, source.cross_pairs, source.rule)
+        case "phantom":
+            return read_phantom(source.annotations, source.videos, source.rule)
+        case "table":
+            return read_table(source.annotations, source.videos, source.rule)
+        case "folder":
+            return read_folder(source.videos, source.rule)
+        case "samples":
+            return read_samples_file(source.annotations, source.videos)
+    raise ValueError(f"`data` is {source.data!r}; it has to be opens2v, phantom, table, folder or samples.")
+
+
+def _drop_duplicates(items: Iterator[Sample | Fault]) -> Iterator[Sample | Fault]:
+    # 8 bytes an id on disk: a set of five million takes 0.4 GB of memory. Two of them collide once in a million runs
+    with tempfile.TemporaryDirectory(prefix="refalign-ids-") as folder:
+        database = sqlite3.connect(Path(folder) / "ids", check_same_thread=False)
+        try:
+            database.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -32000;")
+            database.execute("CREATE TABLE seen (digest INTEGER PRIMARY KEY)")
+            for item in items:
+                if isinstance(item, Fault) or _is_new(item.id, database):
+                    yield item
+                else:
+                    error = Unusable("duplicate id", f"{item.id} came before")
+                    yield Place(item.source, item.row, item.id).fault(error)
+        finally:
+            database.close()
+
+
+def _is_new(sample_id: str, database: sqlite3.Connection) -> bool:
+    digest = int.from_bytes(hashlib.blake2b(sample_id.encode(), digest_size=8).digest(), "big", signed=True)
+    return database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,)).rowcount == 1
