@@ -67,6 +67,7 @@ def fill(command: CacheCommand) -> int:
 
 
 def _check(command: CacheCommand) -> None:
+    command.recipe.check()
     families = set(command.families)
     if command.source.data is None:
         raise ValueError("Pass the dataset: --data and what belongs to it.")

@@ -96,10 +96,10 @@ def load_video(sample: Sample, recipe: Recipe, variant: int = 0) -> np.ndarray:
 
 def cover(image: Image.Image, crop: tuple[int, int, int, int] | None, height: int, width: int) -> Image.Image:
     """The crop of an image, scaled to cover a size and centred; what is too much is cut off. Raises [`Unusable`]."""
-    left, top, right, bottom = _checked_crop(image, crop)
-    scale = min((right - left) / width, (bottom - top) / height)
-    x, y = (left + right - scale * width) / 2, (top + bottom - scale * height) / 2
-    box = (max(x, 0), max(y, 0), min(x + scale * width, image.width), min(y + scale * height, image.height))
+    image = image.crop(_checked_crop(image, crop))  # apart, so that no filter reaches what was cut off
+    scale = min(image.width / width, image.height / height)
+    x, y = (image.width - scale * width) / 2, (image.height - scale * height) / 2
+    box = (max(x, 0), max(y, 0), min(image.width - x, image.width), min(image.height - y, image.height))
     return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
 
 

@@ -23,7 +23,7 @@ class Recipe:
     seed: int = 0
     """With the sample's id and the variant or epoch, all that randomness depends on."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         """Raises ValueError for what no video can be made with."""
         if min(self.height, self.width) < 16 or self.height % 16 or self.width % 16:
             raise ValueError(f"The size is {self.height}x{self.width}; height and width have to be multiples of 16.")
