@@ -9,6 +9,7 @@ import tyro
 
 from refalign.cli import Command
 from refalign.video import read_video
+from refalign_training.cli import Command as TrainingCommand
 from tests.drawn_references import draw_face, draw_pet, draw_place
 
 
@@ -43,20 +44,31 @@ def test_the_snippet_about_references_runs(images):
     exec(code.replace("cut_out=[True, False]", "cut_out=[False, False]"), {})  # True wants BiRefNet's weights
 
 
+COMMANDS = {"refalign ": Command, "refalign-train ": TrainingCommand}
+
+
 def commands() -> list[str]:
     lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    return [line for line in lines if line.startswith("refalign ")]
+    return [line for line in lines if line.startswith(tuple(COMMANDS))]
 
 
 @pytest.mark.parametrize("line", commands())
 def test_its_commands_are_understood(line):
-    assert tyro.cli(Command, args=shlex.split(line, comments=True)[1:])
+    program, *arguments = shlex.split(line, comments=True)
+    assert tyro.cli(COMMANDS[f"{program} "], args=arguments)
 
 
-OPTIONS = re.findall(r"^\| .* \| (.*`--.*) \|$", README, flags=re.MULTILINE)
+OPTIONS = re.findall(r"^\| [^|]* \| ([^|]*`--[^|]*) \|$", README, flags=re.MULTILINE)
+DATASETS = re.findall(r"^\| [^|]* \| (`--data [^|]* \| [^|]*) \|$", README, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("row", OPTIONS)
 def test_its_table_of_options_is_understood(row):
     for options in re.findall(r"`(--[^`]*)`", row):
         assert tyro.cli(Command, args=["generate", "--model", "m", *shlex.split(options.partition(",")[0])])
+
+
+@pytest.mark.parametrize("row", DATASETS)
+def test_its_table_of_datasets_is_understood(row):
+    options = [word for options in re.findall(r"`(--[^`]* [^`]*)`", row) for word in shlex.split(options)]
+    assert tyro.cli(TrainingCommand, args=["check", *options])
