@@ -128,10 +128,13 @@ def test_gradients_stop_at_the_last_aligned_block(inputs):
 def test_a_dropped_sample_costs_nothing(hidden_states, features, projector):
     alignment = make_alignment(projector=projector, spatial_norm=True)
     features[1] = 0
+    nothing = torch.tensor([[[0.0]], [[torch.nan]]])
+    hidden_states = [(tokens.detach() + nothing).requires_grad_() for tokens in hidden_states]
     output = alignment(hidden_states, features, keep=torch.tensor([True, False]))
-    gradients = torch.autograd.grad(output.loss.sum(), hidden_states)
+    gradients = torch.autograd.grad(output.loss.sum(), (*hidden_states, *alignment.parameters()))
     assert all((value[1] == 0).all() and (value[0] != 0).all() for value in output)
-    assert all(g[1].count_nonzero() == 0 and g[0].count_nonzero() for g in gradients)
+    assert all(g[1].count_nonzero() == 0 and g[0].count_nonzero() for g in gradients[: len(hidden_states)])
+    assert all(g.isfinite().all() for g in gradients)
 
 
 def test_bfloat16_hidden_states_meet_float32_projectors(hidden_states, features):

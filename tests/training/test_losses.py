@@ -123,6 +123,14 @@ def test_tokens_of_zeros_have_no_gradient():
     assert student.grad.isfinite().all() and student.grad[0, 3].count_nonzero() == 0
 
 
+def test_a_teachers_token_of_zeros_has_a_cosine_of_zero():
+    student, teacher = random_tokens()
+    with torch.no_grad():
+        student[:], teacher[:] = 1.0, 0.0
+    loss = reference_alignment_loss(student, teacher, 5, negative_margin=1.5)
+    assert loss.positive.tolist() == [1.0, 1.0] and loss.negative.tolist() == [0.5, 0.5]
+
+
 def test_no_gradient_reaches_the_teacher():
     student, teacher = random_tokens()
     reference_alignment_loss(student, teacher.requires_grad_(), 5).total.sum().backward()

@@ -147,6 +147,9 @@ class ReferenceAlignment(nn.Module):
         height, width = teacher_features.shape[2:4]
         # The transformer may be in bfloat16 and the projectors in float32; under autocast, that decides
         hidden_states = hidden_states.to(next(projector.parameters()).dtype)
+        if keep is not None:  # not even what is not finite in a dropped sample may reach the projector's gradient
+            is_dropped = ~torch.as_tensor(keep, dtype=torch.bool, device=hidden_states.device)
+            hidden_states = hidden_states.masked_fill(is_dropped[:, None, None], 0)
         return reference_alignment_loss(
             projector(hidden_states, (height, width)),
             teacher_features.flatten(1, 3),

@@ -297,8 +297,9 @@ class _Sample:
 
     def __init__(self, student, teacher, tokens_per_reference: int, subjects: list[int], dtype: torch.dtype):
         self.student, self.teacher = student, teacher
-        self.teacher_norms = torch.linalg.vector_norm(teacher, dim=-1, dtype=dtype)
-        self.teacher_scale = _inverse(self.teacher_norms)
+        norms = torch.linalg.vector_norm(teacher, dim=-1, dtype=dtype)
+        self.teacher_norms = norms.masked_fill_(norms == 0, 1)  # a token of zeros has a cosine of 0 to all
+        self.teacher_scale = self.teacher_norms.reciprocal()
         self.num_negatives = tokens_per_reference**2 * sum(a != b for a in subjects for b in subjects)
         size = math.ceil(tokens_per_reference / math.ceil(tokens_per_reference / BLOCK_SIZE))  # no small last block
         self.blocks: list[tuple[int, slice]] = []
@@ -309,7 +310,8 @@ class _Sample:
 
     def student_rows(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
         """Normalised tokens, and by what they were multiplied for it."""
-        scale = _inverse(torch.linalg.vector_norm(self.student[rows], dim=-1, dtype=self.teacher_norms.dtype))
+        norms = torch.linalg.vector_norm(self.student[rows], dim=-1, dtype=self.teacher_norms.dtype)
+        scale = norms.reciprocal().masked_fill(norms == 0, 0)  # a token of zeros has no direction to turn from
         return self.student[rows] * scale[:, None], scale
 
     def own_cosines(self, student_rows: torch.Tensor, rows: slice) -> torch.Tensor:
@@ -325,11 +327,6 @@ class _Sample:
             if other != subject:
                 bound = (margin - 1) * self.teacher_norms[columns]
                 yield columns, torch.addmm(bound, student_rows, self.teacher[columns].to(student_rows).T)
-
-
-def _inverse(norms: torch.Tensor) -> torch.Tensor:
-    """1 / norm, or 0 for a token of zeros: it has no direction, so its cosine and its gradient are 0."""
-    return norms.reciprocal().masked_fill(norms == 0, 0)
 
 
 def _check_same_shape(**tensors: torch.Tensor) -> None:
