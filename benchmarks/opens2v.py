@@ -3,7 +3,7 @@
     python -m benchmarks.opens2v --folder /tmp              # 1 GB, removed afterwards
     python -m benchmarks.opens2v --folder /tmp --size 0.05  # does it run
 
-The dataset's own files have 32 to 66 GB; that memory does not grow with a file's size is what a second, ten times
+The dataset's own files have 32 to 66 GB for some 400,000 clips; that memory does not grow with a file's size is what a second, ten times
 smaller file shows.
 """
 
@@ -21,7 +21,7 @@ from benchmarks.machine import in_fresh_process, machine_line, markdown_table, p
 from tests.training.opens2v_files import Drawn, cross_pair, opens2v_record
 
 
-HEIGHT, WIDTH, SUBJECTS = 720, 1280, 5
+HEIGHT, WIDTH, SUBJECTS = 720, 1280, 20
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,20 @@ class Options:
 
 
 def draw_mask(seed: int) -> np.ndarray:
-    """A blob with a ragged outline, as segmentation gives: bool `(height, width)`."""
+    """A blob with a ragged outline, as segmentation gives, of any size: bool `(height, width)`."""
     generator = np.random.default_rng(seed)
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     center = generator.uniform(0.3, 0.7, 2) * (HEIGHT, WIDTH)
     angle = np.arctan2(y - center[0], x - center[1])
     waves = sum(np.sin(angle * k + generator.uniform(0, 6)) / k for k in range(1, 30))
-    return np.hypot(y - center[0], x - center[1]) < generator.uniform(120, 220) * (1 + 0.15 * waves)
+    radius = generator.uniform(20, 300) * (1 + 0.15 * waves) + generator.normal(0, 3, (HEIGHT, WIDTH))
+    return np.hypot(y - center[0], x - center[1]) < radius
 
 
 def write_annotations(path: Path, size: float) -> int:
     """Writes records that differ in their keys until the file has `size` GB; returns how many."""
     records = [
-        opens2v_record([Drawn(f"subject {i}", draw_mask(10 * seed + i)) for i in range(SUBJECTS)], path=f"{seed}.mp4")
+        opens2v_record([Drawn(f"subject {i}", draw_mask(SUBJECTS * seed + i)) for i in range(SUBJECTS)], path=f"{seed}.mp4")
         for seed in range(8)
     ]
     bodies = [json.dumps(record) for record in records]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import pickle
 import shutil
 import tarfile
 from pathlib import Path
@@ -14,12 +15,23 @@ from pyarrow import parquet
 from safetensors.torch import load
 
 from refalign_training.cache import CacheCommand, run
-from refalign_training.cache.files import CacheFolder, Item, ShardWriter, digest, item_bytes, read_item
+from refalign_training.cache.decoding import Decoder, Task
+from refalign_training.cache.files import (
+    FAMILIES,
+    CacheFolder,
+    Header,
+    Item,
+    Outcome,
+    digest,
+    write_record,
+    write_text,
+)
 from refalign_training.cache.fill import NOT_FINITE
+from refalign_training.cache.items import ShardWriter, make_item, read_item
 from refalign_training.cache.reader import Cache, normalize_latents
 from refalign_training.data.example import load_references, load_video
 from refalign_training.data.recipe import Recipe
-from refalign_training.data.sample import FAULTS
+from refalign_training.data.sample import FAULTS, Unusable
 from refalign_training.data.source import read_source
 from refalign_training.encoders import VaeEncoder, vae_config
 from tests.tiny_pipeline import tiny_wan_pipeline
@@ -72,7 +84,7 @@ def stale(command, caplog):
     def run_again(**changes) -> tuple[list[str], dict[str, int]]:
         caplog.clear()
         before = stamps(command.output)
-        with caplog.at_level(logging.INFO, logger="refalign_training.cache.settings"):
+        with caplog.at_level(logging.INFO, logger="refalign_training.cache"):
             assert run(change(command, **changes)) == 0
         after = stamps(command.output)
         assert {path: after[path] for path in before} == before  # nothing was made twice
@@ -93,7 +105,7 @@ def test_it_holds_what_encoding_online_gives(made, wan_folder, teacher, pipeline
     cache = Cache(made.output)
     samples = list(read_source(made.source))
     assert [entry.sample_id for entry in cache.samples] == [sample.id for sample in samples]
-    config = vae_config(str(wan_folder))
+    config = vae_config(wan_folder)
     for sample, entry in zip(samples, cache.samples, strict=True):
         for variant in entry.variants:
             values = cache.read(entry, variant)
@@ -183,12 +195,12 @@ def test_a_tar_that_gets_too_large_is_split(tmp_path):
     folder = CacheFolder(tmp_path)
     writer = ShardWriter(folder, "video", "000000", shard_bytes=12_000)
     tensors = [{"latents": torch.full((1000,), float(number))} for number in range(4)]
-    items = [writer.add(str(n), item_bytes(t, {}, {})) for n, t in enumerate(tensors)]
+    items = [writer.add(*make_item(t, {"number": n}, {})) for n, t in enumerate(tensors)]
     writer.close()
-    assert [item.shard for item in items] == ["000000-0.tar", "000000-0.tar", "000000-1.tar", "000000-1.tar"]
+    assert [item.shard.rsplit("-", 1)[0] for item in items] == ["000000-0", "000000-0", "000000-1", "000000-1"]
     assert sorted(path.name for path in folder.shards("video").iterdir()) == sorted({item.shard for item in items})
     for item, tensor in zip(items, tensors, strict=True):
-        assert torch.equal(read_item(folder, "video", item)[0]["latents"], tensor["latents"])
+        assert torch.equal(read_item(folder.item("video", item), item)["latents"], tensor["latents"])
 
 
 def test_workers_change_nothing(made, tmp_path):
@@ -208,9 +220,11 @@ def test_no_pickle_is_written(made):
 
 
 def test_a_second_run_computes_nothing(stale, command):
-    records = stamps(command.output, "**/*.json*")
+    patterns = ("records/**/*.jsonl", "plan/0*.jsonl", "plan/summary.json", "*.json", "*.safetensors")
+    before = [stamps(command.output, pattern) for pattern in patterns]
+    assert all(before)
     assert stale() == ([], {})
-    assert stamps(command.output, "**/*.json*") == records
+    assert [stamps(command.output, pattern) for pattern in patterns] == before
 
 
 @pytest.mark.parametrize("family", ["video", "references", "text", "teacher"])
@@ -218,15 +232,15 @@ def test_a_family_is_rebuilt_alone(stale, command, family):
     shutil.rmtree(command.output / "records" / family)
     shutil.rmtree(command.output / "items" / family)
     messages, computed = stale(families=(family,))
-    assert computed == {family: {"references": 10, "teacher": 10, "text": 6}.get(family, 5)}
+    assert computed == {family: {"references": 10, "teacher": 10}.get(family, 5)}
     assert messages == []
 
 
 def test_another_size_makes_all_but_text_anew_and_says_why(stale):
     messages, computed = stale(height=48)
     assert computed == {"references": 10, "teacher": 10, "video": 5}
-    assert "5 items of `video` are stale: height changed from 32 to 48" in messages
-    assert "10 items of `teacher` are stale: height changed from 32 to 48" in messages
+    assert "`video` is computed anew: height changed from 32 to 48" in messages
+    assert "`teacher` is computed anew: height changed from 32 to 48" in messages
 
 
 def test_another_number_of_frames_concerns_the_video_alone(stale):
@@ -235,22 +249,22 @@ def test_another_number_of_frames_concerns_the_video_alone(stale):
 
 def test_another_dtype_makes_all_anew(stale):
     messages, computed = stale(dtype="bfloat16")
-    assert computed == {"references": 10, "teacher": 10, "text": 6, "video": 5}
-    assert "6 items of `text` are stale: dtype changed from float32 to bfloat16" in messages
+    assert computed == {"references": 10, "teacher": 10, "text": 5, "video": 5}
+    assert "`text` is computed anew: dtype changed from float32 to bfloat16" in messages
 
 
 def test_another_model_and_another_seed_at_once(stale, tmp_path):
     tiny_wan_pipeline(seed=1).save_pretrained(tmp_path / "wan")
     messages, computed = stale(model=str(tmp_path / "wan"), seed=1)
-    assert computed == {"references": 10, "teacher": 10, "text": 6, "video": 5}
-    assert "5 items of `video` are stale: model changed; seed changed from 0 to 1" in messages
-    assert "6 items of `text` are stale: model changed" in messages
-    assert "10 items of `teacher` are stale: seed changed from 0 to 1" in messages
+    assert computed == {"references": 10, "teacher": 10, "text": 5, "video": 5}
+    assert "`video` is computed anew: model changed; seed changed from 0 to 1" in messages
+    assert "`text` is computed anew: model changed" in messages
+    assert "`teacher` is computed anew: seed changed from 0 to 1" in messages
 
 
 def test_another_teacher_concerns_its_features_alone(stale, tmp_path):
     messages, computed = stale(teacher=str(write_teacher(tmp_path / "teacher", seed=1)))
-    assert (messages, computed) == (["10 items of `teacher` are stale: model changed"], {"teacher": 10})
+    assert (messages, computed) == (["`teacher` is computed anew: model changed"], {"teacher": 10})
 
 
 def test_what_was_made_before_is_found_again(stale):
@@ -266,16 +280,21 @@ def test_more_variants_keep_the_first_ones(stale):
 def test_a_new_sample_at_the_front_is_the_only_one_computed(command, shards):
     command = change(command, output=command.output.with_name("other"), shards=shards)
     assert run(command) == 0
-    keys = {i.key for e in Cache(command.output).samples for items in e.items.values() for i in items}
+    keys = all_keys(command)
     tars = stamps(command.output, "shards/**/*.tar")
     write_clip(command.source.videos, "a clip", seed=9)
     assert run(command) == 0
     entries = Cache(command.output).samples
     assert [entry.sample_id for entry in entries] == ["a clip", *(f"clip{n:02d}" for n in range(5))]
     computed = [json.loads(p.read_text("utf-8").split("\n")[0])["computed"] for p in record_files(command)]
-    assert sum(computed) == 7  # video, text, two variants of references and teacher; the empty prompt before
-    assert keys < {i.key for e in entries for items in e.items.values() for i in items}
+    assert sum(computed) == 6  # video, text, two variants of references and teacher
+    assert keys < all_keys(command)
     assert stamps(command.output, "shards/**/*.tar").items() >= tars.items()
+
+
+def all_keys(command: CacheCommand) -> set[str]:
+    cache = Cache(command.output)
+    return {cache.item(entry, f, v).key for entry in cache.samples for f in cache.families for v in entry.variants}
 
 
 def record_files(command: CacheCommand) -> list[Path]:
@@ -296,8 +315,8 @@ def test_a_changed_video_and_a_changed_caption(stale, command):
     messages, computed = stale()
     assert computed == {"text": 1, "video": 1}
     assert messages == [
-        "1 items of `video` are stale: files changed",
-        "1 items of `text` are stale: annotation changed",
+        "1 samples of `video`: files changed",
+        "1 samples of `text`: annotation changed",
     ]
 
 
@@ -396,15 +415,28 @@ def flip(path: Path, item: Item) -> None:
     path.write_bytes(content)
 
 
+def zero(path: Path, item: Item) -> None:
+    """As after a loss of power: the tensors' pages were never written."""
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    content[start:] = bytes(len(content) - start)
+    path.write_bytes(content)
+
+
 def remove(path: Path, item: Item) -> None:
     path.unlink()
 
 
-@pytest.mark.parametrize("damage", [truncate, flip, remove])
+def item_of(command: CacheCommand, sample: int, family: str, variant: int = 0) -> Item:
+    cache = Cache(command.output)
+    return cache.item(cache.samples[sample], family, variant)
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, zero, remove])
 def test_verify_finds_a_broken_item_and_the_next_run_mends_it(command, damage, capsys):
     before, expected = stamps(command.output), all_items(command.output)
-    item = Cache(command.output).samples[1].items["references"][1]
-    path = CacheFolder(command.output).item("references", item.key)
+    item = item_of(command, 1, "references", 1)
+    path = CacheFolder(command.output).item("references", item)
     damage(path, item)
     verify = change(command, verify=True)
     capsys.readouterr()
@@ -421,7 +453,7 @@ def test_verify_finds_a_broken_item_and_the_next_run_mends_it(command, damage, c
 def test_verify_and_mend_in_shards(made, tmp_path):
     command = change(made, output=tmp_path / "cache", shards=True, families=("references",))
     assert run(command) == 0
-    item = Cache(command.output).samples[1].items["references"][1]
+    item = item_of(command, 1, "references", 1)
     flip(command.output / "shards/references" / item.shard, item)
     assert run(change(command, verify=True)) == 1
     assert run(command) == 0
@@ -433,11 +465,208 @@ def test_verify_and_mend_in_shards(made, tmp_path):
 
 
 def test_verify_notices_an_item_under_another_ones_name(command, capsys):
-    first, second = (entry.items["video"][0].key for entry in Cache(command.output).samples[:2])
+    first, second = (item_of(command, sample, "video").key for sample in (0, 1))
     folder = CacheFolder(command.output)
     shutil.copy(folder.item("video", first), folder.item("video", second))
     assert run(change(command, verify=True)) == 1
-    assert f"item {second} is made of other ingredients" in capsys.readouterr().out
+    assert f"item {second} is not what was written" in capsys.readouterr().out
+
+
+# -- Families that do not fit together --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unreadable(monkeypatch):
+    """Makes one reference unreadable for as long as a family is computed."""
+    from refalign_training.data import example
+
+    read = example._read_image
+
+    def fail(name: str) -> None:
+        def read_others(path: Path):
+            if path.name == name:
+                raise Unusable("image", "not now")
+            return read(path)
+
+        monkeypatch.setattr(example, "_read_image", read_others)
+
+    return fail
+
+
+def test_references_and_teacher_that_saw_other_references_are_left_out(made, tmp_path, unreadable, caplog):
+    command = change(made, output=tmp_path / "cache", variants=1)
+    assert run(change(command, families=("references",))) == 0
+    unreadable("clip01.ref1.png")
+    assert run(change(command, families=("teacher",))) == 0
+    unreadable("")
+    (line,) = [json.loads(line) for line in (command.output / "quarantine.jsonl").read_text("utf-8").splitlines()]
+    assert (line["family"], line["sample_id"], line["lost"], line["kind"]) == (
+        "teacher", "clip01", "reference", "image",
+    )  # fmt: skip
+    cache = Cache(command.output)
+    assert [entry.sample_id for entry in cache.samples] == ["clip00", "clip02", "clip03", "clip04"]
+    assert "4 samples; left out: 1 references and teacher disagree" in caplog.text
+    before = cache.fingerprint
+    assert run(change(command, families=("references", "teacher"))) == 0
+    assert Cache(command.output).fingerprint == before  # it waits to be asked
+    assert run(change(command, families=("references", "teacher"), retry_quarantined=True)) == 0
+    assert len(Cache(command.output).samples) == 5
+    assert (command.output / "quarantine.jsonl").read_text("utf-8") == ""
+
+
+def test_a_reference_that_both_lost_changes_the_bucket(made, tmp_path, unreadable):
+    command = change(made, output=tmp_path / "cache", families=("references", "teacher"), shards=True)
+    unreadable("clip01.ref2.png")
+    assert run(command) == 0
+    lost = Cache(command.output)
+    assert [entry.bucket[3] for entry in lost.samples] == [1, 1, 1, 2, 1]
+    unreadable("")
+    assert run(change(command, retry_quarantined=True)) == 0
+    mended = Cache(command.output)
+    assert [entry.bucket[3] for entry in mended.samples] == [1, 2, 1, 2, 1]
+    assert mended.read(mended.samples[1], 1)["subjects"].tolist() == [0, 1]
+    assert mended.fingerprint != lost.fingerprint
+    assert run(change(command, verify=True)) == 0
+
+
+def test_the_variants_are_those_that_both_families_have(made, tmp_path):
+    command = change(made, output=tmp_path / "cache", variants=3)
+    assert run(change(command, families=("references",))) == 0
+    assert run(change(command, families=("teacher",), variants=2)) == 0
+    cache = Cache(command.output)
+    assert cache.samples[0].variants == (0, 1)
+    assert set(cache.read(cache.samples[0], 1)) == {"reference_latents", "teacher_features", "subjects"}
+
+
+def test_video_and_references_of_different_vaes_are_refused(command, tmp_path):
+    other = tiny_wan_pipeline(seed=1)
+    other.vae.register_to_config(latents_std=[2.0] * 16)
+    other.save_pretrained(tmp_path / "wan")
+    assert run(change(command, model=str(tmp_path / "wan"), families=("references",))) == 0
+    with pytest.raises(ValueError, match=r"`video` of model sha256:.* but `references` of model"):
+        Cache(command.output)
+    cache = Cache(command.output, ("references",))
+    vae = cache.settings["families"]["references"]["vae"]
+    assert vae["latents_std"] == [2.0] * 16
+    item = cache.item(cache.samples[0], "references")
+    stored = read_item(CacheFolder(command.output).item("references", item), item)["latents"]
+    assert torch.equal(cache.read(cache.samples[0])["reference_latents"], normalize_latents(stored, vae))
+    assert Cache(command.output, ("video",)).settings["families"]["video"]["vae"] != vae
+
+
+# -- What goes wrong on the way ---------------------------------------------------------------------------------------
+
+
+def test_another_dtype_tries_again_what_was_not_finite(tmp_path, wan_folder, monkeypatch):
+    encode = VaeEncoder._encode
+
+    def overflow(self, pixels):
+        return encode(self, pixels) * (float("nan") if self.dtype == torch.float16 else 1)
+
+    monkeypatch.setattr(VaeEncoder, "_encode", overflow)
+    command = cache_command(write_clips(tmp_path / "clips", 2), tmp_path / "cache", wan_folder, families=("video",))
+    assert run(change(command, dtype="float16")) == 0
+    with pytest.raises(ValueError, match=r"has no sample .*: 2 failed in `video`. .*--retry-quarantined"):
+        Cache(command.output)
+    assert run(command) == 0
+    assert len(Cache(command.output).samples) == 2
+
+
+def test_an_unexpected_exception_costs_one_sample(tmp_path, wan_folder, monkeypatch, caplog):
+    from refalign_training.cache import decoding
+
+    load = decoding.load_video
+
+    def fail(sample, *rest):
+        if sample.id == "clip00":
+            raise KeyError("nobody has foreseen it")
+        return load(sample, *rest)
+
+    monkeypatch.setattr(decoding, "load_video", fail)
+    command = cache_command(write_clips(tmp_path / "clips", 2), tmp_path / "cache", wan_folder, families=("video",))
+    with caplog.at_level(logging.DEBUG, logger="refalign_training.cache.decoding"):
+        assert run(command) == 0
+    assert "Traceback" in caplog.text
+    (line,) = [json.loads(line) for line in (command.output / "quarantine.jsonl").read_text("utf-8").splitlines()]
+    assert (line["sample_id"], line["kind"]) == ("clip00", "not readable")
+    assert line["detail"] == "KeyError: 'nobody has foreseen it'"
+    assert len(Cache(command.output).samples) == 1
+
+
+def test_a_dead_decoder_is_told_with_its_samples(made, monkeypatch):
+    from refalign_training.cache import decoding
+
+    def die(*_):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")  # as torch tells of it
+
+    monkeypatch.setattr(decoding._Decoding, "__getitem__", die)
+    sample = next(iter(read_source(made.source)))
+    with pytest.raises(ValueError, match=r"has died .*these samples: clip00\. Run again.*--workers 0"):
+        with Decoder("video", RECIPE, iter([Task("000000", 0, 0, sample)]), workers=0) as results:
+            list(results)
+
+
+@pytest.mark.parametrize(
+    "cut", [lambda text: "", lambda text: text[:40], lambda text: text[:-30]], ids=["empty", "header", "last line"]
+)
+def test_a_damaged_record_is_like_none(command, cut, capsys, caplog):
+    record = command.output / "records/video/000000.jsonl"
+    whole = record.read_text("utf-8")
+    record.write_text(cut(whole), "utf-8")
+    assert len(Cache(command.output).samples) == 3
+    assert "left out: 2 not computed yet in `video`" in caplog.text
+    for action in ("status", "prune"):
+        assert run(change(command, **{action: True})) == 0
+    assert run(change(command, verify=True)) == (0 if not record.is_file() else 1)
+    assert not record.is_file()
+    before = stamps(command.output)
+    assert run(command) == 0
+    assert stamps(command.output) == before
+    assert len(Cache(command.output).samples) == 5
+
+
+def test_quarantine_follows_the_records_whatever_their_times(tmp_path, wan_folder):
+    clips = write_clips(tmp_path / "clips", 2)
+    corrupt(clips / "clip01.mp4")
+    command = cache_command(clips, tmp_path / "cache", wan_folder, families=("video",))
+    assert run(command) == 0
+    listed = (command.output / "quarantine.jsonl").read_text("utf-8")
+    (command.output / "quarantine.jsonl").write_text("", "utf-8")  # newer than all records, as in a race
+    assert run(command) == 0
+    assert (command.output / "quarantine.jsonl").read_text("utf-8") == listed != ""
+
+
+def test_the_empty_prompt_without_text(made, tmp_path, command):
+    assert run(change(made, output=tmp_path / "video", families=("video",))) == 0
+    with pytest.raises(ValueError, match=r"no embeddings of the empty prompt. .*--families text"):
+        _ = Cache(tmp_path / "video").empty_prompt_embeds
+    item = command.output / "empty_prompt.safetensors"
+    item.write_bytes(item.read_bytes()[:-4] + b"\0\0\0\1")
+    assert run(change(command, verify=True)) == 1
+    assert run(command) == 0
+    assert torch.equal(Cache(command.output).empty_prompt_embeds, Cache(made.output).empty_prompt_embeds)
+
+
+def test_a_cache_of_many_samples_is_small_in_memory(tmp_path):
+    count, unit_size, made = 20_000, 256, {"ingredients": {}, "variants": 1}
+    folder = CacheFolder(tmp_path)
+    info = {"frames": 81, "size": [480, 832], "subjects": ["a", "b", "c"], "origins": ["regular"] * 3}
+    units = [range(start, min(start + unit_size, count)) for start in range(0, count, unit_size)]
+    write_text(folder.settings, json.dumps({"schema": 1, "families": dict.fromkeys(FAMILIES, made)}))
+    write_text(folder.summary, json.dumps({"units": ["plan"] * len(units), "samples": count, "faults": {}}))
+    for family in FAMILIES:
+        for number, unit in enumerate(units):
+            items = ((s, Item(digest([family, s]), 10**6, 0, info, f"{number:06d}-0.tar", 512 * s)) for s in unit)
+            outcomes = [Outcome(f"total_part1/abcdefghij{s:08d}", "", "", (item,)) for s, item in items]
+            write_record(folder.record(family, f"{number:06d}"), Header("plan", {}, 1), outcomes)
+    cache = Cache(tmp_path)
+    assert len(cache.samples) == count
+    assert cache.samples[-1].bucket == (81, 480, 832, 3)
+    assert cache.item(cache.samples[300], "text") == Item(digest(["text", 300]), 10**6, 0, {}, "000001-0.tar", 153_600)
+    assert len(pickle.dumps(cache)) < 300 * count
+
+
+# -- Prune ------------------------------------------------------------------------------------------------------------
 
 
 def test_prune_removes_what_nothing_needs(command, capsys):
@@ -467,6 +696,13 @@ def test_prune_keeps_what_an_unfinished_cache_will_find(command, tmp_path):
     assert stamps(command.output).items() >= before.items()
 
 
+def test_prune_keeps_the_finished_items_of_a_unit_that_was_killed(command):
+    (command.output / "records/video/000001.jsonl").unlink()  # as if it had been killed before the record
+    before = stamps(command.output)
+    assert run(change(command, prune=True)) == 0
+    assert stamps(command.output) == before
+
+
 # -- What is asked ----------------------------------------------------------------------------------------------------
 
 
@@ -477,7 +713,7 @@ def test_status_tells_how_far_it_is(command, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("5 samples in 3 units.")
     assert lines[2].split()[:4] == ["video", "2/3", "3", "0"]
-    assert lines[4].split()[:4] == ["text", "4/4", "6", "0"]
+    assert lines[4].split()[:4] == ["text", "3/3", "5", "0"]
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -43,7 +45,8 @@ def fast_polls(monkeypatch):
 def _run(command: CacheCommand, environment: dict[str, str]) -> None:
     os.environ |= environment
     torch.set_num_threads(1)
-    tqdm.set_lock(threading.RLock())  # else forked processes share one, and a killed one never gives it back
+    for bar in (tqdm, fill.tqdm):  # else forked processes share one lock, and a killed one never gives it back
+        bar.set_lock(threading.RLock())
     os._exit(run(command))
 
 
@@ -85,7 +88,7 @@ def test_two_processes_compute_every_unit_once(undisturbed, tmp_path, ranks):
     for process in processes:
         process.join()
         assert process.exitcode == 0
-    assert sum(header["computed"] for header in headers(command)) == 3 * 12 + 1
+    assert sum(header["computed"] for header in headers(command)) == 3 * 12
     assert_equals(command, undisturbed)
 
 
@@ -118,23 +121,57 @@ def test_a_process_waits_for_the_units_of_others(undisturbed, tmp_path):
     process = start(command)
     process.join(1.0)
     assert process.is_alive()
-    assert len(headers(command)) == 6  # of seven: the empty prompt has its own
+    assert len(headers(command)) == 5  # of six
     kill(other)
     process.join()
     assert process.exitcode == 0
-    assert len(headers(command)) == 7
+    assert len(headers(command)) == 6
+
+
+def test_a_waiting_process_shows_no_bar(undisturbed, tmp_path, monkeypatch, capsys):
+    command = dataclasses.replace(undisturbed, output=tmp_path / "cache", families=("video",))
+    assert run(command) == 0
+    record = CacheFolder(command.output).record("video", "000003")
+    content = record.read_bytes()
+    record.unlink()
+    polls = []
+
+    def poll(seconds: float) -> None:
+        polls.append(seconds)
+        if len(polls) == 5:
+            record.write_bytes(content)  # the other one is done
+
+    monkeypatch.setattr(fill.time, "sleep", poll)
+    capsys.readouterr()
+    with Lock.take(CacheFolder(command.output).lock("video", "000003.lock")):
+        assert run(command) == 0
+    assert len(polls) == 5
+    assert capsys.readouterr().err == ""
+
+
+def test_a_process_that_starts_late_takes_the_plan_of_those_at_work(undisturbed, tmp_path, monkeypatch):
+    from refalign_training.cache import settings
+
+    command = dataclasses.replace(undisturbed, output=tmp_path / "cache", families=("text",))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one launch")
+    assert run(command) == 0
+    monkeypatch.setattr(settings, "read_source", None)
+    assert run(command) == 0  # of the same launch
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with Lock.take(CacheFolder(command.output).lock("cache.lock"), shared=True):
+        assert run(command) == 0
+    with pytest.raises(TypeError):
+        run(command)  # alone, it reads the dataset
 
 
 def test_other_settings_have_to_wait(undisturbed, tmp_path):
     command = dataclasses.replace(undisturbed, output=tmp_path / "cache", families=("text",))
     assert run(command) == 0
-    with Lock.take(CacheFolder(command.output).lock("use"), shared=True):  # as a process at work has it
+    with Lock.take(CacheFolder(command.output).lock("cache.lock"), shared=True):  # as a process at work has it
         assert run(command) == 0
-        assert run(dataclasses.replace(command, families=("video",))) == 0  # disturbs nobody
-        with pytest.raises(ValueError, match="with other settings or data"):
-            run(dataclasses.replace(command, dtype="bfloat16"))
-        with pytest.raises(ValueError, match="with other settings or data"):
-            run(dataclasses.replace(command, limit=3))
+        for changes in ({"dtype": "bfloat16"}, {"limit": 3}, {"families": ("video",)}):
+            with pytest.raises(ValueError, match="with other settings, families or data"):
+                run(dataclasses.replace(command, **changes))
         for action in ("verify", "prune"):
             with pytest.raises(ValueError, match="Another process works"):
                 run(dataclasses.replace(command, **{action: True}))
@@ -206,6 +243,38 @@ def test_kill_9_loses_no_finished_item(undisturbed, tmp_path, shards):
 
 
 @pytest.mark.slow
+def test_kill_9_of_real_processes_with_a_worker(undisturbed, tmp_path):
+    command = dataclasses.replace(undisturbed, output=tmp_path / "cache")
+    words = [
+        "--data",
+        "folder",
+        "--videos",
+        command.source.videos,
+        "--model",
+        command.model,
+        "--output",
+        tmp_path / "cache",
+    ]
+    words += ["--families", "video", "references", "text", "--dtype", "float32", "--device", "cpu", "--workers", "1"]
+    words += ["--height", command.recipe.height, "--width", command.recipe.width, "--unit-size", 2]
+    words += ["--num-frames", command.recipe.num_frames]
+    line = [sys.executable, "-m", "refalign_training.cli", "cache", *map(str, words)]
+    kept: dict[str, tuple[int, int]] = {}
+    for number in range(4):
+        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        records = 4 * (number + 1)
+        while number < 3 and process.poll() is None and len(headers(command)) < records:
+            time.sleep(0.005)
+        if number < 3:
+            process.kill()
+        assert process.wait(60) == (-signal.SIGKILL if number < 3 else 0)
+        now = finished(command)
+        assert {path: now.get(path) for path in kept} == kept
+        kept = now
+    assert_equals(command, undisturbed)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", [False, True])
 def test_fifty_kills_lose_no_finished_item(undisturbed, tmp_path, shards):
     kill_often(dataclasses.replace(undisturbed, output=tmp_path, shards=shards), undisturbed, kills=50, seed=1)
@@ -225,4 +294,4 @@ def test_kills_of_one_of_two_and_a_dataset_that_grows(undisturbed, tmp_path, wan
         assert processes[1 - number % 2].exitcode == 0
         assert len(Cache(command.output).samples) == 7 + number
     assert run(dataclasses.replace(command, verify=True)) == 0
-    assert len(all_items(command.output)) == 3 * 12 + 1
+    assert len(all_items(command.output)) == 3 * 12

@@ -1,5 +1,6 @@
 """The frozen encoders give what the pipeline computes for inference."""
 
+import hashlib
 import shutil
 import subprocess
 import sys
@@ -9,12 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
+from refalign_training import frozen_models
 from refalign_training.cache.decoding import Decoded
 from refalign_training.cache.reader import normalize_latents
 from refalign_training.encoders import (
+    PARTS,
     TeacherEncoder,
     TextEncoder,
     VaeEncoder,
+    fetch_models,
     model_identity,
     vae_config,
 )
@@ -35,13 +39,13 @@ def images() -> list[Image.Image]:
 
 @pytest.fixture(scope="module")
 def text_encoder(wan_folder) -> TextEncoder:
-    return TextEncoder(str(wan_folder), torch.float32, CPU)
+    return TextEncoder(wan_folder, torch.float32, CPU)
 
 
 def test_references_are_bit_for_bit_the_pipelines(pipeline, repo_folder, images):
-    encoder = VaeEncoder(str(repo_folder), torch.float32, CPU, references=True)
+    encoder = VaeEncoder(repo_folder, torch.float32, CPU, references=True)
     (item,) = encoder([Decoded(torch.from_numpy(np.stack(images)))])
-    ours = normalize_latents(item["latents"], vae_config(str(repo_folder)))
+    ours = normalize_latents(item["latents"], vae_config(repo_folder))
     theirs = torch.cat([pipeline.encode_reference(image, 32, 48)[0] for image in images], dim=1)
     assert ours.shape == (16, 3, 4, 6)
     assert torch.equal(ours, theirs)
@@ -59,7 +63,7 @@ def test_normalize_latents_takes_batches_and_half_precision(wan_folder):
 
 def test_a_clip_is_encoded_as_the_mean_of_its_posterior(pipeline, repo_folder):
     frames = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (9, 32, 48, 3), dtype=np.uint8))
-    (item,) = VaeEncoder(str(repo_folder), torch.float32, CPU)([Decoded(frames)])
+    (item,) = VaeEncoder(repo_folder, torch.float32, CPU)([Decoded(frames)])
     video = pipeline.video_processor.preprocess_video([Image.fromarray(frame) for frame in frames.numpy()])
     with torch.no_grad():
         assert torch.equal(item["latents"], pipeline.vae.encode(video).latent_dist.mean[0])
@@ -77,11 +81,21 @@ def test_prompts_are_the_pipelines_without_padding(pipeline, text_encoder):
     assert len(item["prompt_embeds_3"]) == 512
 
 
-def test_a_prompt_is_the_same_alone_and_among_others(text_encoder):
-    together = text_encoder([Decoded(prompts=PROMPTS[:2]), Decoded(prompts=PROMPTS[2:])])
-    alone = [text_encoder([Decoded(prompts=(prompt,))])[0]["prompt_embeds_0"] for prompt in PROMPTS]
-    for embeds, expected in zip([e for item in together for e in item.values()], alone, strict=True):
-        torch.testing.assert_close(embeds, expected, atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prompt_is_the_same_bit_for_bit_alone_and_among_others_and_in_the_pipeline(wan_folder, pipeline, dtype):
+    encoder = TextEncoder(wan_folder, dtype, CPU)
+    whole = replace(pipeline, "text_encoder", encoder.text_encoder)
+    together = encoder([Decoded(prompts=PROMPTS[:2]), Decoded(prompts=PROMPTS[2:])])
+    for embeds, prompt in zip([e for item in together for e in item.values()], PROMPTS, strict=True):
+        (alone,) = encoder([Decoded(prompts=(prompt,))])
+        assert torch.equal(embeds, alone["prompt_embeds_0"])
+        with torch.no_grad():  # with a gradient, other kernels run
+            padded, _ = whole.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=512)
+        assert torch.equal(embeds, padded[0, : len(embeds)].to(dtype))
+
+
+def replace(pipeline, name, component):
+    return type(pipeline)(**pipeline.components | {name: component})
 
 
 def test_more_prompts_than_a_batch(text_encoder):
@@ -93,7 +107,7 @@ def test_more_prompts_than_a_batch(text_encoder):
 
 def test_teacher_features_lie_on_the_transformers_grid(tmp_path, images):
     folder = write_teacher(tmp_path / "teacher")
-    encoder = TeacherEncoder(str(folder), torch.float32, CPU)
+    encoder = TeacherEncoder(folder, torch.float32, CPU)
     (item,) = encoder([Decoded(torch.from_numpy(np.stack(images)))])
     pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     assert item["features"].shape == (3, 2, 3, 24)
@@ -101,49 +115,67 @@ def test_teacher_features_lie_on_the_transformers_grid(tmp_path, images):
 
 
 def test_what_is_stored_has_the_dtype_asked_for(wan_folder, images):
-    encoder = VaeEncoder(str(wan_folder), torch.bfloat16, CPU, references=True)
+    encoder = VaeEncoder(wan_folder, torch.bfloat16, CPU, references=True)
     assert encoder([Decoded(torch.from_numpy(np.stack(images)))])[0]["latents"].dtype == torch.bfloat16
-    text_encoder = TextEncoder(str(wan_folder), torch.bfloat16, CPU)
+    text_encoder = TextEncoder(wan_folder, torch.bfloat16, CPU)
     assert text_encoder([Decoded(prompts=("a",))])[0]["prompt_embeds_0"].dtype == torch.bfloat16
 
 
 def test_identity_of_a_folder_is_its_content(wan_folder, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(wan_folder, copy)
-    identity = model_identity(str(wan_folder), ("vae",))
-    assert model_identity(str(copy), ("vae",)) == identity
-    text = model_identity(str(copy), ("text_encoder", "tokenizer"))
+    identity = model_identity(wan_folder, ("vae",))
+    (copy / "vae/README.md").write_text("nothing of it")
+    assert model_identity(copy, ("vae",)) == identity
+    text = model_identity(copy, ("text_encoder", "tokenizer"))
     weights = copy / "vae/diffusion_pytorch_model.safetensors"
     content = bytearray(weights.read_bytes())
-    content[-1] ^= 1  # as long as before
+    content[len(content) // 3] ^= 1  # as long as before
     weights.write_bytes(content)
-    assert model_identity(str(copy), ("vae",)) != identity
-    assert model_identity(str(copy), ("text_encoder", "tokenizer")) == text
+    assert model_identity(copy, ("vae",)) != identity
+    assert model_identity(copy, ("text_encoder", "tokenizer")) == text
 
 
-def test_identity_of_a_large_file_is_its_samples(tmp_path):
-    weights = tmp_path / "model.safetensors"
-    content = bytearray(np.random.default_rng(0).integers(0, 256, 3 * 2**20, dtype=np.uint8).tobytes())
-    identities = set()
-    for change in (0, 1, -1):  # the first and the last bytes are always among them
-        content[change] ^= 255
-        weights.write_bytes(content)
-        identities.add(model_identity(str(tmp_path)))
-    assert len(identities) == 2 + (content[0] != content[1])
+def test_identity_takes_the_hubs_own_digests_of_large_files(tmp_path):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "snapshot").mkdir()
+    content = b"weights"
+    (tmp_path / "here/model.safetensors").write_bytes(content)
+    blob = tmp_path / "blobs" / hashlib.sha256(content).hexdigest()
+    blob.write_bytes(b"is not read")
+    (tmp_path / "snapshot/model.safetensors").symlink_to(blob)
+    here, hub = tmp_path / "here", tmp_path / "snapshot"
+    assert frozen_models.identity(hub, hub.iterdir()) == frozen_models.identity(here, here.iterdir())
 
 
 def test_a_model_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match="holds no model in vae"):
-        model_identity(str(tmp_path), ("vae",))
+        model_identity(tmp_path, ("vae",))
     with pytest.raises(ValueError, match="no VAE that can be read"):
-        vae_config(str(tmp_path))
+        vae_config(tmp_path)
+    with pytest.raises(ValueError, match="no revision 'main'"):
+        fetch_models(("video",), str(tmp_path), None, revision="main")
 
 
-def test_identity_of_a_hub_id_is_its_commit_and_takes_no_weights(wan_folder, tmp_path):
+def test_a_hub_id_is_resolved_once_and_identified_by_its_content(wan_folder, tmp_path):
     shutil.copytree(wan_folder, tmp_path / "repos/org/wan")
-    code = "from refalign_training.encoders import model_identity as i; print(i('org/wan', ('vae',)))"
-    with MockHub(tmp_path / "repos") as hub:
+    code = (
+        "from refalign_training.encoders import *; m = fetch_models(('video', 'text'), 'org/wan', None);"
+        "print(m.pipeline.name, m.identities['video'], m.identities['text'])"
+    )
+
+    def resolve() -> list[str]:
         environment = hub.environment(tmp_path / "home")
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-        assert done.stdout.strip() == f"org/wan@{hub.sha('org/wan')}", done.stderr
-        assert not [path for _, path in hub.requests if path.endswith(".safetensors")]
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    with MockHub(tmp_path / "repos") as hub:
+        commit, *identities = resolve()
+        assert commit == hub.sha("org/wan")
+        assert identities == [model_identity(wan_folder, PARTS[family]) for family in ("video", "text")]
+        assert len([path for _, path in hub.requests if path.endswith("/revision/main")]) == 1
+        assert not [path for _, path in hub.requests if "/transformer/" in path]
+        (tmp_path / "repos/org/wan/README.md").write_text("another commit")
+        assert resolve() == [hub.sha("org/wan"), *identities]

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
-from refalign_training.teachers import load_teacher
+from refalign_training.frozen_models import identity
+from refalign_training.teachers import load_teacher, teacher_files
 from tests.mock_hub import Answer, MockHub, refuse
 
 
@@ -208,7 +209,6 @@ def test_bfloat16(saved, kind):
     teacher = load_teacher(saved(kind).folder, dtype=torch.bfloat16)
     features = teacher(images)
     assert features.dtype == teacher.dtype == torch.bfloat16
-    assert teacher.identity["dtype"] == "bfloat16"
     exact = load_teacher(saved(kind).folder)(images)
     assert F.cosine_similarity(features.float(), exact, dim=-1).mean() > 0.99
     with torch.autocast("cpu", torch.bfloat16):
@@ -295,17 +295,18 @@ def test_the_language_model_is_not_read(saved, kind):
 
 def test_identity_follows_the_files_not_the_place(saved, tmp_path):
     folder = copy_of(saved("dinov3").folder, tmp_path)
-    first = load_teacher(folder).identity
-    assert first["name"] == "copy" and first["dtype"] == "float32"
-    assert re.fullmatch("sha256:[0-9a-f]{64}", first["revision"])
+    (folder / "README.md").write_text("not read")
+    first = identity(folder, teacher_files(str(folder)))
+    assert re.fullmatch("sha256:[0-9a-f]{64}", first)
     moved = copy_of(folder, tmp_path / "elsewhere")
-    assert load_teacher(moved).identity == first
+    (moved / "README.md").write_text("another")
+    assert identity(moved, teacher_files(str(moved))) == first
     weights = load_file(moved / "model.safetensors")
     weights["norm.weight"] += 1  # same header, same size
     save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
-    assert load_teacher(moved).identity["revision"] != first["revision"]
+    assert identity(moved, teacher_files(str(moved))) != first
     (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5, 0.5, 0.5]}))
-    assert load_teacher(folder).identity["revision"] != first["revision"]
+    assert identity(folder, teacher_files(str(folder))) != first
 
 
 def edit_config(folder: Path, **changes: object) -> None:
@@ -391,14 +392,15 @@ def hub(tmp_path, monkeypatch):
 def test_a_teacher_comes_from_the_hub_and_then_from_its_cache(hub, saved, monkeypatch):
     shutil.copytree(saved("dinov3").folder, hub.root / NAME, dirs_exist_ok=True)
     (hub.root / NAME / "pytorch_model.bin").write_bytes(b"a pickle")
-    teacher = load_teacher(NAME)
-    assert teacher.identity == {"name": NAME, "revision": hub.sha(NAME), "dtype": "float32"}
+    files = teacher_files(NAME)
+    teacher = load_teacher(files[0].parent)
+    here = saved("dinov3").folder
+    assert identity(files[0].parent, files) == identity(here, teacher_files(str(here)))
     paths = [path for _, path in hub.requests]
     assert not any(path.endswith(".bin") for path in paths)
     assert len([path for path in paths if path.endswith("/revision/main")]) == 1  # then it is the commit it was
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     again = load_teacher(NAME)
-    assert again.identity == teacher.identity
     images = pictures(32, 48)
     assert torch.equal(again(images), teacher(images))
     with pytest.raises(ValueError, match=f"{NAME}2 is no folder here, and the Hub does not give it"):

@@ -26,7 +26,8 @@ from tyro.conf import OmitArgPrefixes
 from refalign.atomic import check_free, new_file, new_folder
 from refalign_training.data.fields import Place
 from refalign_training.data.recipe import Recipe
-from refalign_training.data.sample import FAULTS, Fault, Sample, Unusable, write_sample
+from refalign_training.data.sample import FAULTS, Fault, Sample, Unusable
+from refalign_training.data.samples import write_sample
 from refalign_training.data.source import Source, read_source
 from refalign_training.preview import Preview
 

@@ -1,27 +1,27 @@
-"""The frozen encoders whose outputs a cache holds, one a family, and what identifies each.
+"""The frozen encoders whose outputs a cache holds, one a family, and where their models come from.
 
 An encoder takes a list of [`Decoded`] and gives for each what its item holds: tensors by name, on the CPU, in the
 dtype that is stored. What they compute is what [`RefAlignWanPipeline`] computes for inference; only the latents are
 not normalised yet ([`refalign_training.cache.reader.normalize_latents`]).
 """
 
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderKLWan
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from refalign_training.cache.decoding import Decoded
+from refalign_training.frozen_models import fetch_model, identity
 
 
 MAX_SEQUENCE_LENGTH = 512  # of RefAlignWanPipeline: longer prompts are cut there
+PADDING = 64  # tokens: prompts are padded to multiples of it
 PATCH = 16  # pixels a token spans: the VAE's 8 times the transformer's patch of 2
 PARTS = {"video": ("vae",), "references": ("vae",), "text": ("text_encoder", "tokenizer")}
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
@@ -40,7 +40,7 @@ class VaeEncoder:
     Latents of clips, or of references, each of which is encoded as a one-frame video. Means of the posterior.
 
     Args:
-        model (`str`): a Wan or RefAlign pipeline's folder or Hub id.
+        model (`Path`): the folder of a Wan or RefAlign pipeline.
         dtype (`torch.dtype`): what is stored.
         vae_dtype (`torch.dtype`): what the VAE computes in; the pipelines' is float32.
         references (`bool`): whether pixels are references rather than a clip.
@@ -50,15 +50,14 @@ class VaeEncoder:
 
     def __init__(
         self,
-        model: str,
+        model: Path,
         dtype: torch.dtype,
         device: torch.device,
         vae_dtype: torch.dtype = torch.float32,
         references: bool = False,
-        revision: str | None = None,
     ) -> None:
         self.dtype, self.device, self.references = dtype, device, references
-        self.vae = AutoencoderKLWan.from_pretrained(model, subfolder="vae", torch_dtype=vae_dtype, revision=revision)
+        self.vae = AutoencoderKLWan.from_pretrained(model, subfolder="vae", torch_dtype=vae_dtype)
         self.vae.to(device).eval()
 
     def __call__(self, batch: Sequence[Decoded]) -> list[dict[str, torch.Tensor]]:
@@ -82,12 +81,10 @@ class TextEncoder:
 
     batch_size = 8
 
-    def __init__(self, model: str, dtype: torch.dtype, device: torch.device, revision: str | None = None) -> None:
+    def __init__(self, model: Path, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
-        self.tokenizer = AutoTokenizer.from_pretrained(model, subfolder="tokenizer", revision=revision)
-        self.text_encoder = UMT5EncoderModel.from_pretrained(
-            model, subfolder="text_encoder", dtype=dtype, revision=revision
-        )
+        self.tokenizer = AutoTokenizer.from_pretrained(model, subfolder="tokenizer")
+        self.text_encoder = UMT5EncoderModel.from_pretrained(model, subfolder="text_encoder", dtype=dtype)
         self.text_encoder.to(device).eval()
 
     def __call__(self, batch: Sequence[Decoded]) -> list[dict[str, torch.Tensor]]:
@@ -101,14 +98,15 @@ class TextEncoder:
 
     @torch.no_grad()
     def _encode_batch(self, prompts: Sequence[str]) -> list[torch.Tensor]:
-        # Padded to the longest, not to 512 as diffusers does: padding is masked, so it changes nothing but the time
         tokens = self.tokenizer(
-            [prompt_clean(prompt) for prompt in prompts],
-            padding="longest",
-            max_length=MAX_SEQUENCE_LENGTH,
-            truncation=True,
-            return_tensors="pt",
-        ).to(self.device)
+            [prompt_clean(prompt) for prompt in prompts], max_length=MAX_SEQUENCE_LENGTH, truncation=True
+        )
+        # Padding is masked and adds nothing but time, so it is not to 512 as in diffusers. But there always is some:
+        # without a mask, other kernels run, whose last bits differ
+        longest = max(map(len, tokens.input_ids))
+        length = min((longest // PADDING + 1) * PADDING, MAX_SEQUENCE_LENGTH)
+        tokens = self.tokenizer.pad(tokens, padding="max_length", max_length=length, return_tensors="pt")
+        tokens = tokens.to(self.device)
         embeds = self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
         lengths = tokens.attention_mask.sum(dim=1).tolist()
         return [e[:n].to(self.dtype).cpu().clone() for e, n in zip(embeds, lengths, strict=True)]
@@ -119,11 +117,11 @@ class TeacherEncoder:
 
     batch_size = 1
 
-    def __init__(self, teacher: str, dtype: torch.dtype, device: torch.device, revision: str | None = None) -> None:
+    def __init__(self, teacher: Path, dtype: torch.dtype, device: torch.device) -> None:
         from refalign_training.teachers import load_teacher
 
         self.dtype, self.device = dtype, device
-        self.teacher = load_teacher(teacher, dtype=dtype, device=device, revision=revision)
+        self.teacher = load_teacher(teacher, dtype=dtype, device=device)
 
     def __call__(self, batch: Sequence[Decoded]) -> list[dict[str, torch.Tensor]]:
         """`features`, `(references, height / 16, width / 16, dim)`."""
@@ -136,60 +134,58 @@ class TeacherEncoder:
         return self.teacher(images, grid=grid).to(self.dtype).cpu().contiguous()
 
 
-# -- What identifies a model ------------------------------------------------------------------------------------------
+# -- Where the models come from ---------------------------------------------------------------------------------------
 
 
-def model_identity(model: str, parts: Sequence[str] = (".",), revision: str | None = None) -> str:
+@dataclass(frozen=True)
+class Models:
+    """The folders of the models that a command needs, of one commit each where they come from the Hub."""
+
+    pipeline: Path | None = None
+    teacher: Path | None = None
+    identities: Mapping[str, str] = field(default_factory=dict)
+    """By family: what changes when the model's outputs may, and only then."""
+
+
+def fetch_models(
+    families: Iterable[str],
+    model: str | None,
+    teacher: str | None,
+    revision: str | None = None,
+    teacher_revision: str | None = None,
+) -> Models:
     """
-    What changes when the model's outputs may: of a Hub id, its commit; of a folder, a digest of its configurations and
-    weights, of which large files give 64 samples of 16 KiB and their size rather than all.
-
-    Args:
-        model (`str`): a folder or Hub id.
-        parts (`Sequence[str]`): the sub-folders that count.
-        revision (`str`, *optional*): of a Hub id.
+    The models of the families, downloaded if need be.
 
     Raises:
         ValueError: if there is no such model.
     """
-    if not Path(model).is_dir():
-        return f"{model}@{_snapshot(model, parts, revision).name}"
-    files = [f for part in parts for pattern in FILES for f in sorted((Path(model) / part).glob(pattern))]
+    from refalign_training.teachers import teacher_files
+
+    families, pipeline_folder, teacher_folder, identities = tuple(families), None, None, {}
+    if parts := sorted({part for family in families for part in PARTS.get(family, ())}):
+        patterns = [f"{part}/{pattern}" for part in parts for pattern in FILES]
+        pipeline_folder = fetch_model(model, revision, patterns)
+        of_parts = {PARTS[f]: model_identity(pipeline_folder, PARTS[f]) for f in families if f in PARTS}
+        identities = {f: of_parts[PARTS[f]] for f in families if f in PARTS}
+    if "teacher" in families:
+        files = teacher_files(teacher, teacher_revision)
+        teacher_folder = files[0].parent
+        identities["teacher"] = identity(teacher_folder, files)
+    return Models(pipeline_folder, teacher_folder, identities)
+
+
+def model_identity(folder: Path, parts: Sequence[str]) -> str:
+    """The identity of those sub-folders of a pipeline. ValueError if there is nothing in them."""
+    files = [file for part in parts for pattern in FILES for file in (folder / part).glob(pattern)]
     if not files:
-        raise ValueError(f"{model} holds no model in {', '.join(parts)}. Pass a pipeline's folder or a Hub id.")
-    total = hashlib.sha256()
-    for file in files:
-        total.update(f"{file.relative_to(model).as_posix()}\0".encode())
-        total.update(_digest_of_file(file))
-    return f"sha256:{total.hexdigest()[:32]}"
+        raise ValueError(f"{folder} holds no model in {', '.join(parts)}. Pass a pipeline's folder or a Hub id.")
+    return identity(folder, files)
 
 
-def _digest_of_file(file: Path, samples: int = 64, sample_size: int = 16_384) -> bytes:
-    size = file.stat().st_size
-    total = hashlib.sha256(str(size).encode())
-    with file.open("rb") as opened:
-        if size <= samples * sample_size:
-            total.update(opened.read())
-        else:
-            for i in range(samples):  # a fine-tuned model differs everywhere, so that some places tell
-                opened.seek((size - sample_size) * i // (samples - 1))
-                total.update(opened.read(sample_size))
-    return total.digest()
-
-
-def vae_config(model: str, revision: str | None = None) -> dict[str, Any]:
-    """The configuration of a pipeline's VAE. ValueError if it has none."""
-    folder = Path(model) if Path(model).is_dir() else _snapshot(model, ("vae",), revision)
+def vae_config(model: str | Path) -> dict[str, Any]:
+    """The configuration of the VAE in a pipeline's folder. ValueError if it has none."""
     try:
-        return json.loads((folder / "vae/config.json").read_text("utf-8"))
+        return json.loads((Path(model) / "vae/config.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{model} has no VAE that can be read: {error}") from error
-
-
-def _snapshot(model: str, parts: Sequence[str], revision: str | None) -> Path:
-    """The folder of a Hub id's configurations, named by the commit."""
-    patterns = ["config.json" if part == "." else f"{part}/*config.json" for part in parts]
-    try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
-        raise ValueError(f"{model} is no folder here, and the Hub does not give it: {error}") from error

@@ -13,21 +13,17 @@
 DINOv3 is gated on the Hub: Meta's licence has to be accepted there first.
 """
 
-import functools
-import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
-from huggingface_hub.utils import validate_repo_id
 from torch import nn
 from torch.nn import functional as F
 
 from refalign.checkpoints import open_safetensors, read_json
+from refalign_training.frozen_models import fetch_model
 
 
 TOKEN_PIXELS = 16  # of a token of the transformer: VAE /8, patch /2
@@ -49,7 +45,6 @@ class Teacher(nn.Module):
         name (`str`): the Hub name or folder it was loaded from.
         dim (`int`): size of a feature.
         patch_size (`int`): side of the model's own patch, in pixels of its input.
-        revision (`str`): the commit on the Hub, or `sha256:` and the digest of a local folder's files.
     """
 
     def __init__(
@@ -58,8 +53,6 @@ class Teacher(nn.Module):
         family: "_Family",
         normalisation: tuple[Channels, Channels],
         name: str,
-        commit: str | None,
-        files: list[Path],
     ) -> None:
         super().__init__()
         self.model = model.requires_grad_(False)
@@ -67,7 +60,7 @@ class Teacher(nn.Module):
         self.dim: int = getattr(model.config, "out_hidden_size", model.config.hidden_size)
         self.patch_size: int = model.config.patch_size
         self._cell_pixels = self.patch_size * getattr(model.config, "spatial_merge_size", 1)
-        self._family, self._normalisation, self._commit, self._files = family, normalisation, commit, files
+        self._family, self._normalisation = family, normalisation
         self.train(False)
 
     def train(self, mode: bool = True) -> "Teacher":
@@ -77,23 +70,6 @@ class Teacher(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
-
-    @functools.cached_property
-    def revision(self) -> str:
-        if self._commit:
-            return self._commit
-        digest = hashlib.sha256()
-        for file in self._files:  # whole files: models tuned from one another differ in nothing but their numbers
-            with file.open("rb") as opened:
-                digest.update(file.name.encode() + hashlib.file_digest(opened, "sha256").digest())
-        return f"sha256:{digest.hexdigest()}"
-
-    @property
-    def identity(self) -> dict[str, str]:
-        """What the features depend on, for a cache's key: `name` (of a local folder: its last part), `revision` and
-        `dtype`. The first call on a local folder reads its files through."""
-        name = self.name if self._commit else self._files[0].parent.name
-        return {"name": name, "revision": self.revision, "dtype": str(self.dtype).removeprefix("torch.")}
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
@@ -241,53 +217,45 @@ def load_teacher(
             or its files are incomplete or no safetensors.
     """
     name = os.fspath(name_or_path)
-    if revision is not None and Path(name).is_dir():
-        raise ValueError(f"{name} is a folder, which has no revision {revision!r}. Pass it for Hub names only.")
-    folder = _fetch(name, revision, [CONFIG, PROCESSOR, INDEX])
-    model_type = read_json(_existing(folder / CONFIG)).get("model_type")
-    family = _FAMILIES.get(model_type)
-    if family is None:
+    config, *files = teacher_files(name, revision)
+    family = _family_of(config, name)
+    weights = [file for file in files if file.name != PROCESSOR]
+    model = _load_model(config.parent, family, dtype, weights)
+    return Teacher(model, family, _read_normalisation(config.with_name(PROCESSOR), family), name).to(device)
+
+
+def teacher_files(name: str, revision: str | None = None) -> list[Path]:
+    """
+    All that [`load_teacher`] reads: the configuration first, the processor's if there is one, the weights. Errors as
+    there; of a Hub name, files of one commit, downloaded if need be. Their folder can be loaded in the name's place.
+    """
+    folder = fetch_model(name, revision, [CONFIG, PROCESSOR, INDEX])
+    commit = None if Path(name).is_dir() else folder.name
+
+    def fetch(files: list[str]) -> None:
+        fetch_model(name, commit, files)
+
+    family = _family_of(_existing(folder / CONFIG), name)
+    weight_map = _read_weight_map(folder, fetch)
+    prefix = _prefix(weight_map, family)
+    names = sorted({file for key, file in weight_map.items() if key.startswith(prefix)})
+    fetch(names)
+    processor = [folder / PROCESSOR] if (folder / PROCESSOR).is_file() else []
+    return [folder / CONFIG, *processor, *(_existing(folder / file) for file in names)]
+
+
+def _family_of(config: Path, name: str) -> _Family:
+    model_type = read_json(config).get("model_type")
+    if model_type not in _FAMILIES:
         raise ValueError(
             f"{name} has model type {model_type!r}, which is no teacher. Choose one of {', '.join(_FAMILIES)}."
         )
-    commit = None if Path(name).is_dir() else folder.name
-    model, weights = _load_model(folder, family, dtype, lambda files: _fetch(name, commit, files))
-    files = [file for file in (folder / CONFIG, folder / PROCESSOR) if file.is_file()] + weights
-    return Teacher(model, family, _read_normalisation(folder / PROCESSOR, family), name, commit, files).to(device)
+    return _FAMILIES[model_type]
 
 
-def _fetch(name: str, revision: str | None, files: list[str]) -> Path:
-    """The folder `name`, or a snapshot of the Hub's repo that has those of `files` that the repo has."""
-    if Path(name).is_dir():
-        return Path(name).resolve()
-    try:
-        validate_repo_id(name)
-    except ValueError:
-        raise ValueError(f"{name} is neither a folder here nor a Hub name (ORG/NAME).") from None
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=files))
-    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
-        if _refuses_access(error):
-            raise ValueError(
-                f"The Hub gives {name} only to those who have access (DINOv3, for one, is gated by Meta's licence). "
-                f"Open https://huggingface.co/{name}, accept its licence, run `hf auth login` and try again; or pass "
-                f"a local folder. If there is no such page, check the name. The Hub says: {error}"
-            ) from error
-        raise ValueError(
-            f"{name} is no folder here, and the Hub does not give it. Check the name and revision, or pass a local "
-            f"folder. The Hub's client says: {error}"
-        ) from error
-
-
-def _refuses_access(error: BaseException | None) -> bool:
-    """Whether the Hub's answer was a refusal; the client may wrap it into the complaint that its cache is empty."""
-    while error is not None:
-        if isinstance(error, GatedRepoError):
-            return True
-        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
-            return True
-        error = error.__cause__
-    return False
+def _prefix(keys: Iterable[str], family: _Family) -> str:
+    """Of the vision tower's weights in the checkpoint."""
+    return next((prefix for prefix in family.prefixes if any(key.startswith(prefix) for key in keys)), "")
 
 
 def _existing(file: Path) -> Path:
@@ -299,20 +267,16 @@ def _existing(file: Path) -> Path:
     return file
 
 
-def _load_model(
-    folder: Path, family: _Family, dtype: torch.dtype, fetch: Callable[[list[str]], Path]
-) -> tuple[nn.Module, list[Path]]:
-    """The vision model, complete, and the files it was read from."""
+def _load_model(folder: Path, family: _Family, dtype: torch.dtype, files: list[Path]) -> nn.Module:
+    """The vision model, complete."""
     import transformers  # slow, and no other part of training needs it to start
 
-    weight_map = _read_weight_map(folder, fetch)
-    prefix = next((p for p in family.prefixes if any(key.startswith(p) for key in weight_map)), "")
-    names = sorted({file for key, file in weight_map.items() if key.startswith(prefix)})
-    fetch(names)
-    files = [_existing(folder / name) for name in names]
-    weights = {}
+    weights, prefix = {}, None
     for file in files:
         with open_safetensors(file) as opened:
+            prefix = (
+                _prefix(opened.keys(), family) if prefix is None else prefix
+            )  # each file holds a part of the tower
             keys = [key for key in opened.keys() if key.startswith(prefix)]
             weights |= {key.removeprefix(prefix): opened.get_tensor(key) for key in keys}
     model_class = getattr(transformers, family.model_class)
@@ -325,10 +289,10 @@ def _load_model(
         raise ValueError(f"The weights in {folder} do not fit its {CONFIG}: {error}") from error
     if missing := sorted(info["missing_keys"]):  # transformers would go on with random numbers
         raise ValueError(f"{folder} lacks {len(missing)} weights of its vision model: {', '.join(missing[:3])}, ...")
-    return model, files
+    return model
 
 
-def _read_weight_map(folder: Path, fetch: Callable[[list[str]], Path]) -> dict[str, str]:
+def _read_weight_map(folder: Path, fetch: Callable[[list[str]], None]) -> dict[str, str]:
     """Which file of the folder holds which weight."""
     if not (folder / INDEX).is_file():
         fetch([WEIGHTS])

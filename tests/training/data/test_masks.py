@@ -6,14 +6,11 @@ from hypothesis.extra.numpy import arrays
 from pycocotools import mask as coco
 
 from refalign_training.data.masks import (
-    box_iou,
     check_box,
     check_mask,
     decode_mask,
     drop_duplicates,
-    mask_area,
     mask_box,
-    view_iou,
 )
 from refalign_training.data.sample import Unusable, View
 from tests.training.opens2v_files import box_of, disc, encode_mask, rectangle
@@ -35,7 +32,6 @@ def view(mask: np.ndarray | None = None, box=None) -> View:
 def test_a_mask_decodes_to_what_was_encoded(mask):
     rle = encode_mask(mask)
     np.testing.assert_array_equal(decode_mask(rle, *mask.shape), mask)
-    assert mask_area(rle) == mask.sum()
     assert mask_box(rle) == (tuple(box_of(mask)) if mask.any() else None)
 
 
@@ -114,14 +110,21 @@ def test_a_box_may_leave_the_frame_by_the_tolerance():
             check_box(box, 100, 50, tolerance=2)
 
 
-def test_iou_of_boxes_and_masks():
-    assert box_iou((0, 0, 2, 2), (1, 0, 3, 2)) == pytest.approx(1 / 3)
-    assert box_iou((0, 0, 1, 1), (2, 2, 3, 3)) == 0
-    a, b = rectangle(20, 20, (0, 0, 10, 10)), rectangle(20, 20, (0, 0, 10, 20))
-    assert view_iou(view(a), view(b)) == pytest.approx(0.5)
-    triangle = np.tri(20, dtype=bool)  # its box is the frame's, its area half of it
-    assert view_iou(view(triangle), view(rectangle(20, 20, (0, 0, 20, 20)))) == pytest.approx(0.525)
-    assert view_iou(view(triangle), view(box=(0, 0, 20, 20))) == 1  # one has no mask: boxes
+@given(st.lists(arrays(bool, (6, 6)).filter(np.any), min_size=2, max_size=5), st.sampled_from([0.0, 0.3, 0.8]))
+def test_no_two_of_those_that_stay_overlap_too_much(drawn, limit):
+    kept = drop_duplicates([view(mask) for mask in drawn], limit)
+    iou = [[(a & b).sum() / (a | b).sum() for b in drawn] for a in drawn]
+    assert all(iou[a][b] <= limit for a in kept for b in kept if a != b)
+    for gone in set(range(len(drawn))) - set(kept):
+        assert any(iou[gone][k] > limit and drawn[k].sum() >= drawn[gone].sum() for k in kept)
+
+
+def test_boxes_are_compared_where_a_mask_is_absent():
+    triangle = view(np.tri(20, dtype=bool))  # its box is the frame's, its area half of it
+    assert drop_duplicates([triangle, view(rectangle(20, 20, (0, 0, 20, 20)))], limit=0.6) == [0, 1]
+    assert drop_duplicates([triangle, view(box=(0, 0, 20, 20))], limit=0.6) == [1]
+    assert drop_duplicates([view(box=(0, 0, 2, 2)), view(box=(1, 0, 3, 2))], limit=0.34) == [0, 1]
+    assert drop_duplicates([view(box=(0, 0, 2, 2)), view(box=(1, 0, 3, 2))], limit=0.33) == [0]
 
 
 def test_of_duplicates_the_largest_stays():

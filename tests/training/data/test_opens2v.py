@@ -1,6 +1,7 @@
 import copy
 import json
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,8 @@ from refalign.video import read_video
 from refalign_training.data import json_stream
 from refalign_training.data.masks import decode_mask
 from refalign_training.data.opens2v import read_opens2v
+from refalign_training.data.recipe import DEFAULT_RULE, SelectionRule
 from refalign_training.data.sample import Fault, Sample
-from refalign_training.data.selection import DEFAULT_RULE, SelectionRule
 from tests.training.opens2v_files import (
     Drawn,
     cross_pair,
@@ -290,6 +291,21 @@ def test_where_the_file_is_cut_into_chunks_changes_nothing(tmp_path, monkeypatch
     for size in (1, 7, 100):
         monkeypatch.setattr(json_stream, "CHUNK", size)
         assert read(tmp_path, text) == whole
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_stream, "CHUNK", 1 << 14)
+
+    def peak(count: int) -> int:
+        path = write_annotations(tmp_path / "total_part1.json", dict.fromkeys(map(str, range(count)), record()))
+        tracemalloc.start()
+        assert sum(isinstance(item, Sample) for item in read_opens2v([path], VIDEOS)) == count
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    peak(10)  # what is only made once
+    assert peak(3000) < 4 * peak(150)
 
 
 def test_a_record_without_end_stops_at_a_length(tmp_path, monkeypatch):

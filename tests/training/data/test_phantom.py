@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refalign_training.data.phantom import read_phantom
+from refalign_training.data.recipe import DEFAULT_RULE
 from refalign_training.data.sample import Fault, Sample
-from refalign_training.data.selection import DEFAULT_RULE
 
 
 VIDEOS = Path("/data/koala")

@@ -9,7 +9,8 @@ import pytest
 import tyro
 
 from refalign_training.data import source as source_module
-from refalign_training.data.sample import Clip, Fault, Sample, write_sample
+from refalign_training.data.sample import Clip, Fault, Sample
+from refalign_training.data.samples import write_sample
 from refalign_training.data.source import Source, read_source
 from tests.training.opens2v_files import write_opens2v
 
@@ -91,10 +92,10 @@ def test_reading_may_stop_early_and_change_threads(tmp_path, monkeypatch):
         ({"data": "samples"}, "need annotation files"),
         ({"data": "folder"}, "need the folder"),
         ({"data": "folder", "annotations": ("own",), "videos": "."}, "no annotation files"),
-        ({"data": "table", "annotations": ("none",)}, "There is no file"),
+        ({"data": "table", "annotations": ("none",)}, "does not exist"),
         ({"data": "table", "annotations": ("own",), "videos": "none"}, "There is no folder"),
         ({"data": "table", "annotations": ("own",), "cross_pairs": ("own",)}, "are OpenS2V-5M's"),
-        ({"data": "opens2v", "annotations": ("own",), "videos": ".", "cross_pairs": ("none",)}, "There is no file"),
+        ({"data": "opens2v", "annotations": ("own",), "videos": ".", "cross_pairs": ("none",)}, "does not exist"),
         ({"data": "zip", "annotations": ("own",)}, "has to be opens2v"),
     ],
 )

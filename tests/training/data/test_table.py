@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refalign_training.data.sample import Fault, Sample, write_sample
-from refalign_training.data.selection import SelectionRule
-from refalign_training.data.table import read_folder, read_samples_file, read_table
+from refalign_training.data.recipe import SelectionRule
+from refalign_training.data.sample import Fault, Sample
+from refalign_training.data.samples import read_samples_file, write_sample
+from refalign_training.data.table import read_folder, read_table
 
 
 ROW = {"video": "clips/a.mp4", "prompt": "A cat.", "references": ["refs/a.png", "refs/b.jpg"]}

@@ -1,15 +1,18 @@
 import struct
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+from PIL import Image
 
 from refalign.video import write_video
 from refalign_training.data.sample import Unusable
 from refalign_training.data.video import open_video
 
 
+DAMAGED = Path(__file__).parents[2] / "fixtures/damaged_hevc.mp4"
 CODECS = {
     "b_frames.mp4": ("libx264", {"bf": "3", "g": "12"}),
     "open_groups.mp4": ("libx264", {"bf": "3", "g": "12", "x264-params": "open-gop=1"}),
@@ -153,9 +156,8 @@ def no_file(path):
     path.unlink()
 
 
-def a_playlist(path):
-    other = write_greys(path.with_name("other.ts"))
-    path.write_text(f"#EXTM3U\n#EXTINF:2.0,\n{other}\n#EXT-X-ENDLIST\n")
+def a_long_name(path):
+    return path.with_name("a" * 300 + ".mp4")
 
 
 @pytest.mark.parametrize(
@@ -168,13 +170,63 @@ def a_playlist(path):
         (a_text, "video"),
         (nothing, "video"),
         (no_file, "missing file"),
-        (a_playlist, "video"),
+        (a_long_name, "missing file"),
     ],
 )
 def test_what_cannot_be_decoded_is_unusable(tmp_path, breakage, kind):
     path = write_greys(tmp_path / "a.mp4", "libx264", {"g": "10"})
-    breakage(path)
+    path = breakage(path) or path
     with pytest.raises(Unusable) as caught:
         read(path, range(60))
     assert caught.value.kind == kind
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["list.m3u8", "list.ffconcat", "picture.png"])
+def test_a_file_that_names_others_or_is_no_video_is_not_opened(tmp_path, name):
+    write_greys(tmp_path / "other.ts")
+    texts = {
+        "list.m3u8": f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2.0,\n{tmp_path}/other.ts\n#EXT-X-ENDLIST\n",
+        "list.ffconcat": "ffconcat version 1.0\nfile other.ts\n",
+    }
+    path = tmp_path / name
+    if name in texts:
+        path.write_text(texts[name])
+    else:
+        Image.new("RGB", (64, 48)).save(path)
+    with pytest.raises(Unusable, match="video: "):
+        read(path, [0])
+
+
+def test_a_damaged_video_ends(tmp_path):
+    """With FFmpeg's frame threads this one waits for ever."""
+    with pytest.raises(Unusable), open_video(DAMAGED) as video:
+        for number in range(len(video)):
+            list(video.read([number]))
+
+
+def test_a_title_that_is_not_utf8_does_no_harm(tmp_path):
+    path = tmp_path / "a.mp4"
+    write_video([np.zeros((48, 64, 3), np.uint8)] * 3, path, settings={"title": "Cafe"})
+    path.write_bytes(path.read_bytes().replace(b"Cafe", b"Caf\xe9"))
+    assert list(read(path, [0, 1, 2])) == [0, 1, 2]
+
+
+def test_an_error_of_the_caller_is_not_the_videos(tmp_path):
+    path = write_greys(tmp_path / "a.mp4")
+    with pytest.raises(OSError, match="disk is full"), open_video(path):
+        raise OSError(28, "the disk is full")
+
+
+def test_hd_that_does_not_say_is_of_hds_colours(tmp_path):
+    path, red = tmp_path / "a.mp4", np.full((720, 64, 3), (220, 40, 40), np.uint8)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 720, "yuv420p"
+        frame = av.VideoFrame.from_ndarray(red, format="rgb24").reformat(format="yuv420p", dst_colorspace="ITU709")
+        frame.colorspace = 2  # not said
+        for packet in (*stream.encode(frame), *stream.encode()):
+            container.mux(packet)
+    with open_video(path) as video:
+        ((_, image),) = video.read([0])
+    assert np.abs(np.asarray(image).astype(int) - red).max() <= 4

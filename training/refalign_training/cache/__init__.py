@@ -70,7 +70,7 @@ class CacheCommand:
     limit: int | None = None
     """Only the dataset's first samples."""
     retry_quarantined: bool = False
-    """Try samples again that failed; without it they wait until their files or annotations change."""
+    """Try samples again that failed or lost a reference; else they wait until something they are made of changes."""
     status: bool = False
     """Only say how far the cache is."""
     verify: bool = False

@@ -10,27 +10,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
+from refalign.atomic import new_file
 from refalign_training.cache.files import (
     FAMILIES,
     CacheFolder,
+    Failure,
     Header,
     Item,
     Lock,
     Outcome,
     canonical,
     digest,
-    family_units,
+    done,
     read_header,
-    read_index,
-    read_item,
     read_outcomes,
-    write_index,
     write_record,
-    write_text,
 )
+from refalign_training.cache.items import checksum, find_item, read_index, read_item, write_index
+from refalign_training.cache.plan import item_ingredients, read_plan, sample_digests
 
 
 # -- What is derived from the records ---------------------------------------------------------------------------------
@@ -38,35 +37,54 @@ from refalign_training.cache.files import (
 
 def collect(folder: CacheFolder) -> int:
     """Writes quarantine.jsonl and the shards' indices from the plan's records, and returns the count of failures."""
-    if not _is_outdated(folder):
-        return sum(1 for _ in folder.quarantine.open(encoding="utf-8", errors="surrogatepass"))
-    summary, lines = folder.read_summary(), []
-    for family in folder.read_settings()["families"]:
-        rows = []
-        for unit in family_units(family, summary):
-            path = folder.record(family, unit)
-            for outcome in read_outcomes(path) if path.is_file() else ():
-                if outcome.failure:
-                    lines.append(_quarantined(family, outcome))
-                rows += [(outcome.id, v, item) for v, item in enumerate(outcome.items) if item.shard]
-        if rows or folder.index(family).is_file():
-            write_index(folder.index(family), rows)
-    write_text(folder.quarantine, "".join(f"{line}\n" for line in lines))
-    return len(lines)
+    families, units, count = folder.read_settings()["families"], folder.units(), 0
+    with Lock.take(folder.lock("collect.lock"), wait=True):
+        for family in families:
+            if folder.shards(family).is_dir():
+                write_index(folder.index(family), (_in_shards(folder.record(family, unit)) for unit in units))
+        with new_file(folder.quarantine, overwrite=True) as file:
+            with file.open("w", encoding="utf-8", errors="surrogatepass") as lines:
+                for line in (line for f in families for unit in units for line in _failures(folder, f, unit)):
+                    lines.write(f"{canonical(line)}\n")
+                    count += 1
+    return count
 
 
-def _is_outdated(folder: CacheFolder) -> bool:
-    """Whether the plan or a record has been written since; of records, their folder's time tells."""
+def _in_shards(record: Path) -> list[tuple[str, int, Item]]:
+    outcomes = read_outcomes(record)
+    return [(outcome.id, v, item) for outcome in outcomes for v, item in enumerate(outcome.items) if item.shard]
+
+
+def _failures(folder: CacheFolder, family: str, unit: str) -> Iterator[dict[str, Any]]:
+    header = read_header(folder.record(family, unit))
+    if header is None or not header.failures:
+        return
+    for outcome in read_outcomes(folder.record(family, unit)):
+        failures = [("sample", outcome.failure)] if outcome.failure else [("reference", f) for f in outcome.lost()]
+        key = failure_key(header.ingredients, outcome.files, outcome.annotation)
+        for lost, failure in failures:
+            yield {"family": family, "sample_id": outcome.id, "lost": lost, "key": key, **dataclasses.asdict(failure)}
+
+
+def failure_key(ingredients: Mapping[str, Any], files: str, annotation: str) -> str:
+    """What a failure belongs to: with another model, dtype, recipe or file, the sample is tried again by itself."""
+    return digest([ingredients, files, annotation])
+
+
+def read_failures(folder: CacheFolder, family: str) -> dict[str, Failure]:
+    """The quarantined samples of a family by [`failure_key`]."""
     if not folder.quarantine.is_file():
-        return True
-    sources = [folder.summary, *(folder.records(family) for family in FAMILIES)]
-    collected = folder.quarantine.stat().st_mtime_ns
-    return any(path.stat().st_mtime_ns >= collected for path in sources if path.exists())
-
-
-def _quarantined(family: str, outcome: Outcome) -> str:
-    names = {"sample_id": outcome.id, "files": outcome.files, "annotation": outcome.annotation}
-    return canonical({"family": family, **names, **dataclasses.asdict(outcome.failure)})
+        return {}
+    failures = {}
+    with folder.quarantine.open(encoding="utf-8", errors="surrogatepass") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue  # cut off: the sample is tried again
+            if record["family"] == family and record["lost"] == "sample":
+                failures[record["key"]] = Failure(record["kind"], record["detail"])
+    return failures
 
 
 # -- Status -----------------------------------------------------------------------------------------------------------
@@ -80,19 +98,16 @@ def status(output: Path) -> int:
     for fault, count in summary["faults"].items():
         print(f"  {count} faults of the dataset cost a {fault} (see {folder.faults})")
     lines = [("family", "units", "items", "failed", "size", "left, by one process")]
-    for family, made in settings["families"].items():
-        lines.append((family, *_progress(folder, family, made, summary)))
+    lines += [(family, *_progress(folder, family, made)) for family, made in settings["families"].items()]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     return 0
 
 
-def _progress(
-    folder: CacheFolder, family: str, made: Mapping[str, Any], summary: Mapping[str, Any]
-) -> tuple[str, str, str, str, str]:
-    units = family_units(family, summary)
-    headers = [h for unit, plan in units.items() if (h := done(folder, family, unit, plan, made))]
+def _progress(folder: CacheFolder, family: str, made: Mapping[str, Any]) -> tuple[str, str, str, str, str]:
+    units = folder.units()
+    headers = [header for unit, plan in units.items() if (header := done(folder, family, unit, plan, made))]
     failures = sum((Counter(header.failures) for header in headers), Counter())
     failed = ", ".join(f"{count} {kind}" for kind, count in sorted(failures.items())) or "0"
     size = f"{sum(header.size for header in headers) / 1e6:,.1f} MB"
@@ -100,13 +115,6 @@ def _progress(
     left = (len(units) - len(headers)) * sum(worked) / len(worked) if worked else None
     estimate = "none" if len(headers) == len(units) else "unknown" if left is None else f"{left / 3600:.1f} h"
     return f"{len(headers)}/{len(units)}", f"{sum(h.items for h in headers)}", failed, size, estimate
-
-
-def done(folder: CacheFolder, family: str, unit: str, plan: str, made: Mapping[str, Any]) -> Header | None:
-    """The header of a unit's record, if it is up to date."""
-    header = read_header(folder.record(family, unit))
-    wanted = (plan, made["ingredients"], made["variants"])
-    return header if header and (header.plan, header.ingredients, header.variants) == wanted else None
 
 
 # -- Verify -----------------------------------------------------------------------------------------------------------
@@ -120,8 +128,9 @@ def verify(output: Path) -> int:
     folder = CacheFolder(output)
     settings = folder.read_settings()
     with _alone(folder):
-        paths = [(f, p) for f in settings["families"] for p in sorted(folder.records(f).glob("*.jsonl"))]
-        broken = sum(_verify_record(folder, family, path) for family, path in tqdm(paths, desc="verify", unit="unit"))
+        paths = [(f, p) for f in settings["families"] for p in sorted(folder.records(f).glob("[!.]*.jsonl"))]
+        broken = _verify_empty_prompt(folder)
+        broken += sum(_verify_record(folder, family, path) for family, path in tqdm(paths, desc="verify", unit="unit"))
         if broken:
             collect(folder)
     print(f"{output}: {broken} broken items. " + ("The next run makes them anew." if broken else "All is whole."))
@@ -130,79 +139,96 @@ def verify(output: Path) -> int:
 
 def _verify_record(folder: CacheFolder, family: str, path: Path) -> int:
     header, outcomes, broken = read_header(path), list(read_outcomes(path)), 0
+    if header is None:
+        print(f"{family}: the record {path} is damaged, and removed")
+        path.unlink()
+        return 1
     for number, outcome in enumerate(outcomes):
-        faults = [(item, fault) for item in outcome.items if (fault := _fault(folder, family, item))]
-        for item, fault in faults:
-            print(f"{family} {outcome.id!r}: {fault}")
-            if item.shard is None:
-                folder.item(family, item.key).unlink(missing_ok=True)  # else it would count as computed
-        if faults:
-            bad = {item.key for item, _ in faults}
+        bad = {item.key for item in outcome.items if _is_broken(folder, family, outcome, item)}
+        if bad:
             whole = tuple(item for item in outcome.items if item.key not in bad)
             outcomes[number] = dataclasses.replace(outcome, items=whole)
-            broken += len(faults)
+            broken += len(bad)
     if broken:
         write_record(path, dataclasses.replace(header, plan=""), outcomes)
     return broken
 
 
-def _fault(folder: CacheFolder, family: str, item: Item) -> str | None:
+def _is_broken(folder: CacheFolder, family: str, outcome: Outcome, item: Item) -> bool:
+    path = folder.item(family, item)
+    fault = _fault(path, item)
+    if fault:
+        print(f"{family} {outcome.id!r}: {fault}")
+        if item.shard is None:
+            path.unlink(missing_ok=True)  # else it would count as computed
+    return bool(fault)
+
+
+def _fault(path: Path, item: Item) -> str | None:
     try:
-        tensors, metadata = read_item(folder, family, item)
+        tensors = read_item(path, item)
     except ValueError as error:
         return str(error)
-    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    if shapes != item.shapes:
-        return f"item {item.key} has shapes {shapes} instead of {item.shapes}"
-    if not all(torch.isfinite(tensor).all() for tensor in tensors.values()):
-        return f"item {item.key} holds values that are not finite"
-    if _digest_of_text(metadata["ingredients"]) != item.key:
-        return f"item {item.key} is made of other ingredients: {metadata['ingredients']}"
-    return None
+    return None if checksum(item.key, tensors) == item.crc32 else f"item {item.key} is not what was written: {path}"
 
 
-def _digest_of_text(ingredients: str) -> str:
-    return digest(json.loads(ingredients))
+def _verify_empty_prompt(folder: CacheFolder) -> int:
+    path = folder.empty_prompt
+    if not path.is_file():
+        return 0
+    item = find_item(path)
+    fault = f"{path} cannot be read" if item is None else _fault(path, item)
+    if fault:
+        print(f"the empty prompt: {fault}")
+        path.unlink()
+    return 1 if fault else 0
 
 
 # -- Prune ------------------------------------------------------------------------------------------------------------
 
 
 def prune(output: Path) -> int:
-    """Removes items that no record needs, and what killed processes left; returns the exit code."""
+    """Removes items that no sample of the plan needs, and what killed processes left; returns the exit code."""
     folder = CacheFolder(output)
-    settings, summary = folder.read_settings(), folder.read_summary()
+    settings = folder.read_settings()
     with _alone(folder):
         removed = [_remove(path) for path in _unfinished(folder)]
         for family in FAMILIES:
-            removed += map(_remove, _unneeded(folder, family, settings["families"].get(family), summary))
+            removed += map(_remove, list(_unneeded(folder, family, settings["families"].get(family))))
         collect(folder)
     print(f"{output}: removed {len(removed)} files and folders, {sum(removed) / 1e6:,.1f} MB.")
     return 0
 
 
-def _unneeded(
-    folder: CacheFolder, family: str, made: Mapping[str, Any] | None, summary: Mapping[str, Any]
-) -> Iterator[Path]:
-    """
-    Records and items of a family to remove. While the family is not complete, the items of records of earlier plans
-    stay if they are made with the same ingredients: samples that have moved to other units will find them.
-    """
-    units = family_units(family, summary) if made else {}
-    complete = made is not None and all(done(folder, family, unit, plan, made) for unit, plan in units.items())
-    keys, shards = set(), set()
-    for path in sorted(folder.records(family).glob("*.jsonl")):
-        header = read_header(path)
-        if made and header.ingredients == made["ingredients"] and (path.stem in units or not complete):
-            items = [item for outcome in read_outcomes(path) for item in outcome.items]
-            keys |= {item.key for item in items if item.shard is None}
-            shards |= {item.shard for item in items if item.shard}
+def _unneeded(folder: CacheFolder, family: str, made: Mapping[str, Any] | None) -> Iterator[Path]:
+    """Records, items and tars of a family to remove. Units that are not done yet will find items of whatever plan."""
+    keys, is_complete = _needed_keys(folder, family, made) if made else (set(), True)
+    units, shards = folder.units(), set()
+    for path in sorted(folder.records(family).glob("[!.]*.jsonl")):
+        header: Header | None = read_header(path)
+        if made and header and header.ingredients == made["ingredients"] and (path.stem in units or not is_complete):
+            shards |= {item.shard for outcome in read_outcomes(path) for item in outcome.items if item.key in keys}
         else:
             yield path
-    if made and not complete:
-        shards |= {shard for _, shard, *_ in read_index(folder.index(family))}
+    if not is_complete:
+        shards |= {item.shard for item in read_index(folder.index(family)) if item.key in keys}
     yield from (p for p in (folder.root / "items" / family).glob("*/*.safetensors") if p.stem not in keys)
     yield from (p for p in folder.shards(family).glob("[!.]*.tar") if p.name not in shards)
+
+
+def _needed_keys(folder: CacheFolder, family: str, made: Mapping[str, Any]) -> tuple[set[str], bool]:
+    """The keys of all items of the plan, whether they are there or not, and whether all units are done."""
+    keys, is_complete = set(), True
+    for unit, plan in folder.units().items():
+        if done(folder, family, unit, plan, made):
+            keys |= {item.key for outcome in read_outcomes(folder.record(family, unit)) for item in outcome.items}
+            continue
+        is_complete = False
+        for planned in read_plan(folder, unit):
+            digests = sample_digests(family, planned)
+            variants = range(made["variants"])
+            keys |= {digest(item_ingredients(made["ingredients"], *digests, variant)) for variant in variants}
+    return keys, is_complete
 
 
 def _unfinished(folder: CacheFolder) -> Iterator[Path]:
@@ -227,11 +253,8 @@ def _remove(path: Path) -> int:
 @contextmanager
 def _alone(folder: CacheFolder) -> Iterator[None]:
     """While no other process works in the cache. ValueError if one does."""
-    plan = Lock.take(folder.lock("plan"))
-    use = plan and Lock.take(folder.lock("use"))
-    if use is None:
-        if plan is not None:
-            plan.release()
+    lock = Lock.take(folder.lock("cache.lock"))
+    if lock is None:
         raise ValueError(f"Another process works in {folder.root}. Wait for it, or end it.")
-    with plan, use:
+    with lock:
         yield

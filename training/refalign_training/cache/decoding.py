@@ -1,6 +1,7 @@
 """From a cache's tasks to what its encoders take, in worker processes: nothing of the encoders is imported here."""
 
-from collections.abc import Iterable, Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from refalign_training.data.example import load_references, load_video
 from refalign_training.data.recipe import Recipe
 from refalign_training.data.sample import Sample, Unusable
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,17 +51,23 @@ class _Decoding(Dataset):
             decoded = decode(self.family, task.sample, self.recipe, task.variant)
         except Unusable as error:
             decoded = error
+        except Exception as error:  # one sample of millions must not end the run
+            logger.debug("%s", task.sample.id, exc_info=True)
+            decoded = Unusable("not readable", f"{type(error).__name__}: {error}")
         return task.unit, task.row, task.variant, decoded
 
 
 class _Stream(Sampler):
-    """Tasks in the order they come, made while earlier ones are computed."""
+    """Tasks in the order they come, made while earlier ones are computed; it notes those that are not done."""
 
     def __init__(self, tasks: Iterator[Task]) -> None:
         self._tasks = tasks
+        self.in_flight: list[Task] = []
 
     def __iter__(self) -> Iterator[Task]:
-        return self._tasks
+        for task in self._tasks:
+            self.in_flight.append(task)
+            yield task
 
 
 def decode(family: str, sample: Sample, recipe: Recipe, variant: int) -> Decoded:
@@ -65,12 +75,16 @@ def decode(family: str, sample: Sample, recipe: Recipe, variant: int) -> Decoded
     if family == "text":
         if not sample.prompts:
             raise Unusable("no prompt", f"{sample.id} has no caption")
+        "".join(sample.prompts).encode()  # half a surrogate pair would end the tokenizer
         return Decoded(prompts=sample.prompts)
     if family == "video":
         frames = load_video(sample, recipe, variant)
         return Decoded(torch.from_numpy(frames), info={"frames": len(frames), "size": list(frames.shape[1:3])})
-    references = load_references(sample, recipe, variant)
+    lost: list[Unusable] = []
+    references = load_references(sample, recipe, variant, on_fault=lost.append)
     info = {"subjects": [r.subject for r in references], "origins": [r.origin for r in references]}
+    if lost:
+        info["lost"] = [[fault.kind, fault.detail] for fault in lost]
     pixels = torch.from_numpy(np.stack([np.asarray(r.image) for r in references]))
     return Decoded(pixels, info=info | {"size": list(pixels.shape[1:3])})
 
@@ -79,13 +93,35 @@ def _as_it_is(value: Any) -> Any:
     return value
 
 
-def decode_all(family: str, recipe: Recipe, tasks: Iterator[Task], workers: int) -> Iterable[Result]:
-    """What becomes of the tasks, in their order. No more of them are asked for than two a worker ahead."""
-    return DataLoader(
-        _Decoding(family, recipe),
-        batch_size=None,
-        sampler=_Stream(tasks),
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        multiprocessing_context="spawn" if workers else None,  # a fork would inherit the locks and the GPU
-    )
+class Decoder:
+    """
+    What becomes of the tasks, in their order. No more of them are asked for than two a worker ahead. In a `with`, the
+    death of a worker, wherever torch tells of it, is a ValueError that names the samples it may have died of.
+    """
+
+    def __init__(self, family: str, recipe: Recipe, tasks: Iterator[Task], workers: int) -> None:
+        self._stream = _Stream(tasks)
+        self._loader = DataLoader(
+            _Decoding(family, recipe),
+            batch_size=None,
+            sampler=self._stream,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            multiprocessing_context="spawn" if workers else None,  # a fork would inherit the locks and the GPU
+        )
+
+    def __iter__(self) -> Iterator[Result]:
+        for result in self._loader:
+            self._stream.in_flight.pop(0)
+            yield result
+
+    def __enter__(self) -> "Decoder":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+            samples = ", ".join(dict.fromkeys(task.sample.id for task in self._stream.in_flight))
+            raise ValueError(
+                f"A process that decodes has died ({error}), of memory or of one of these samples: {samples}. Run "
+                "again, which goes on where it was, with fewer workers or with --workers 0."
+            ) from error

@@ -3,46 +3,43 @@ Computes a cache's items. Any number of processes share the work: each claims a 
 to the next one that is free; at the end it waits for the others, and takes over what a killed one has left.
 """
 
-import dataclasses
 import itertools
-import json
+import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
+from refalign.atomic import new_file
 from refalign_training.cache import CacheCommand
-from refalign_training.cache.checks import collect
-from refalign_training.cache.decoding import Decoded, Task, decode_all
+from refalign_training.cache.checks import collect, failure_key, read_failures
+from refalign_training.cache.decoding import Decoded, Decoder, Task
 from refalign_training.cache.files import (
-    FAMILIES,
     CacheFolder,
     Failure,
     Header,
     Item,
-    ItemWriter,
     Lock,
     Outcome,
-    ShardWriter,
     digest,
-    family_units,
-    find_item,
-    item_bytes,
-    parse_item,
-    read_header,
-    read_index,
+    done,
     read_outcomes,
     write_record,
 )
-from refalign_training.cache.plan import Planned, item_ingredients, read_plan, sample_digests
-from refalign_training.cache.settings import planned
+from refalign_training.cache.items import ItemWriter, ShardWriter, find_item, make_item, read_index, shard_is_whole
+from refalign_training.cache.plan import Planned, item_ingredients, read_plan, sample_digests, text_digests
+from refalign_training.cache.settings import check_command, planned
 from refalign_training.data.sample import Unusable
-from refalign_training.encoders import Encoder, TeacherEncoder, TextEncoder, VaeEncoder
+from refalign_training.encoders import Encoder, Models, TeacherEncoder, TextEncoder, VaeEncoder, fetch_models
 
+
+logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 NOT_FINITE = {"video": "video", "references": "image", "teacher": "image", "text": "not readable"}
@@ -50,36 +47,20 @@ NOT_FINITE = {"video": "video", "references": "image", "teacher": "image", "text
 
 def fill(command: CacheCommand) -> int:
     """Computes what the cache lacks, alone or beside other processes, and returns the exit code: 0."""
-    _check(command)
-    folder = CacheFolder(command.output)
     started = time.time()
-    with planned(folder, command, started) as (settings, summary):
-        fillers = [_Filler(folder, command, f, settings["families"][f], summary, started) for f in command.families]
+    check_command(command)
+    folder = CacheFolder(command.output)
+    models = fetch_models(command.families, command.model, command.teacher, command.revision, command.teacher_revision)
+    with planned(folder, command, models, started) as settings:
+        fillers = [_Filler(folder, command, models, f, settings[f], started) for f in command.families]
         while any(filler.pending() for filler in fillers):
             if not sum(filler.work() for filler in fillers):
                 time.sleep(POLL_SECONDS)  # others have what is left
-        with Lock.take(folder.lock("plan"), wait=True):
-            failures = collect(folder)
-    print(f"{command.output}: {summary['samples']} samples, {', '.join(command.families)} done.")
+        failures = collect(folder)
+    print(f"{command.output}: {folder.read_summary()['samples']} samples, {', '.join(command.families)} done.")
     if failures:
-        print(f"{failures} failures are listed in {folder.quarantine}.")
+        print(f"{failures} failures and lost references are listed in {folder.quarantine}.")
     return 0
-
-
-def _check(command: CacheCommand) -> None:
-    command.recipe.check()
-    families = set(command.families)
-    if command.source.data is None:
-        raise ValueError("Pass the dataset: --data and what belongs to it.")
-    if not families or len(families) < len(command.families):
-        raise ValueError(f"--families is {command.families}; pass some of {', '.join(FAMILIES)}, each once.")
-    if command.model is None and families - {"teacher"}:
-        raise ValueError("Pass --model, a Wan 2.1 or RefAlign pipeline; only the family `teacher` needs none.")
-    if command.teacher is None and "teacher" in families:
-        raise ValueError("Pass --teacher, or leave `teacher` out of --families.")
-    for name, least in (("variants", 1), ("unit_size", 1), ("workers", 0), ("limit", 1)):
-        if (value := getattr(command, name)) is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}: pass {least} or more.")
 
 
 # -- Filling ----------------------------------------------------------------------------------------------------------
@@ -121,57 +102,58 @@ class _Filler:
         self,
         folder: CacheFolder,
         command: CacheCommand,
+        models: Models,
         family: str,
         made: Mapping[str, Any],
-        summary: Mapping[str, Any],
         started: float,
     ) -> None:
-        self._folder, self._command, self._family, self._started = folder, command, family, started
-        self._ingredients, self._variants = made["ingredients"], made["variants"]
-        self._units = family_units(family, summary)
+        self._folder, self._command, self._models, self._family = folder, command, models, family
+        self._made, self._ingredients, self._variants = made, made["ingredients"], made["variants"]
+        self._retry_before = started if command.retry_quarantined else None
         self._pending = dict(self._in_turn())
         self._open: dict[str, _OpenUnit] = {}
         self._encoder: Encoder | None = None
 
     def _in_turn(self) -> list[tuple[str, str]]:
         """All units, each of several processes starting elsewhere, so that they rarely meet."""
-        units = list(self._units.items())
+        units = list(self._folder.units().items())
         rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         first = rank * len(units) // processes
         return units[first:] + units[:first]
 
     def pending(self) -> bool:
-        """Whether there are units without a record that is up to date."""
+        """Whether there is something without a record that is up to date."""
         self._pending = {unit: plan for unit, plan in self._pending.items() if not self._is_done(unit, plan)}
-        return bool(self._pending)
+        return bool(self._pending) or self._lacks_empty_prompt()
 
     def _is_done(self, unit: str, plan: str) -> bool:
-        header = read_header(self._folder.record(self._family, unit))
-        if header is None or (header.plan, header.variants) != (plan, self._variants):
-            return False
-        retry = self._command.retry_quarantined and header.failures and header.written < self._started
-        return header.ingredients == self._ingredients and not retry
+        return done(self._folder, self._family, unit, plan, self._made, self._retry_before) is not None
 
     def work(self) -> int:
         """Does all units that no other process has; returns how many."""
         if not self.pending():
             return 0
-        self._done = 0
-        self._known = self._items_in_shards()
-        self._quarantined = {} if self._command.retry_quarantined else self._failures()
-        total = len(self._pending) * self._command.unit_size * self._variants
+        self._done, self._bar = 0, None
+        self._changes: Counter[str] = Counter()
         try:
-            with tqdm(total=total, desc=self._family, unit="item", smoothing=0.05) as self._bar:
-                tasks = self._claim()
-                for first in tasks:  # the decoders are started only if there is something to decode
-                    self._encode_all(itertools.chain([first], tasks))
+            tasks = self._claim()
+            for first in tasks:  # the decoders are started only if there is something to decode
+                self._encode_all(itertools.chain([first], tasks))
+            if self._lacks_empty_prompt():
+                self._write_empty_prompt()
         finally:
             for unit in self._open.values():
                 unit.writer.abandon()
                 unit.lock.release()
             self._open.clear()
             self._encoder = None  # one family's model at a time
+            if self._bar is not None:
+                self._bar.close()
+        for change, count in sorted(self._changes.items()):
+            logger.info("%d samples of `%s`: %s changed", count, self._family, change)
         return self._done
+
+    # -- What is to compute ----------------------------------------------------------------------------------------
 
     def _claim(self) -> Iterator[Task]:
         """
@@ -183,16 +165,22 @@ class _Filler:
             if lock is None or self._is_done(name, plan):
                 if lock is not None:
                     lock.release()
-                self._bar.total -= self._command.unit_size * self._variants
                 continue
             unit = self._open[name] = _OpenUnit(name, plan, lock, self._writer(name))
             tasks = self._tasks(unit)
             unit.undecoded = len(tasks)
-            self._bar.total -= self._command.unit_size * self._variants - len(tasks)
-            self._bar.refresh()
+            self._expect(len(tasks))
             if not tasks:
                 self._finish(unit)
             yield from tasks
+
+    def _expect(self, tasks: int) -> None:
+        """Brings the bar's total up to date; there is none while this process only waits for others."""
+        if self._bar is None:
+            total = len(self._pending) * self._command.unit_size * self._variants
+            self._bar = tqdm(total=total, desc=self._family, unit="item", smoothing=0.05)
+        self._bar.total -= self._command.unit_size * self._variants - tasks
+        self._bar.refresh()
 
     def _writer(self, unit: str) -> ItemWriter | ShardWriter:
         if self._command.shards:
@@ -202,10 +190,14 @@ class _Filler:
     def _tasks(self, unit: _OpenUnit) -> list[Task]:
         """Fills the unit's rows with what there is already, and says what is missing."""
         tasks = []
+        before = {outcome.id: outcome for outcome in read_outcomes(self._folder.record(self._family, unit.name))}
         for number, entry in enumerate(read_plan(self._folder, unit.name)):
             files, annotation = sample_digests(self._family, entry)
+            if old := before.get(entry.sample.id):
+                changes = [("files", old.files != files), ("annotation", old.annotation != annotation)]
+                self._changes.update(name for name, is_other in changes if is_other)
             row = _Row(entry, files, annotation, [None] * self._variants)
-            row.failure = self._quarantined.get((entry.sample.id, files, annotation))
+            row.failure = self._failures.get(failure_key(self._ingredients, files, annotation))
             unit.rows.append(row)
             if row.failure is None:
                 row.items = [self._find(self._key(row, variant)) for variant in range(self._variants)]
@@ -218,92 +210,92 @@ class _Filler:
 
     def _find(self, key: str) -> Item | None:
         """The item of that key if it was computed before, for whatever plan."""
-        if item := find_item(self._folder.item(self._family, key)):
-            return item
-        if key not in self._known:
+        item = find_item(self._folder.item(self._family, key), key) or self._in_shards.get(key)
+        if item is None or (item.shard and not shard_is_whole(self._folder.item(self._family, item), item)):
             return None
-        shard, offset, size = self._known[key]
-        try:
-            with (self._folder.shards(self._family) / shard).open("rb") as opened:
-                opened.seek(offset)
-                item = parse_item(key, opened.read(min(size, 2**20)), size)
-        except FileNotFoundError:
-            return None
-        return item and dataclasses.replace(item, shard=shard, offset=offset)
+        return None if self._command.retry_quarantined and item.info.get("lost") else item
 
-    def _items_in_shards(self) -> dict[str, tuple[str, int, int]]:
+    @cached_property
+    def _in_shards(self) -> dict[str, Item]:
         if not self._folder.shards(self._family).is_dir():
             return {}
-        known = {key: place for key, *place in read_index(self._folder.index(self._family))}
-        for path in self._folder.records(self._family).glob("*.jsonl"):
+        known = {item.key: item for item in read_index(self._folder.index(self._family))}
+        for path in self._folder.records(self._family).glob("[!.]*.jsonl"):
             items = (item for outcome in read_outcomes(path) for item in outcome.items if item.shard)
-            known |= {item.key: (item.shard, item.offset, item.size) for item in items}
+            known |= {item.key: item for item in items}
         return known
 
-    def _failures(self) -> dict[tuple[str, str, str], Failure]:
-        if not self._folder.quarantine.is_file():
-            return {}
-        with self._folder.quarantine.open(encoding="utf-8", errors="surrogatepass") as lines:
-            records = [r for r in map(json.loads, lines) if r["family"] == self._family]
-        return {(r["sample_id"], r["files"], r["annotation"]): Failure(r["kind"], r["detail"]) for r in records}
+    @cached_property
+    def _failures(self) -> dict[str, Failure]:
+        return {} if self._command.retry_quarantined else read_failures(self._folder, self._family)
+
+    # -- Computing it ----------------------------------------------------------------------------------------------
 
     def _encode_all(self, tasks: Iterator[Task]) -> None:
         """Decodes in worker processes while this one encodes."""
         workers = 0 if self._family == "text" else self._command.workers
         batch: list[tuple[_Row, int, Decoded]] = []
-        for name, number, variant, decoded in decode_all(self._family, self._command.recipe, tasks, workers):
-            unit = self._open[name]
-            row = unit.rows[number]
-            unit.undecoded -= 1
-            if isinstance(decoded, Unusable):
-                self._fail(row, decoded)
-            else:
-                batch.append((row, variant, decoded))
-            self._encoder = self._encoder or (self._load_encoder() if batch else None)
-            if batch and (unit.undecoded == 0 or len(batch) == self._encoder.batch_size):
-                self._encode(unit, batch)
-                batch = []
-            self._bar.update()
-            if unit.undecoded == 0:
-                self._finish(unit)
+        with Decoder(self._family, self._command.recipe, tasks, workers) as results:
+            for name, number, variant, decoded in results:
+                unit = self._open[name]
+                row = unit.rows[number]
+                unit.undecoded -= 1
+                if isinstance(decoded, Unusable):
+                    row.failure = Failure(decoded.kind, decoded.detail)
+                else:
+                    batch.append((row, variant, decoded))
+                if batch and (unit.undecoded == 0 or len(batch) == self._load_encoder().batch_size):
+                    self._encode(unit, batch)
+                    batch = []
+                self._bar.update()
+                if unit.undecoded == 0:
+                    self._finish(unit)
 
     def _encode(self, unit: _OpenUnit, batch: list[tuple[_Row, int, Decoded]]) -> None:
-        for (row, variant, decoded), tensors in zip(batch, self._encoder([d for *_, d in batch]), strict=True):
+        encoded = self._load_encoder()([decoded for *_, decoded in batch])
+        for (row, variant, decoded), tensors in zip(batch, encoded, strict=True):
             if not all(tensor.isfinite().all() for tensor in tensors.values()):
-                self._fail(row, Unusable(NOT_FINITE[self._family], "what the encoder gives of it is not finite"))
+                row.failure = Failure(NOT_FINITE[self._family], "what the encoder gives of it is not finite")
                 continue
             ingredients = item_ingredients(self._ingredients, row.files, row.annotation, variant)
-            row.items[variant] = unit.writer.add(digest(ingredients), item_bytes(tensors, ingredients, decoded.info))
+            row.items[variant] = unit.writer.add(*make_item(tensors, ingredients, decoded.info))
             unit.computed += 1
-
-    def _fail(self, row: _Row, error: Unusable) -> None:
-        row.failure = Failure(error.kind, error.detail)
 
     def _finish(self, unit: _OpenUnit) -> None:
         """Writes the record: from now on the unit is done."""
         unit.writer.close()
-        header = Header(
-            unit.plan,
-            self._ingredients,
-            self._variants,
-            computed=unit.computed,
-            seconds=time.time() - unit.started,
-            written=time.time(),
-        )
+        now = time.time()
+        header = Header(unit.plan, self._ingredients, self._variants, unit.computed, now - unit.started, now)
         path = self._folder.record(self._family, unit.name)
         write_record(path, header, (row.outcome() for row in unit.rows))
         self._open.pop(unit.name).lock.release()
         self._done += 1
 
+    def _empty_prompt_ingredients(self) -> dict[str, Any]:
+        return item_ingredients(self._ingredients, *text_digests([""]), 0)
+
+    def _lacks_empty_prompt(self) -> bool:
+        key = digest(self._empty_prompt_ingredients())
+        return self._family == "text" and find_item(self._folder.empty_prompt, key) is None
+
+    def _write_empty_prompt(self) -> None:
+        (tensors,) = self._load_encoder()([Decoded(prompts=("",))])
+        _, data = make_item(tensors, self._empty_prompt_ingredients(), {})
+        with new_file(self._folder.empty_prompt, overwrite=True) as file:
+            file.write_bytes(data)
+        self._done += 1
+
     def _load_encoder(self) -> Encoder:
-        dtype, device = getattr(torch, self._command.dtype), _device(self._command.device)
-        command = self._command
-        if self._family == "teacher":
-            return TeacherEncoder(command.teacher, dtype, device, command.teacher_revision)
-        if self._family == "text":
-            return TextEncoder(command.model, dtype, device, command.revision)
-        vae_dtype, references = getattr(torch, command.vae_dtype), self._family == "references"
-        return VaeEncoder(command.model, dtype, device, vae_dtype, references, command.revision)
+        if self._encoder is None:
+            dtype, device = getattr(torch, self._command.dtype), _device(self._command.device)
+            if self._family == "teacher":
+                self._encoder = TeacherEncoder(self._models.teacher, dtype, device)
+            elif self._family == "text":
+                self._encoder = TextEncoder(self._models.pipeline, dtype, device)
+            else:
+                vae_dtype, references = getattr(torch, self._command.vae_dtype), self._family == "references"
+                self._encoder = VaeEncoder(self._models.pipeline, dtype, device, vae_dtype, references)
+        return self._encoder
 
 
 def _device(name: str) -> torch.device:

@@ -9,20 +9,19 @@ without a new cache; a file that is touched is encoded again.
 import dataclasses
 import itertools
 import json
-import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from refalign_training.cache.files import EMPTY, CacheFolder, canonical, digest, write_text
+from refalign.atomic import new_file
+from refalign_training.cache.files import CacheFolder, canonical, digest, write_text
 from refalign_training.data.recipe import Recipe
-from refalign_training.data.sample import Clip, Fault, Reference, Sample, View, read_sample, write_sample
+from refalign_training.data.sample import Fault, Reference, Sample, View
+from refalign_training.data.samples import read_sample, write_sample
 
-
-logger = logging.getLogger(__name__)
 
 ROOT = Path("/")  # plans hold absolute paths
 ENCODING_SCHEMAS = {"video": 1, "references": 1, "text": 1, "teacher": 1}  # raised when our code gives other numbers
@@ -44,9 +43,6 @@ class Planned:
     """Size and mtime_ns of its files by path; `None`: there is no such file."""
 
 
-EMPTY_PROMPT = Planned(Sample("", ("",), Clip(ROOT), (), "", 0), {})  # what conditioning dropout puts for a prompt
-
-
 def family_ingredients(family: str, recipe: Recipe, model: str, dtypes: Mapping[str, str]) -> dict[str, Any]:
     """What all items of a family are made with: recipe, model and dtypes, as far as it depends on them."""
     ingredients = {"family": family, "schema": ENCODING_SCHEMAS[family], "model": model, **dtypes}
@@ -60,7 +56,7 @@ def sample_digests(family: str, planned: Planned) -> tuple[str, str]:
     """Digests of a sample's files and of what the dataset says about it, as far as the family depends on them."""
     sample = planned.sample
     if family == "text":
-        return digest([]), digest(sample.prompts)
+        return text_digests(sample.prompts)
     if family == "video":
         paths, annotation = [sample.clip.path], dataclasses.asdict(sample.clip)
     else:
@@ -72,6 +68,11 @@ def sample_digests(family: str, planned: Planned) -> tuple[str, str]:
     return digest(files), digest(text)
 
 
+def text_digests(prompts: Sequence[str]) -> tuple[str, str]:
+    """[`sample_digests`] of captions alone."""
+    return digest([]), digest(prompts)
+
+
 def item_ingredients(ingredients: Mapping[str, Any], files: str, annotation: str, variant: int) -> dict[str, Any]:
     """What an item is made with; its key is the digest of it."""
     return {**ingredients, "files": files, "annotation": annotation, "variant": variant}
@@ -81,60 +82,62 @@ def _views(reference: Reference) -> list[View]:
     return [view for view in (reference.view, *reference.cross) if view is not None]
 
 
-def make_plan(folder: CacheFolder, items: Iterable[Sample | Fault], unit_size: int, may_change: Any) -> dict[str, Any]:
+def make_plan(folder: CacheFolder, items: Iterable[Sample | Fault], unit_size: int) -> None:
     """
-    Writes what changed of the plan, and returns its summary: `units` (digests), `samples`, `faults` (counts).
+    Writes what changed of the plan and its summary: `units` (digests), `samples`, `faults` (counts). Memory does not
+    grow with the dataset. No other process may work in the cache.
 
     Args:
         folder (`CacheFolder`): the cache.
         items (`Iterable`): what a dataset's reader gives.
         unit_size (`int`): samples a unit.
-        may_change (`Callable`): called before the first change; raises if there may be none now.
     """
-    faults: list[Fault] = []
-    units, count, changed = [], 0, False
-    samples = _samples(items, faults)
-    while unit := list(itertools.islice(samples, unit_size)):
-        lines = "".join(f"{line}\n" for line in map(_plan_line, unit))
-        path = folder.plan(f"{len(units):06d}")
-        if not _holds(path, lines):
-            may_change()
+    units, count = [], 0
+    faults: Counter[str] = Counter()
+    with (
+        new_file(folder.faults, overwrite=True) as file,
+        file.open("w", encoding="utf-8", errors="surrogatepass") as f,
+    ):
+        samples = _samples(items, f, faults)
+        while unit := list(itertools.islice(samples, unit_size)):
+            lines = "".join(f"{line}\n" for line in map(_plan_line, unit))
+            _write_if_new(folder, folder.plan(f"{len(units):06d}"), lines)
+            units.append(digest(lines))
+            count += len(unit)
+    for path in folder.summary.parent.glob("[0-9]*.jsonl"):
+        if int(path.stem) >= len(units):
             folder.summary.unlink(missing_ok=True)
-            write_text(path, lines)
-            changed = True
-        units.append(digest(lines))
-        count += len(unit)
-    counts = {f"{lost}: {kind}": n for (lost, kind), n in sorted(Counter((f.lost, f.kind) for f in faults).items())}
-    summary = {"units": units, "samples": count, "faults": counts}
-    text = "".join(f"{canonical(dataclasses.asdict(fault))}\n" for fault in faults)
-    if changed or not _holds(folder.summary, canonical(summary)) or not _holds(folder.faults, text):
-        may_change()
-        folder.summary.unlink(missing_ok=True)
-        for path in folder.summary.parent.glob("[0-9]*.jsonl"):
-            if int(path.stem) >= len(units):
-                path.unlink()
-        write_text(folder.faults, text)
-        write_text(folder.summary, canonical(summary))
-    return summary
+            path.unlink()
+    summary = {"units": units, "samples": count, "faults": dict(sorted(faults.items()))}
+    _write_if_new(folder, folder.summary, canonical(summary))
+
+
+def _write_if_new(folder: CacheFolder, path: Path, text: str) -> None:
+    try:
+        if path.read_text("utf-8", "surrogatepass") == text:
+            return
+    except (FileNotFoundError, ValueError):
+        pass
+    folder.summary.unlink(missing_ok=True)  # until all is written, there is no plan
+    write_text(path, text)
 
 
 def read_plan(folder: CacheFolder, unit: str) -> Iterator[Planned]:
     """The samples of a unit."""
-    if unit == EMPTY:
-        yield EMPTY_PROMPT
-        return
     with folder.plan(unit).open(encoding="utf-8", errors="surrogatepass") as lines:
         for line in lines:
             record = json.loads(line)
             yield Planned(read_sample(json.dumps(record["sample"]), ROOT), record["files"])
 
 
-def _samples(items: Iterable[Sample | Fault], faults: list[Fault]) -> Iterator[Sample]:
+def _samples(items: Iterable[Sample | Fault], listed: TextIO, counts: Counter[str]) -> Iterator[Sample]:
+    """The samples alone; faults are listed and counted."""
     for item in items:
         if isinstance(item, Sample):
             yield item
         else:
-            faults.append(item)
+            listed.write(f"{canonical(dataclasses.asdict(item))}\n")
+            counts[f"{item.lost}: {item.kind}"] += 1
 
 
 def _plan_line(sample: Sample) -> str:
@@ -160,10 +163,3 @@ def _identity(path: Path) -> list[int] | None:
     except OSError:
         return None
     return [status.st_size, status.st_mtime_ns]
-
-
-def _holds(path: Path, text: str) -> bool:
-    try:
-        return path.read_text("utf-8", "surrogatepass") == text
-    except FileNotFoundError:
-        return False

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from refalign_training.data.fields import Place, integer, member, number, text
 from refalign_training.data.json_stream import first_character, read_items
+from refalign_training.data.recipe import SelectionRule
 from refalign_training.data.sample import Fault, Unusable, View
-from refalign_training.data.selection import SelectionRule
 
 
 _TABLES = """
@@ -82,7 +82,7 @@ class CrossPairs(AbstractContextManager):
         for number_of_file, path in enumerate(self._files):
             for record in read_items(path):
                 try:
-                    self._add(_pair(record.value), number_of_file, record.row)
+                    self._add(_pair(record.checked()), number_of_file, record.row)
                 except Unusable as error:
                     yield Place(str(path), record.row).fault(error, lost="nothing")
 
@@ -135,8 +135,6 @@ class _Pair(NamedTuple):
 
 
 def _pair(record: Any) -> _Pair:
-    if isinstance(record, Unusable):
-        raise record
     ids = tuple(text(member(record, f"{end}_id"), f"{end}_id") for end in ("cur", "aft"))
     subjects = tuple(_subject(member(record, f"{end}_class_id"), f"{end}_class_id") for end in ("cur", "aft"))
     return _Pair(ids, subjects, number(member(record, "image_similarity"), "image_similarity"))

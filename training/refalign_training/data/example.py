@@ -16,7 +16,7 @@ from refalign_training.data.masks import check_box, decode_mask
 from refalign_training.data.randomness import numpy_generator
 from refalign_training.data.recipe import Recipe
 from refalign_training.data.sample import Reference, Sample, Unusable, View
-from refalign_training.data.video import open_video
+from refalign_training.data.video import check_file, open_video
 
 
 logger = logging.getLogger(__name__)
@@ -50,10 +50,12 @@ def draw_conditions(
     of dropping exclude each other (RefAlign, arXiv 2603.25743, section 4).
 
     Raises:
-        ValueError: if the probabilities are none, or sum to more than 1.
+        ValueError: if a probability is below 0, or their sum above 1.
     """
-    if min(no_text, no_references, neither) < 0 or no_text + no_references + neither > 1:
-        raise ValueError(f"The dropout rates {no_text}, {no_references} and {neither} have to be 0 up and sum to 1.")
+    if not (min(no_text, no_references, neither) >= 0 and no_text + no_references + neither <= 1):
+        raise ValueError(
+            f"The dropout rates are {no_text}, {no_references} and {neither}; pass none below 0, and 1 at most in all."
+        )
     place = numpy_generator("conditions", seed, step, sample_id).random()
     drops_text = place < no_text or no_text + no_references <= place < no_text + no_references + neither
     drops_references = no_text <= place < no_text + no_references + neither
@@ -68,8 +70,8 @@ def draw_frames(available: int, fps: float, recipe: Recipe, generator: np.random
     the stride is taken as a whole, more slowly, and frames repeat where it has fewer than are needed.
     """
     span = min(available - 1, (recipe.num_frames - 1) * recipe.stride * fps / 25)
-    start = generator.uniform(0, available - 1 - span) if span < available - 1 else 0.0
-    return np.floor(start + np.linspace(0, span, recipe.num_frames) + 1e-6).astype(np.int64)
+    places = generator.uniform(0, available - span) + np.linspace(0, span, recipe.num_frames)
+    return np.minimum(np.floor(places + 1e-6), available - 1).astype(np.int64)  # 1e-6: a whole stride stays whole
 
 
 def load_video(sample: Sample, recipe: Recipe, variant: int = 0) -> np.ndarray:
@@ -173,7 +175,8 @@ def _cut_out(view: View, frames: dict[tuple[Path, int | float], Image.Image]) ->
     image = whole.crop(_checked_crop(whole, view.crop))
     if view.mask is not None:
         mask = decode_mask(view.mask, image.height, image.width)
-        image.putalpha(Image.fromarray(mask.astype(np.uint8) * 255))
+        if mask.any():  # else its box has to do
+            image.putalpha(Image.fromarray(mask.astype(np.uint8) * 255))
     if view.box is not None:
         scale = 1.0 if view.box_long_side is None else max(image.size) / view.box_long_side
         left, top, right, bottom = check_box(
@@ -184,8 +187,7 @@ def _cut_out(view: View, frames: dict[tuple[Path, int | float], Image.Image]) ->
 
 
 def _read_image(path: Path) -> Image.Image:
-    if not path.is_file():
-        raise Unusable("missing file", f"{path} does not exist")
+    check_file(path)
     try:
         return load_reference_image(path)
     except ValueError as error:

@@ -33,6 +33,12 @@ class Record(NamedTuple):
     value: Any
     """What it holds; an [`Unusable`] where it cannot be read."""
 
+    def checked(self) -> Any:
+        """What it holds. Raises [`Unusable`] where it cannot be read."""
+        if isinstance(self.value, Unusable):
+            raise self.value
+        return self.value
+
 
 def _integer(digits: str) -> int | float:
     return int(digits) if len(digits) < 20 else float(digits)  # int() refuses 4300 digits, float() none
@@ -152,19 +158,20 @@ class _Text:
     def value(self) -> Any:
         """The JSON value that comes next, or an [`Unusable`] if only its end could be found; else raises one."""
         self.skip("")
-        problem: Exception | str = "the end"
+        problem = "the end"
         while self._text:
             end = None
             try:
                 value, end = _DECODER.raw_decode(self._text, self._at)
             except (json.JSONDecodeError, RecursionError) as error:
-                problem, end = error, _end_of_value(self._text, self._at)
-                value = self.wrong(f"no JSON: {getattr(error, 'msg', error)}")
+                # Not the error itself, which holds the whole text and, kept in a variable, would hold itself
+                problem, end = getattr(error, "msg", str(error)), _end_of_value(self._text, self._at)
+                value = self.wrong(f"no JSON: {problem}")
             if end is not None and (end < len(self._text) or self._ended):  # else a number may go on
                 return self._take(end, value)
             if len(self._text) - self._at > LONGEST_RECORD or not self._read():
                 break
-        raise self.wrong(f"no whole record, but {getattr(problem, 'msg', problem)},")
+        raise self.wrong(f"no whole record, but {problem},")
 
     def _take(self, end: int, value: Any) -> Any:
         source, self._at = self._text[self._at : end], end

@@ -63,16 +63,11 @@ def decode_mask(mask: Any, height: int, width: int) -> np.ndarray:
     return coco.decode(check_mask(mask, height, width)).astype(bool)
 
 
-def mask_area(mask: Any) -> int:
-    """The number of a checked mask's pixels."""
-    return int(coco.area(mask))
-
-
 def mask_box(mask: Any) -> Box | None:
     """The tight box around a checked mask's pixels; `None` if there are none."""
-    if not mask_area(mask):
+    if not coco.area(mask):  # toBbox makes something up
         return None
-    left, top, width, height = (float(side) for side in coco.toBbox(mask))
+    left, top, width, height = coco.toBbox(mask).tolist()
     return left, top, left + width, top + height
 
 
@@ -100,29 +95,26 @@ def box_area(box: Box) -> float:
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
-def box_iou(a: Box, b: Box) -> float:
-    """Intersection over union of two boxes that are not empty."""
-    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
-    shared = max(width, 0.0) * max(height, 0.0)
-    return shared / (box_area(a) + box_area(b) - shared)
-
-
-def view_iou(a: View, b: View) -> float:
-    """Of two views of one frame, checked: of their masks where both have one, else of their boxes."""
-    if a.mask is not None and b.mask is not None:
-        return float(coco.iou([a.mask], [b.mask], [0])[0, 0])
-    return box_iou(a.box, b.box)
-
-
-def view_area(view: View) -> float:
-    """The pixels of a checked view's mask, else of its box."""
-    return box_area(view.box) if view.mask is None else mask_area(view.mask)
-
-
 def drop_duplicates(views: Sequence[View], limit: float = 0.8) -> list[int]:
-    """The indices of the views of one frame that stay if of any two with an IoU over `limit` the larger one does."""
+    """
+    The indices of the views of one frame that stay if of any two with an IoU over `limit` the larger one does. Views
+    are compared by their masks where both have one, else by their boxes.
+    """
+    areas = [box_area(view.box) if view.mask is None else int(coco.area(view.mask)) for view in views]
     kept: list[int] = []
-    for index in sorted(range(len(views)), key=lambda i: -view_area(views[i])):
-        if all(view_iou(views[index], views[other]) <= limit for other in kept):
+    for index in sorted(range(len(views)), key=lambda i: -areas[i]):
+        if not any(_overlaps(views[index], views[other], areas[index], areas[other], limit) for other in kept):
             kept.append(index)
     return sorted(kept)
+
+
+def _overlaps(a: View, b: View, area_a: float, area_b: float, limit: float) -> bool:
+    """Whether the IoU is over the limit."""
+    (left, top), (right, bottom) = map(max, a.box[:2], b.box[:2]), map(min, a.box[2:], b.box[2:])
+    shared = max(right - left, 0.0) * max(bottom - top, 0.0)
+    if a.mask is None or b.mask is None:
+        return shared > limit * (box_area(a.box) + box_area(b.box) - shared)
+    # The masks share no more than their boxes, and cover no less than the larger of them: most pairs end here
+    if min(area_a, area_b, shared) <= limit * max(area_a, area_b):
+        return False
+    return coco.iou([a.mask], [b.mask], [0])[0, 0] > limit

@@ -9,7 +9,7 @@ An annotation file holds `{clip_key: record}`, up to 66 GB of it; it is streamed
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,8 +30,9 @@ from refalign_training.data.fields import (
 )
 from refalign_training.data.json_stream import Record, first_character, read_members
 from refalign_training.data.masks import box_area, check_box, check_mask, mask_box
+from refalign_training.data.recipe import DEFAULT_RULE, SelectionRule
 from refalign_training.data.sample import Clip, Fault, Reference, Sample, Unusable, View, check_id, path_inside
-from refalign_training.data.selection import DEFAULT_RULE, Candidate, SelectionRule, select
+from refalign_training.data.selection import Candidate, select
 
 
 _SCORES = ("aesthetic", "motion", "tech", "fps")
@@ -88,7 +89,9 @@ def _read_record(
     place = Place(str(path), record.row)
     try:
         place = _place(record, path)
-        annotated = _annotated(record.value, videos / path.stem, rule, lambda *what: faults.append(place.fault(*what)))
+        annotated = _annotated(
+            record.checked(), videos / path.stem, rule, lambda *what: faults.append(place.fault(*what))
+        )
         item = _sample(annotated, place, rule, pairs)
     except Unusable as error:
         item = place.fault(error)
@@ -98,17 +101,20 @@ def _read_record(
 
 def _keep_views(record: Record, path: Path, videos: Path, rule: SelectionRule, pairs: CrossPairs) -> None:
     """Keeps the views that pairs want of a record. What is wrong with it is said when it is read for itself."""
+    any_score = replace(rule, min_aesthetic=-math.inf, min_gme=-math.inf, unscored=True)
     try:
         sample_id = _place(record, path).sample_id
-        wanted = pairs.wanted(sample_id)
-        annotated = _annotated(record.value, videos / path.stem, rule, lambda *_: None) if wanted else None
+        if not (wanted := pairs.wanted(sample_id)):
+            return
+        annotated = _annotated(record.checked(), videos / path.stem, any_score, lambda *_: None, wanted)
     except Unusable:
         return
-    if annotated is not None:
-        large = [c.reference for c in annotated.candidates if c.crop_ratio >= rule.min_crop_ratio]
-        views = dict.fromkeys(annotated.subjects) | {reference.subject: reference.view for reference in large}
-        for subject in wanted & views.keys():
-            pairs.keep(sample_id, subject, views[subject])
+    views = dict.fromkeys(wanted.intersection(annotated.subjects))
+    for candidate in annotated.candidates:
+        if candidate.crop_ratio >= rule.min_crop_ratio:
+            views[candidate.reference.subject] = candidate.reference.view
+    for subject, view in views.items():
+        pairs.keep(sample_id, subject, view)
 
 
 def _place(record: Record, path: Path) -> Place:
@@ -140,9 +146,10 @@ class _Annotated:
     candidates: Sequence[Candidate]
 
 
-def _annotated(record: Any, folder: Path, rule: SelectionRule, report: Report) -> _Annotated:
-    if isinstance(record, Unusable):
-        raise record
+def _annotated(
+    record: Any, folder: Path, rule: SelectionRule, report: Report, wanted: Container[str] | None = None
+) -> _Annotated:
+    """A record's candidates whose scores pass the rule, only those in `wanted` if that is given."""
     metadata = mapping(member(record, "metadata"), "metadata")
     clip = _clip(metadata, folder)
     annotation = mapping(member(record, "annotation"), "annotation")
@@ -157,8 +164,12 @@ def _annotated(record: Any, folder: Path, rule: SelectionRule, report: Report) -
         )
     candidates = []
     for subject, values in zip(subjects, objects, strict=True):
+        if wanted is not None and subject not in wanted:
+            continue
         try:
-            candidates.append(_candidate(subject, values, masks.get(subject), clip, frame, rule, report))
+            scores = _subject_scores(values, subject, rule, report)
+            if rule.passes(*scores):  # before its mask is looked at, which takes the most time
+                candidates.append(_candidate(subject, values, masks.get(subject), clip, frame, scores, report))
         except Unusable as error:
             report(error, "reference")
     return _Annotated(metadata, clip, _scores(metadata, clip, report), subjects, candidates)
@@ -205,7 +216,7 @@ def _masks(annotation: Mapping[str, Any], frame: int) -> Mapping[str, Any]:
 
 
 def _candidate(
-    subject: str, values: Any, mask: Any, clip: Clip, frame: int, rule: SelectionRule, report: Report
+    subject: str, values: Any, mask: Any, clip: Clip, frame: int, scores: tuple, report: Report
 ) -> Candidate:
     width, height = _size(clip)
     label = text(member(values, "class_name"), "class_name")
@@ -215,18 +226,17 @@ def _candidate(
     if box is None:
         report(Unusable("empty mask", f"subject {subject!r}, {shorten(label)}"), "nothing")
     view = View(clip.path, frame, clip.crop, box or annotated_box, mask=mask if box else None)
-    aesthetic, gme = _subject_scores(values, subject, rule, report)
-    reference = Reference(subject, view, label=label)
-    return Candidate(reference, box_area(view.box) / (width * height), aesthetic, gme)
+    return Candidate(Reference(subject, view, label=label), box_area(view.box) / (width * height), *scores)
 
 
 def _subject_scores(
-    values: Mapping[str, Any], subject: str, rule: SelectionRule, report: Report
+    values: Any, subject: str, rule: SelectionRule, report: Report
 ) -> tuple[float | None, float | None]:
-    scores, errors = [], []
+    values, scores, errors = mapping(values, f"subject {subject!r}"), [], []
     for name in ("aes_score", "gme_score"):
         try:
-            scores.append(None if values.get(name) is None else number(values[name], f"{name} of subject {subject!r}"))
+            score = values.get(name)
+            scores.append(None if score is None else number(score, f"{name} of subject {subject!r}"))
         except Unusable as error:
             scores.append(math.nan)  # below every threshold, but not as if there were none
             errors.append(error)

@@ -13,6 +13,7 @@ from refalign_training.data.fields import Place, Report, mapping, member, prompt
 from refalign_training.data.json_stream import Record, decode
 from refalign_training.data.masks import box_area, check_box
 from refalign_training.data.parquet import parquet_columns, read_rows
+from refalign_training.data.recipe import DEFAULT_RULE, SelectionRule
 from refalign_training.data.sample import (
     Clip,
     Fault,
@@ -24,7 +25,7 @@ from refalign_training.data.sample import (
     is_number,
     path_inside,
 )
-from refalign_training.data.selection import DEFAULT_RULE, Candidate, SelectionRule, select
+from refalign_training.data.selection import Candidate, select
 
 
 LONG_SIDE = 768
@@ -73,9 +74,7 @@ def _read_row(record: Record, path: Path, videos: Path, rule: SelectionRule) -> 
     faults: list[Fault] = []
     place = Place(str(path), record.row)
     try:
-        if isinstance(record.value, Unusable):
-            raise record.value
-        video_id = _video_id(record.value)
+        video_id = _video_id(record.checked())
         place = Place(place.source, place.row, video_id)
         item = _sample(record.value, place, videos, rule, lambda *what: faults.append(place.fault(*what)))
     except Unusable as error:

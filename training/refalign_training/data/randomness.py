@@ -7,7 +7,6 @@ the number of processes nor a resumed run changes it.
 import hashlib
 
 import numpy as np
-import torch
 
 
 def seed_of(*parts: str | int) -> int:
@@ -19,8 +18,3 @@ def seed_of(*parts: str | int) -> int:
 def numpy_generator(*parts: str | int) -> np.random.Generator:
     """A generator of its own for every [`seed_of`] the parts."""
     return np.random.default_rng(seed_of(*parts))
-
-
-def torch_generator(*parts: str | int) -> torch.Generator:
-    """The same for torch, on the CPU."""
-    return torch.Generator().manual_seed(seed_of(*parts))

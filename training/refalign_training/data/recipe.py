@@ -1,4 +1,5 @@
-"""The recipe by which pixels are made of samples. Imports nothing heavy: command lines are made of it."""
+"""What may be chosen about samples: which subjects become references, and how pixels are made. Imports nothing heavy:
+command lines are made of it."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -34,3 +35,34 @@ class Recipe:
                 f"The stride is {self.stride} and the probability of a cross pair {self.cross_probability}; they have "
                 "to be above 0, and from 0 to 1."
             )
+
+
+@dataclass(frozen=True)
+class SelectionRule:
+    """Which subjects of a clip become references: the largest that score high enough in one of two ways."""
+
+    min_aesthetic: float = 4.5
+    """An aesthetic score from which a subject is taken..."""
+    min_gme: float = 0.6
+    """... or a GME score, of its image against its name, from which it is."""
+    unscored: bool = True
+    """Whether subjects without either score are taken: OpenS2V-5M's whose mask was empty. Their box is."""
+    min_crop_ratio: float = 0.10
+    """Smallest area of a subject's box, as a share of its frame's."""
+    max_references: int = 3
+    """The largest ones are taken; from your own data, the first ones."""
+    duplicate_iou: float = 0.8
+    """Of two subjects with an intersection over union above this, the larger one stays."""
+    max_image_similarity: float | None = 0.98
+    """Cross pairs more similar than this are near copies, and teach what the clip's own reference does; None: any."""
+    max_cross_views: int = 8
+    """Most views from other clips that a reference gets; of more, the ones most similar to it."""
+
+    def passes(self, aesthetic: float | None, gme: float | None) -> bool:
+        """Whether the scores do; `None` where there is none, NaN where there is a bad one."""
+        if aesthetic is None and gme is None:
+            return self.unscored
+        return (aesthetic is not None and aesthetic >= self.min_aesthetic) or (gme is not None and gme >= self.min_gme)
+
+
+DEFAULT_RULE = SelectionRule()

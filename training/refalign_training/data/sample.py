@@ -3,8 +3,6 @@
 A sample holds no pixels: it says where they are. [`refalign_training.data.example`] reads them.
 """
 
-import dataclasses
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -169,47 +167,6 @@ def path_inside(root: Path, path: Any) -> Path:
     if ".." in relative.parts or not relative.parts:
         raise Unusable("path", f"{path!r} leaves {root}")
     return root / relative
-
-
-def write_sample(sample: Sample, root: Path) -> str:
-    """A sample as one line of JSON, its paths relative to `root`."""
-
-    def encode(value: Any) -> Any:
-        if isinstance(value, Path):
-            return value.relative_to(root).as_posix()
-        raise AssertionError(f"a sample holds a {type(value).__name__}")
-
-    return json.dumps(dataclasses.asdict(sample), default=encode, ensure_ascii=False)
-
-
-def read_sample(line: str, root: Path) -> Sample:
-    """
-    The inverse of [`write_sample`].
-
-    Raises:
-        Unusable: if the line is not such a sample.
-    """
-    try:
-        record = json.loads(line)
-        check_id(record["id"])
-        references = tuple(_read_reference(reference, root) for reference in record["references"])
-        clip = Clip(**_places(record["clip"], root))
-        return Sample(**record | {"prompts": tuple(record["prompts"]), "clip": clip, "references": references})
-    except Unusable:
-        raise
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise Unusable("not readable", f"no sample: {type(error).__name__}: {error}") from error
-
-
-def _read_reference(record: dict[str, Any], root: Path) -> Reference:
-    view = None if record["view"] is None else View(**_places(record["view"], root))
-    return Reference(**record | {"view": view, "cross": tuple(View(**_places(v, root)) for v in record["cross"])})
-
-
-def _places(record: dict[str, Any], root: Path) -> dict[str, Any]:
-    """The record with a path for its path, and tuples for its lists."""
-    tuples = {name: tuple(record[name]) for name in ("crop", "box") if record.get(name) is not None}
-    return record | tuples | {"path": path_inside(root, record["path"])}
 
 
 def usable(items: Iterable[Sample | Fault]) -> Iterator[Sample]:

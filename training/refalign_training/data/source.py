@@ -1,4 +1,4 @@
-"""A dataset as a run's configuration names it, and all its samples in order."""
+"""A dataset as a run's configuration names it, and all its samples in order. Imports nothing heavy at the top."""
 
 import hashlib
 import sqlite3
@@ -9,11 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from refalign_training.data.fields import Place
-from refalign_training.data.opens2v import read_opens2v
-from refalign_training.data.phantom import read_phantom
+from refalign_training.data.recipe import SelectionRule
 from refalign_training.data.sample import Fault, Sample, Unusable
-from refalign_training.data.selection import SelectionRule
-from refalign_training.data.table import read_folder, read_samples_file, read_table
 
 
 @dataclass(frozen=True)
@@ -51,22 +48,21 @@ def _check(source: Source) -> None:
     if needs_annotations and not source.annotations:
         raise ValueError(f"Data of the format {source.data!r} need annotation files; pass them as `annotations`.")
     if source.annotations and not needs_annotations:
-        raise ValueError(f"A folder has no annotation files, but `annotations` are {_names(source.annotations)}.")
+        raise ValueError(f"A folder has no annotation files, but `annotations` are given: {source.annotations[0]}.")
     if needs_videos and source.videos is None:
         raise ValueError(f"Data of the format {source.data!r} need the folder of the videos; pass it as `videos`.")
     if source.cross_pairs and source.data != "opens2v":
         raise ValueError(f"`cross_pairs` are OpenS2V-5M's; data of the format {source.data!r} have none of their own.")
-    if missing := [path for path in (*source.annotations, *source.cross_pairs) if not path.is_file()]:
-        raise ValueError(f"There is no file {_names(missing)}; check `annotations` and `cross_pairs`.")
     if source.videos is not None and not source.videos.is_dir():
         raise ValueError(f"There is no folder {source.videos}; check `videos`.")
 
 
-def _names(paths: list[Path] | tuple[Path, ...]) -> str:
-    return ", ".join(map(str, paths[:3])) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-
-
 def _read(source: Source) -> Iterator[Sample | Fault]:
+    from refalign_training.data.opens2v import read_opens2v
+    from refalign_training.data.phantom import read_phantom
+    from refalign_training.data.samples import read_samples_file
+    from refalign_training.data.table import read_folder, read_table
+
     match source.data:
         case "opens2v":
             return read_opens2v(source.annotations, source.videos, source.cross_pairs, source.rule)

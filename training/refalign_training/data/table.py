@@ -1,4 +1,4 @@
-"""Your own data: tables (JSON lines, CSV, parquet), a plain folder, and files that [`write_sample`] wrote.
+"""Your own data: tables (JSON lines, CSV, parquet), and a plain folder.
 
 A table has the columns `video`, `prompt` and `references` (the images' paths), and may have `id`, `subjects` (a text
 for each reference), `start` and `end` (frames of the video; the end is one behind the last). Other columns of numbers
@@ -28,6 +28,7 @@ from refalign_training.data.fields import (
 )
 from refalign_training.data.json_stream import Record, decode, read_lines
 from refalign_training.data.parquet import parquet_columns, read_rows
+from refalign_training.data.recipe import DEFAULT_RULE, SelectionRule
 from refalign_training.data.sample import (
     Clip,
     Fault,
@@ -38,9 +39,7 @@ from refalign_training.data.sample import (
     check_id,
     is_number,
     path_inside,
-    read_sample,
 )
-from refalign_training.data.selection import DEFAULT_RULE, SelectionRule
 
 
 _COLUMNS = ("video", "prompt", "references")
@@ -102,36 +101,12 @@ def read_folder(
     return (item for record in records for item in _read_record(record, root, root, rule))
 
 
-def read_samples_file(files: Sequence[Path], root: Path | None = None) -> Iterator[Sample | Fault]:
-    """
-    Files of lines that [`write_sample`] wrote.
-
-    Args:
-        root (`Path`, *optional*): the folder that paths start from; by default each file's own.
-
-    Raises:
-        ValueError: if a file does not exist.
-    """
-    for path in files:
-        if not path.is_file():
-            raise ValueError(f"The file of samples {path} does not exist.")
-    return (_read_line(line, path, root or path.parent) for path in files for line in read_lines(path))
-
-
-def _read_line(line: Record, path: Path, root: Path) -> Sample | Fault:
-    try:
-        if isinstance(line.value, Unusable):
-            raise line.value
-        return read_sample(line.value, root)
-    except Unusable as error:
-        return Place(str(path), line.row).fault(error)
-
-
 def _read_record(record: Record, source: Path, root: Path, rule: SelectionRule) -> Iterator[Sample | Fault]:
     faults: list[Fault] = []
     place = Place(str(source), record.row)
     try:
-        row = _mapping(record.value)
+        value = record.checked()
+        row = mapping(decode(value) if isinstance(value, str) else value, "a row")
         video = path_inside(root, text(member(row, "video"), "video"))
         place = Place(place.source, place.row, _id(row, video.relative_to(root)))
         item = _sample(row, video, place, root, rule, lambda *what: faults.append(place.fault(*what)))
@@ -139,12 +114,6 @@ def _read_record(record: Record, source: Path, root: Path, rule: SelectionRule) 
         item = place.fault(error)
     yield from faults
     yield item
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    if isinstance(value, Unusable):
-        raise value
-    return mapping(decode(value) if isinstance(value, str) else value, "a row")
 
 
 def _id(row: Mapping[str, Any], video: Path) -> str:

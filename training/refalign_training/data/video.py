@@ -1,15 +1,25 @@
 """Frames out of video files, by PyAV: only those that are needed, each by its exact number."""
 
 import bisect
+import errno
 import itertools
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import av
+from av.video.reformatter import Colorspace
 from PIL import Image
 
 from refalign_training.data.sample import Unusable
+
+
+# Files of pictures and sound alone: a playlist could name files outside the dataset's folder
+FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg"
+UNSPECIFIED = 2  # FFmpeg's AVCOL_SPC_UNSPECIFIED, which PyAV's Colorspace lacks
+# Of the machine and not of the file
+_NO_FAULT_OF_THE_FILE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC}
 
 
 class VideoFrames:
@@ -24,19 +34,26 @@ class VideoFrames:
     """
 
     def __init__(self, container: av.container.InputContainer) -> None:
+        self._container, self._name = container, container.name
         if not container.streams.video:
-            raise Unusable("no frames", f"{container.name} has no video in it")
-        self._container, self._stream = container, container.streams.video[0]
-        self._stream.thread_type = "AUTO"
-        packets = [packet for packet in container.demux(self._stream) if packet.size]
+            raise Unusable("no frames", f"{self._name} has no video in it")
+        # Its threads stay those of slices: FFmpeg's frame threads can wait for ever on a damaged file
+        self._stream = container.streams.video[0]
+        packets = [
+            (packet.pts, packet.pts if packet.dts is None else packet.dts, packet.is_keyframe, packet.is_discard)
+            for packet in container.demux(self._stream)
+            if packet.size
+        ]
         if len(packets) < self._stream.frames:
-            raise Unusable("video", f"{container.name} is cut short: {len(packets)} of {self._stream.frames} frames")
-        shown = [packet for packet in packets if packet.pts is not None and not packet.is_discard]
+            raise Unusable("video", f"{self._name} is cut short: {len(packets)} of {self._stream.frames} frames")
+        shown = [packet for packet in packets if packet[0] is not None and not packet[3]]
+        if packets and not shown:
+            raise Unusable("video", f"{self._name} has no timestamps")
         if not shown:
-            raise Unusable("no frames", f"{container.name} has no frames")
-        self._times = sorted({packet.pts for packet in shown})
+            raise Unusable("no frames", f"{self._name} has no frames")
+        self._times = sorted({pts for pts, *_ in shown})
         # When each key frame is shown, and when it is decoded, which is what containers seek by
-        self._keys = sorted({(p.pts, p.pts if p.dts is None else p.dts) for p in shown if p.is_keyframe})
+        self._keys = sorted({(pts, dts) for pts, dts, is_key, _ in shown if is_key})
 
     def __len__(self) -> int:
         return len(self._times)
@@ -55,10 +72,11 @@ class VideoFrames:
             Unusable: if a number is not one of the video's, or its frame cannot be decoded.
         """
         wanted = sorted(set(numbers))
-        if wanted and not 0 <= wanted[0] <= wanted[-1] < len(self):
-            raise Unusable("no frames", f"{self._container.name} has {len(self)} frames, but not frame {wanted[-1]}")
+        if outside := [number for number in wanted if not 0 <= number < len(self)]:
+            raise Unusable("no frames", f"{self._name} has {len(self)} frames, but not frame {outside[0]}")
         for key, group in itertools.groupby(wanted, key=self._key_before):
-            yield from self._read_group(key, list(group))
+            with _decoding(self._name):
+                yield from self._read_group(key, list(group))
 
     def _key_before(self, number: int) -> int:
         """The place of the last key frame up to this frame."""
@@ -67,7 +85,7 @@ class VideoFrames:
     def _read_group(self, key: int, numbers: list[int]) -> Iterator[tuple[int, Image.Image]]:
         """Frames behind one key frame."""
         if not self._keys:
-            raise Unusable("video", f"{self._container.name} has no key frame to decode from")
+            raise Unusable("video", f"{self._name} has no key frame to decode from")
         for start in (self._keys[key][1], self._keys[0][1]):  # the second, should a seek have gone too far
             self._container.seek(start, stream=self._stream)
             for frame in self._container.decode(self._stream):
@@ -77,11 +95,13 @@ class VideoFrames:
                         return
                 elif frame.pts is not None and frame.pts > self._times[numbers[0]]:
                     break
-        raise Unusable("video", f"frame {numbers[0]} of {self._container.name} cannot be decoded")
+        raise Unusable("video", f"frame {numbers[0]} of {self._name} cannot be decoded")
 
 
 def _upright(frame: av.VideoFrame) -> Image.Image:
-    image = frame.to_image()
+    # Videos that do not say how their colours were made are played as HD's from 720 lines on
+    is_untold_hd = frame.colorspace == UNSPECIFIED and frame.height >= 720
+    image = frame.to_image(src_colorspace=Colorspace.ITU709 if is_untold_hd else None)
     return image.rotate(frame.rotation, expand=True) if frame.rotation % 360 else image
 
 
@@ -93,11 +113,28 @@ def open_video(path: Path) -> Iterator[VideoFrames]:
     Raises:
         Unusable: if the file is missing, is no video, has no frames, or one that is read cannot be decoded.
     """
-    if not path.is_file():
-        raise Unusable("missing file", f"{path} does not exist")
+    check_file(path)
+    with _decoding(path):
+        options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
+        container = av.open(str(path), options=options, metadata_errors="replace")
+    with container:
+        with _decoding(path):
+            frames = VideoFrames(container)
+        yield frames
+
+
+def check_file(path: Path) -> None:
+    """Raises [`Unusable`] unless it is a file."""
+    if not os.path.isfile(path):  # unlike Path's, false for a name that is too long too
+        raise Unusable("missing file", f"{path} is no file")
+
+
+@contextmanager
+def _decoding(name: str | Path) -> Iterator[None]:
+    """What a damaged file makes PyAV raise, as [`Unusable`]."""
     try:
-        # Only what the file itself holds: a playlist could name other files and addresses
-        with av.open(str(path), options={"protocol_whitelist": "file"}) as container:
-            yield VideoFrames(container)
-    except (av.FFmpegError, OSError) as error:
-        raise Unusable("video", f"{path} cannot be decoded: {error}") from error
+        yield
+    except (av.FFmpegError, OSError, LookupError, UnicodeError) as error:
+        if getattr(error, "errno", None) in _NO_FAULT_OF_THE_FILE:
+            raise
+        raise Unusable("video", f"{name} cannot be decoded: {error}") from error
