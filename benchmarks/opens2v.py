@@ -3,8 +3,8 @@
     python -m benchmarks.opens2v --folder /tmp              # 1 GB, removed afterwards
     python -m benchmarks.opens2v --folder /tmp --size 0.05  # does it run
 
-The dataset's own files have 32 to 66 GB for some 400,000 clips; that memory does not grow with a file's size is what a second, ten times
-smaller file shows.
+The dataset's own files have 32 to 66 GB, for some 400,000 clips each. That memory does not grow with a file's size is
+what a second, ten times smaller file shows.
 """
 
 import json
@@ -47,11 +47,9 @@ def draw_mask(seed: int) -> np.ndarray:
 
 def write_annotations(path: Path, size: float) -> int:
     """Writes records that differ in their keys until the file has `size` GB; returns how many."""
-    records = [
-        opens2v_record([Drawn(f"subject {i}", draw_mask(SUBJECTS * seed + i)) for i in range(SUBJECTS)], path=f"{seed}.mp4")
-        for seed in range(8)
-    ]
-    bodies = [json.dumps(record) for record in records]
+    masks = [[draw_mask(SUBJECTS * seed + i) for i in range(SUBJECTS)] for seed in range(8)]
+    drawn = [[Drawn(f"subject {i}", mask) for i, mask in enumerate(subjects)] for subjects in masks]
+    bodies = [json.dumps(opens2v_record(subjects, path=f"{i}.mp4")) for i, subjects in enumerate(drawn)]
     count = 0
     with path.open("w", encoding="utf-8") as file:
         while file.tell() < size * 1e9:
