@@ -253,21 +253,23 @@ def test_kill_9_of_real_processes_with_a_worker(undisturbed, tmp_path):
         "--model",
         command.model,
         "--output",
-        tmp_path / "cache",
+        command.output,
     ]
-    words += ["--families", "video", "references", "text", "--dtype", "float32", "--device", "cpu", "--workers", "1"]
+    words += ["--families", "video", "references", "text", "--dtype", "float32", "--device", "cpu", "--workers", 1]
     words += ["--height", command.recipe.height, "--width", command.recipe.width, "--unit-size", 2]
     words += ["--num-frames", command.recipe.num_frames]
     line = [sys.executable, "-m", "refalign_training.cli", "cache", *map(str, words)]
     kept: dict[str, tuple[int, int]] = {}
     for number in range(4):
-        process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        records = 4 * (number + 1)
-        while number < 3 and process.poll() is None and len(headers(command)) < records:
+        log = tmp_path / f"{number}.log"
+        with log.open("w") as file:
+            process = subprocess.Popen(line, stdout=file, stderr=file)
+        while number < 3 and process.poll() is None and len(headers(command)) < 4 * (number + 1):
             time.sleep(0.005)
         if number < 3:
             process.kill()
-        assert process.wait(60) == (-signal.SIGKILL if number < 3 else 0)
+        # On a busy machine it may come to its end before it is killed
+        assert process.wait(60) in (0, -signal.SIGKILL), log.read_text()
         now = finished(command)
         assert {path: now.get(path) for path in kept} == kept
         kept = now
