@@ -388,7 +388,7 @@ def test_latents_that_are_not_finite_go_to_quarantine(tmp_path, wan_folder, monk
     encode = VaeEncoder._encode
     monkeypatch.setattr(VaeEncoder, "_encode", lambda self, pixels: encode(self, pixels) * float("nan"))
     command = cache_command(write_clips(tmp_path / "clips", 1), tmp_path / "cache", wan_folder, families=("video",))
-    assert run(command) == 0
+    assert run(command) == 1
     assert json.loads((tmp_path / "cache/quarantine.jsonl").read_text("utf-8"))["kind"] == "video"
     assert set(NOT_FINITE.values()) <= set(FAULTS)
 
@@ -565,7 +565,7 @@ def test_another_dtype_tries_again_what_was_not_finite(tmp_path, wan_folder, mon
 
     monkeypatch.setattr(VaeEncoder, "_encode", overflow)
     command = cache_command(write_clips(tmp_path / "clips", 2), tmp_path / "cache", wan_folder, families=("video",))
-    assert run(change(command, dtype="float16")) == 0
+    assert run(change(command, dtype="float16")) == 1
     with pytest.raises(ValueError, match=r"has no sample .*: 2 failed in `video`. .*--retry-quarantined"):
         Cache(command.output)
     assert run(command) == 0
@@ -712,7 +712,7 @@ def test_status_tells_how_far_it_is(command, capsys):
     assert run(CacheCommand(output=command.output, status=True)) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("5 samples in 3 units.")
-    assert lines[2].split()[:4] == ["video", "2/3", "3", "0"]
+    assert lines[2].split()[:4] == ["video", "2/3", "3+2", "0"]
     assert lines[4].split()[:4] == ["text", "3/3", "5", "0"]
 
 
@@ -763,3 +763,18 @@ def test_limit_takes_the_first_samples(made, tmp_path):
 def test_keys_do_not_depend_on_the_order_of_ingredients():
     assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
     assert digest({"a": 1}) != digest({"a": 1.0})
+
+
+def test_a_folder_of_other_things_is_no_place_for_a_cache(made, tmp_path):
+    (tmp_path / "clip.mp4").write_bytes(b"")
+    with pytest.raises(ValueError, match="holds other things than a cache"):
+        run(change(made, output=tmp_path))
+
+
+def test_a_cache_without_a_complete_sample_is_an_error(made, tmp_path, capsys):
+    clips = write_clips(tmp_path / "clips", 2)
+    for video in clips.glob("*.mp4"):
+        video.write_bytes(b"")
+    source = dataclasses.replace(made.source, videos=clips)
+    assert run(change(made, source=source, output=tmp_path / "cache", families=("video",))) == 1
+    assert "0 of 2 samples are complete" in capsys.readouterr().out

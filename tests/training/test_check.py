@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from refalign.video import read_video, write_video
-from refalign_training.check import parse_selection
+from refalign_training.check import is_selected, parse_selection
 from refalign_training.cli import main
 from refalign_training.data.sample import Clip, Sample
 from tests.training.opens2v_files import Drawn, opens2v_record, rectangle, write_annotations, write_opens2v
@@ -37,9 +37,9 @@ def check_opens2v(files, *arguments) -> int:
 def test_a_whole_dataset_is_usable(opens2v, capsys):
     assert check_opens2v(opens2v, "--cross-pairs", *opens2v.cross_pairs) == 0
     told = capsys.readouterr().out
-    assert "4 usable samples (4 with 2 references)" in told
-    assert "4 of them with a subject that another clip shows too" in told
-    assert "kind" not in told
+    assert "usable samples: 4\n  number of references 2: 4\n" in told
+    assert "with a subject that another clip shows too: 4" in told
+    assert "lost" not in told and "remarks" not in told
 
 
 def test_a_bad_video_is_told_with_id_and_row_and_the_rest_goes_on(opens2v, capsys):
@@ -49,8 +49,8 @@ def test_a_bad_video_is_told_with_id_and_row_and_the_rest_goes_on(opens2v, capsy
     gone.unlink()
     assert check_opens2v(opens2v) == 0
     told = capsys.readouterr().out
-    assert "2 usable samples" in told
-    assert "1 of kind `no references` cost their sample" in told or "2 of kind `no references`" in told
+    assert "usable samples: 2" in told
+    assert "lost samples, missing file: 1 (" in told and "lost samples, video: 1 (" in told
     assert re.search(r"total_part2/gm\d\S* \(\S*total_part2.json, row \d\): ", told)
     assert str(broken) in told and str(gone) in told
 
@@ -59,7 +59,17 @@ def test_nothing_usable_is_an_error(opens2v, capsys):
     for video in opens2v.videos.rglob("*.mp4"):
         video.write_bytes(b"")
     assert check_opens2v(opens2v) == 1
-    assert "0 usable samples" in capsys.readouterr().out
+    assert "usable samples: 0" in capsys.readouterr().out
+
+
+def test_clips_that_are_too_short_are_told(opens2v, tmp_path, capsys):
+    assert check_opens2v(opens2v, "--stride", 12, "--preview", tmp_path / "preview") == 0
+    assert "shorter than the 1.9 s of 5 frames with --stride 12: 4" in capsys.readouterr().out
+    samples = [json.loads(path.read_text("utf-8")) for path in (tmp_path / "preview").rglob("sample.json")]
+    assert all(sample["slowdown"] > 1 for sample in samples)
+    assert "times slower" in (tmp_path / "preview/index.html").read_text("utf-8")
+    assert check_opens2v(opens2v, "--stride", 1) == 0
+    assert "shorter" not in capsys.readouterr().out
 
 
 def test_all_faults_go_to_a_file(tmp_path, capsys):
@@ -74,7 +84,7 @@ def test_all_faults_go_to_a_file(tmp_path, capsys):
 
 def test_the_limit_counts_samples(opens2v, capsys):
     assert check_opens2v(opens2v, "--limit", 3) == 0
-    assert "3 usable samples" in capsys.readouterr().out
+    assert "usable samples: 3" in capsys.readouterr().out
 
 
 def test_a_folder_of_ones_own(tmp_path, capsys):
@@ -82,7 +92,7 @@ def test_a_folder_of_ones_own(tmp_path, capsys):
     (tmp_path / "clips/a.txt").write_text("a prompt", "utf-8")
     Image.new("RGB", (30, 30), "red").save(tmp_path / "clips/a.ref0.png")
     assert check("--data", "folder", "--videos", tmp_path / "clips", *SMALL) == 0
-    assert "1 usable samples (1 with 1 references)" in capsys.readouterr().out
+    assert "usable samples: 1\n  number of references 1: 1\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -165,7 +175,7 @@ def scored(**scores) -> Sample:
     ],
 )
 def test_a_selection_holds_all_its_terms(text, passes):
-    assert parse_selection(text)(scored(aesthetic=6.0, references=2.0)) is passes
+    assert is_selected(scored(aesthetic=6.0, references=2.0), parse_selection(text)) is passes
 
 
 @pytest.mark.parametrize("text", ["aesthetic", "aesthetic>", ">5", "aesthetic>high", "a>1 b>2", "a=>1", "a>1;b>2"])
@@ -214,5 +224,6 @@ def test_a_subset_has_so_many_samples_at_most(opens2v, tmp_path):
 
 def test_an_empty_subset_is_not_written(opens2v, tmp_path, capsys):
     assert check_opens2v(opens2v, "--select", "beauty>1", "--write", tmp_path / "subset.jsonl") == 1
-    assert "Scores to select by: aesthetic, duration, fps, height" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "No sample has the score beauty. There are: aesthetic, duration, fps, height" in told
     assert not list(tmp_path.glob("subset*"))

@@ -62,11 +62,13 @@ class Check:
     faults: Path | None = None
     """A new JSONL file of every fault. Of each kind 20 are printed."""
     select: str | None = None
-    """Only samples with these scores, such as "aesthetic>5.5,references>=2"; all have to hold."""
+    """Only samples with these scores, such as "aesthetic>5.5,references>=2" (>, >=, <, <=, =, !=); all have to hold.
+    opens2v: aesthetic, motion, tech, fps, duration, num_frames, height, width, references. table: its columns of
+    numbers."""
     write: Path | None = None
     """A new file of the usable samples, for --data samples."""
     max_samples: int | None = None
-    """Stop after so many usable samples."""
+    """Stop after so many usable samples: the first ones, so that a subset of opens2v needs few parts of the videos."""
 
 
 @dataclass
@@ -78,6 +80,8 @@ class Report:
     passed_over: int = 0
     references: Counter = field(default_factory=Counter)
     """Usable samples by their number of references."""
+    slowed: int = 0
+    """Usable samples whose clip is too short for the recipe's stride."""
     with_cross: int = 0
     """Usable samples of which a subject is shown by another clip."""
     faults: Counter = field(default_factory=Counter)
@@ -112,7 +116,7 @@ def run(command: Check) -> int:
     Raises:
         ValueError: if an option has a wrong value, or an output exists.
     """
-    is_selected = parse_selection(command.select or "")
+    terms = parse_selection(command.select or "")
     opens_files = command.source.videos is not None or command.source.data not in ("opens2v", "phantom")
     _check_options(command, opens_files)
     source = command.source if opens_files else dataclasses.replace(command.source, videos=Path())
@@ -127,7 +131,7 @@ def run(command: Check) -> int:
                 continue
             report.read += 1
             report.names.update(item.scores)
-            if not is_selected(item):
+            if not is_selected(item, terms):
                 report.passed_over += 1
             elif not opens_files or _opens(item, command, report, faults, preview):
                 report.add_usable(item)
@@ -137,16 +141,17 @@ def run(command: Check) -> int:
                 break
         if preview is not None:
             preview.write_index()
-    _print(report)
+    _print(report, command.recipe)
+    if unknown := sorted({name for name, *_ in terms} - report.names):
+        print(f"No sample has the score {', '.join(unknown)}. There are: {', '.join(sorted(report.names)) or 'none'}.")
     if command.write:
         _finish_subset(command, report, root)
     return 0 if report.usable else 1
 
 
-def parse_selection(text: str) -> Callable[[Sample], bool]:
+def parse_selection(text: str) -> list[tuple[str, Callable[[float, float], bool], float]]:
     """
-    A test of samples by their scores, of terms `name>number` (or >=, <, <=, =, !=) with commas between them. A sample
-    without one of the scores does not pass.
+    Terms `name>number` (or >=, <, <=, =, !=) with commas between them, for [`is_selected`].
 
     Raises:
         ValueError: naming the term that is none.
@@ -161,9 +166,12 @@ def parse_selection(text: str) -> Callable[[Sample], bool]:
             raise ValueError(
                 f'--select: {term.strip()!r} is not like "aesthetic>5.5". Put commas in between.'
             ) from None
-    return lambda sample: all(
-        name in sample.scores and compare(sample.scores[name], number) for name, compare, number in terms
-    )
+    return terms
+
+
+def is_selected(sample: Sample, terms: list[tuple[str, Callable[[float, float], bool], float]]) -> bool:
+    """Whether all terms hold for a sample's scores. It does not pass without one of them."""
+    return all(name in sample.scores and compare(sample.scores[name], number) for name, compare, number in terms)
 
 
 def _check_options(command: Check, opens_files: bool) -> None:
@@ -201,36 +209,45 @@ def _open_new(stack: ExitStack, path: Path | None) -> TextIO | None:
 
 def _opens(sample: Sample, command: Check, report: Report, faults: TextIO | None, preview: "Preview | None") -> bool:
     """Whether the sample's video and a reference or more can be decoded; shows them where there is room."""
-    from refalign_training.data.example import load_references, load_video
+    from refalign_training.data.example import clip_slowdown, load_references, load_video
 
     place = Place(sample.source, sample.row, sample.id)
     try:
+        slowdown = clip_slowdown(sample, command.recipe)
+        frames = load_video(sample, command.recipe)
         references = load_references(
             sample, command.recipe, on_fault=lambda error: report.add_fault(place.fault(error, "reference"), faults)
         )
-        frames = load_video(sample, command.recipe)
     except Unusable as error:
         report.add_fault(place.fault(error), faults)
         return False
+    report.slowed += slowdown > 1
     if preview is not None and len(preview) < (command.limit or PREVIEWED):
-        preview.add(sample, frames, references)
+        preview.add(sample, frames, references, slowdown)
     return True
 
 
 # -- What is told -----------------------------------------------------------------------------------------------------
 
 
-def _print(report: Report) -> None:
-    numbers = ", ".join(f"{count} with {number}" for number, count in sorted(report.references.items()))
-    print(f"{report.usable} usable samples" + (f" ({numbers} references)" if numbers else ""))
+def _print(report: Report, recipe: Recipe) -> None:
+    print(f"usable samples: {report.usable}")
+    for number, count in sorted(report.references.items()):
+        print(f"  number of references {number}: {count}")
     if report.with_cross:
-        print(f"{report.with_cross} of them with a subject that another clip shows too")
+        print(f"  with a subject that another clip shows too: {report.with_cross}")
+    if report.slowed:
+        seconds = (recipe.num_frames - 1) * recipe.stride / 25
+        print(
+            f"  taken more slowly, as they are shorter than the {seconds:.1f} s of {recipe.num_frames} frames with "
+            f"--stride {recipe.stride:g}: {report.slowed}"
+        )
     if report.passed_over:
-        print(f"{report.passed_over} not selected")
-    costs = {"sample": "cost their sample", "reference": "cost a reference", "nothing": "cost nothing"}
+        print(f"not selected: {report.passed_over}")
+    costs = {"sample": "lost samples", "reference": "lost references", "nothing": "remarks"}
     for lost, cost in costs.items():
         for kind, count in sorted((kind, count) for (kind, loss), count in report.faults.items() if loss == lost):
-            print(f"{count} of kind `{kind}` {cost} ({FAULTS[kind]})")
+            print(f"{cost}, {kind}: {count} ({FAULTS[kind]})")
             for fault in report.examples[kind, lost]:
                 print(f"    {fault.sample_id or '?'} ({fault.source}, row {fault.row}): {fault.detail}")
             if count > LISTED:
@@ -240,8 +257,7 @@ def _print(report: Report) -> None:
 def _finish_subset(command: Check, report: Report, root: Path) -> None:
     if not report.usable:
         command.write.unlink()  # so that the next try finds its place free
-        names = ", ".join(sorted(report.names))
-        print(f"{command.write} is not written. Scores to select by: {names or 'none'}.")
+        print(f"{command.write} is not written.")
         return
     videos = "FOLDER (that of total_part1, ...)" if root == Path() and report.parts else root
     print(f"Wrote {command.write}, to be read by --data samples --annotations {command.write} --videos {videos}")

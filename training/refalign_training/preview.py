@@ -51,12 +51,13 @@ class Preview:
     def __len__(self) -> int:
         return len(self.articles)
 
-    def add(self, sample: Sample, frames: "np.ndarray", references: "list[ReferencePixels]") -> None:
+    def add(self, sample: Sample, frames: "np.ndarray", references: "list[ReferencePixels]", slowdown: float) -> None:
         """
         Args:
             sample (`Sample`): with an id that comes once.
             frames (`np.ndarray`): uint8 `(frames, height, width, 3)`.
             references (`list[ReferencePixels]`): as loaded.
+            slowdown (`float`): how many times more slowly than the recipe says the clip is taken.
         """
         from refalign.video import write_video
         from refalign_training.data.example import draw_prompt
@@ -74,6 +75,7 @@ class Preview:
             "source": sample.source,
             "row": sample.row,
             "scores": dict(sample.scores),
+            "slowdown": slowdown,
             "recipe": dataclasses.asdict(self.recipe),
         }
         text = json.dumps(record, indent=2, ensure_ascii=False)
@@ -82,7 +84,10 @@ class Preview:
 
     def write_index(self) -> None:
         """Writes the page."""
-        page = PAGE.format(title=f"{len(self)} samples, as the model sees them", articles="\n".join(self.articles))
+        size = f"{self.recipe.width}x{self.recipe.height}, {self.recipe.num_frames} frames"
+        page = PAGE.format(
+            title=f"Samples as the model sees them: {len(self)}, {size}", articles="\n".join(self.articles)
+        )
         (self.folder / "index.html").write_text(page, "utf-8")
 
 
@@ -96,7 +101,8 @@ def _article(record: dict) -> str:
             f"<figcaption>{html.escape(', '.join(words))}</figcaption></figure>"
         )
     scores = ", ".join(f"{name} {value:.4g}" for name, value in record["scores"].items())
-    source = f"{record['source']}, row {record['row']}. {scores}"
+    speed = f" Too short for the stride: {record['slowdown']:.1f} times slower." if record["slowdown"] > 1 else ""
+    source = f"{record['source']}, row {record['row']}. {scores}.{speed}"
     return (
         f'<article><h2>{html.escape(record["id"])}</h2><div class="row">{"".join(figures)}</div>'
         f'<p>{html.escape(record["prompt"])}</p><p class="source">{html.escape(source)}</p></article>'

@@ -62,7 +62,7 @@ def test_many_ids_are_told_apart(monkeypatch):
     clip = Clip(Path("a.mp4"))
     ids = (f"part/{i}" for i in itertools.chain(range(50_000), range(10)))
     monkeypatch.setattr(source_module, "_read", lambda _: (Sample(i, ("A.",), clip, (), "", 0) for i in ids))
-    monkeypatch.setattr(source_module, "_check", lambda _: None)
+    monkeypatch.setattr(source_module, "check_source", lambda _: None)
     items = list(read_source(Source("folder")))
     assert sum(isinstance(item, Sample) for item in items) == 50_000 and len(items) == 50_010
 

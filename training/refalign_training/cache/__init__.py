@@ -13,12 +13,12 @@ that `--help` answers at once.
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from tyro.conf import OmitArgPrefixes
 
 from refalign_training.data.recipe import Recipe
-from refalign_training.data.source import Source
+from refalign_training.data.source import Source, check_source
 
 
 Family = Literal["video", "references", "text", "teacher"]
@@ -93,6 +93,26 @@ def run(command: CacheCommand) -> int:
         from refalign_training.cache import checks
 
         return getattr(checks, asked[0])(command.output)
+    _check(command)
     from refalign_training.cache import fill
 
     return fill.fill(command)
+
+
+def _check(command: CacheCommand) -> None:
+    command.recipe.check()
+    families = set(command.families)
+    if command.source.data is None:
+        raise ValueError("Pass the dataset: --data and what belongs to it.")
+    check_source(command.source)
+    if not families or len(families) < len(command.families):
+        raise ValueError(f"--families is {command.families}; pass some of {', '.join(get_args(Family))}, each once.")
+    if command.model is None and families - {"teacher"}:
+        raise ValueError("Pass --model, a Wan 2.1 or RefAlign pipeline; only the family `teacher` needs none.")
+    if command.teacher is None and "teacher" in families:
+        raise ValueError("Pass --teacher, or leave `teacher` out of --families.")
+    for name, least in (("variants", 1), ("unit_size", 1), ("workers", 0), ("limit", 1)):
+        if (value := getattr(command, name)) is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}: pass {least} or more.")
+    if command.output.is_dir() and any(command.output.iterdir()) and not (command.output / "locks").is_dir():
+        raise ValueError(f"{command.output} holds other things than a cache. Name a new folder as --output.")

@@ -35,9 +35,10 @@ from refalign_training.cache.plan import item_ingredients, read_plan, sample_dig
 # -- What is derived from the records ---------------------------------------------------------------------------------
 
 
-def collect(folder: CacheFolder) -> int:
-    """Writes quarantine.jsonl and the shards' indices from the plan's records, and returns the count of failures."""
-    families, units, count = folder.read_settings()["families"], folder.units(), 0
+def collect(folder: CacheFolder) -> tuple[int, int]:
+    """Writes quarantine.jsonl and the shards' indices from the plan's records. Returns the numbers of failures, and of
+    samples that are lost by them."""
+    families, units, count, lost = folder.read_settings()["families"], folder.units(), 0, set()
     with Lock.take(folder.lock("collect.lock"), wait=True):
         for family in families:
             if folder.shards(family).is_dir():
@@ -47,7 +48,9 @@ def collect(folder: CacheFolder) -> int:
                 for line in (line for f in families for unit in units for line in _failures(folder, f, unit)):
                     lines.write(f"{canonical(line)}\n")
                     count += 1
-    return count
+                    if line["lost"] == "sample":
+                        lost.add(line["sample_id"])
+    return count, len(lost)
 
 
 def _in_shards(record: Path) -> list[tuple[str, int, Item]]:
@@ -102,6 +105,10 @@ def status(output: Path) -> int:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    lock = Lock.take(folder.lock("cache.lock"))
+    print("A process is at work on it." if lock is None else "No process is at work on it.")
+    if lock is not None:
+        lock.release()
     return 0
 
 
@@ -114,7 +121,12 @@ def _progress(folder: CacheFolder, family: str, made: Mapping[str, Any]) -> tupl
     worked = [header.seconds for header in headers if header.computed]
     left = (len(units) - len(headers)) * sum(worked) / len(worked) if worked else None
     estimate = "none" if len(headers) == len(units) else "unknown" if left is None else f"{left / 3600:.1f} h"
-    return f"{len(headers)}/{len(units)}", f"{sum(h.items for h in headers)}", failed, size, estimate
+    count = sum(header.items for header in headers)
+    in_open_units = 0
+    if len(headers) < len(units):
+        in_open_units = sum(1 for _ in folder.items(family).glob("*/*.safetensors")) - count
+    items = f"{count}+{in_open_units}" if in_open_units > 0 else f"{count}"
+    return f"{len(headers)}/{len(units)}", items, failed, size, estimate
 
 
 # -- Verify -----------------------------------------------------------------------------------------------------------
@@ -212,7 +224,7 @@ def _unneeded(folder: CacheFolder, family: str, made: Mapping[str, Any] | None) 
             yield path
     if not is_complete:
         shards |= {item.shard for item in read_index(folder.index(family)) if item.key in keys}
-    yield from (p for p in (folder.root / "items" / family).glob("*/*.safetensors") if p.stem not in keys)
+    yield from (p for p in folder.items(family).glob("*/*.safetensors") if p.stem not in keys)
     yield from (p for p in folder.shards(family).glob("[!.]*.tar") if p.name not in shards)
 
 

@@ -156,7 +156,10 @@ class CacheFolder:
         if isinstance(item, Item) and item.shard:
             return self.shards(family) / item.shard
         key = item.key if isinstance(item, Item) else item
-        return self.root / "items" / family / key[:2] / f"{key}.safetensors"
+        return self.items(family) / key[:2] / f"{key}.safetensors"
+
+    def items(self, family: str) -> Path:
+        return self.root / "items" / family
 
     def shards(self, family: str) -> Path:
         return self.root / "shards" / family

@@ -34,7 +34,7 @@ from refalign_training.cache.files import (
 )
 from refalign_training.cache.items import ItemWriter, ShardWriter, find_item, make_item, read_index, shard_is_whole
 from refalign_training.cache.plan import Planned, item_ingredients, read_plan, sample_digests, text_digests
-from refalign_training.cache.settings import check_command, planned
+from refalign_training.cache.settings import planned
 from refalign_training.data.sample import Unusable
 from refalign_training.encoders import Encoder, Models, TeacherEncoder, TextEncoder, VaeEncoder, fetch_models
 
@@ -46,9 +46,8 @@ NOT_FINITE = {"video": "video", "references": "image", "teacher": "image", "text
 
 
 def fill(command: CacheCommand) -> int:
-    """Computes what the cache lacks, alone or beside other processes, and returns the exit code: 0."""
+    """Computes what the cache lacks, alone or beside others, and returns the exit code: 0 if a sample is complete."""
     started = time.time()
-    check_command(command)
     folder = CacheFolder(command.output)
     models = fetch_models(command.families, command.model, command.teacher, command.revision, command.teacher_revision)
     with planned(folder, command, models, started) as settings:
@@ -56,11 +55,12 @@ def fill(command: CacheCommand) -> int:
         while any(filler.pending() for filler in fillers):
             if not sum(filler.work() for filler in fillers):
                 time.sleep(POLL_SECONDS)  # others have what is left
-        failures = collect(folder)
-    print(f"{command.output}: {folder.read_summary()['samples']} samples, {', '.join(command.families)} done.")
+        failures, failed = collect(folder)
+    samples = folder.read_summary()["samples"]
+    print(f"{command.output}: {samples - failed} of {samples} samples are complete: {', '.join(command.families)}.")
     if failures:
-        print(f"{failures} failures and lost references are listed in {folder.quarantine}.")
-    return 0
+        print(f"Failures and lost references: {failures}, listed in {folder.quarantine}.")
+    return 0 if samples > failed else 1
 
 
 # -- Filling ----------------------------------------------------------------------------------------------------------

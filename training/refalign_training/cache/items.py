@@ -67,7 +67,9 @@ def read_item(path: Path, item: Item) -> dict[str, torch.Tensor]:
             opened.seek(item.offset)
             return load(opened.read(item.size))
     except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise ValueError(f"Item {item.key} cannot be read from {path}: {error}. Run with --verify.") from error
+        raise ValueError(
+            f"{path} cannot be read ({error}). `refalign-train cache --verify` finds all such items."
+        ) from error
 
 
 class ItemWriter:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from refalign_training.cache import CacheCommand
-from refalign_training.cache.files import FAMILIES, SCHEMA, CacheFolder, Lock, canonical, digest, write_text
+from refalign_training.cache.files import SCHEMA, CacheFolder, Lock, canonical, digest, write_text
 from refalign_training.cache.plan import family_ingredients, make_plan
 from refalign_training.data.sample import Sample
 from refalign_training.data.source import read_source
@@ -20,23 +20,6 @@ from refalign_training.encoders import Models, vae_config
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 6
-
-
-def check_command(command: CacheCommand) -> None:
-    """Raises ValueError if the command does not fit together."""
-    command.recipe.check()
-    families = set(command.families)
-    if command.source.data is None:
-        raise ValueError("Pass the dataset: --data and what belongs to it.")
-    if not families or len(families) < len(command.families):
-        raise ValueError(f"--families is {command.families}; pass some of {', '.join(FAMILIES)}, each once.")
-    if command.model is None and families - {"teacher"}:
-        raise ValueError("Pass --model, a Wan 2.1 or RefAlign pipeline; only the family `teacher` needs none.")
-    if command.teacher is None and "teacher" in families:
-        raise ValueError("Pass --teacher, or leave `teacher` out of --families.")
-    for name, least in (("variants", 1), ("unit_size", 1), ("workers", 0), ("limit", 1)):
-        if (value := getattr(command, name)) is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}: pass {least} or more.")
 
 
 @contextmanager

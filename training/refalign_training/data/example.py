@@ -74,6 +74,14 @@ def draw_frames(available: int, fps: float, recipe: Recipe, generator: np.random
     return np.minimum(np.floor(places + 1e-6), available - 1).astype(np.int64)  # 1e-6: a whole stride stays whole
 
 
+def clip_slowdown(sample: Sample, recipe: Recipe) -> float:
+    """How many times more slowly than the recipe's stride a clip has to be taken, as it is too short; else 1."""
+    with open_video(sample.clip.path) as video:
+        available = min(len(video), sample.clip.end or len(video)) - sample.clip.start
+        wanted = (recipe.num_frames - 1) * recipe.stride * video.fps / 25
+    return max(wanted / max(available - 1, 1), 1.0)
+
+
 def load_video(sample: Sample, recipe: Recipe, variant: int = 0) -> np.ndarray:
     """
     The frames that are drawn from the clip, uint8 `(frames, height, width, 3)`: scaled to cover the size, and the

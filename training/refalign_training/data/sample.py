@@ -17,7 +17,7 @@ FAULTS: dict[str, str] = {
     "not readable": "a file, row or record that is not the format it should be: truncated, not UTF-8, not JSON",
     "field": "a field that is missing or of a wrong type",
     "score": "a score that is not a finite number",
-    "duplicate id": "an id that came before; the first one stays",
+    "duplicate id": "an id that came before; a table may give ids in a column `id`",
     "id": "an id that cannot name a folder",
     "path": "a path that leaves the folder of videos or images",
     "missing file": "a video or image that does not exist",

@@ -39,22 +39,23 @@ def read_source(source: Source) -> Iterator[Sample | Fault]:
     Raises:
         ValueError: at once, if something that the format needs is missing, or something it has no use for is given.
     """
-    _check(source)
+    check_source(source)
     return _drop_duplicates(_read(source))
 
 
-def _check(source: Source) -> None:
+def check_source(source: Source) -> None:
+    """Raises ValueError if something that the format needs is missing, or something it has no use for is given."""
     needs_annotations, needs_videos = source.data != "folder", source.data in ("opens2v", "phantom", "folder")
     if needs_annotations and not source.annotations:
-        raise ValueError(f"Data of the format {source.data!r} need annotation files; pass them as `annotations`.")
+        raise ValueError(f"Data of the format {source.data!r} need annotation files; pass --annotations.")
     if source.annotations and not needs_annotations:
-        raise ValueError(f"A folder has no annotation files, but `annotations` are given: {source.annotations[0]}.")
+        raise ValueError(f"A folder has no annotation files, but --annotations are given: {source.annotations[0]}.")
     if needs_videos and source.videos is None:
-        raise ValueError(f"Data of the format {source.data!r} need the folder of the videos; pass it as `videos`.")
+        raise ValueError(f"Data of the format {source.data!r} need the folder of the videos; pass --videos.")
     if source.cross_pairs and source.data != "opens2v":
-        raise ValueError(f"`cross_pairs` are OpenS2V-5M's; data of the format {source.data!r} have none of their own.")
+        raise ValueError(f"--cross-pairs are OpenS2V-5M's; data of the format {source.data!r} have none of their own.")
     if source.videos is not None and not source.videos.is_dir():
-        raise ValueError(f"There is no folder {source.videos}; check `videos`.")
+        raise ValueError(f"There is no folder {source.videos}; check --videos.")
 
 
 def _read(source: Source) -> Iterator[Sample | Fault]:
@@ -74,7 +75,7 @@ def _read(source: Source) -> Iterator[Sample | Fault]:
             return read_folder(source.videos, source.rule)
         case "samples":
             return read_samples_file(source.annotations, source.videos)
-    raise ValueError(f"`data` is {source.data!r}; it has to be opens2v, phantom, table, folder or samples.")
+    raise ValueError(f"--data is {source.data!r}; it has to be opens2v, phantom, table, folder or samples.")
 
 
 def _drop_duplicates(items: Iterator[Sample | Fault]) -> Iterator[Sample | Fault]:

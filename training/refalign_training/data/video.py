@@ -137,4 +137,4 @@ def _decoding(name: str | Path) -> Iterator[None]:
     except (av.FFmpegError, OSError, LookupError, UnicodeError) as error:
         if getattr(error, "errno", None) in _NO_FAULT_OF_THE_FILE:
             raise
-        raise Unusable("video", f"{name} cannot be decoded: {error}") from error
+        raise Unusable("video", f"{name} cannot be decoded: {getattr(error, 'strerror', None) or error}") from error
