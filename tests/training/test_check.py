@@ -1,4 +1,5 @@
 import json
+import os
 import re
 from html.parser import HTMLParser
 
@@ -80,6 +81,15 @@ def test_all_faults_go_to_a_file(tmp_path, capsys):
     assert "and 5 more: --faults FILE lists all" in told
     faults = [json.loads(line) for line in (tmp_path / "faults.jsonl").read_text("utf-8").splitlines()]
     assert [fault["sample_id"] for fault in faults] == [f"{number:02d}" for number in range(25)]
+
+
+def test_names_that_are_not_utf8_are_told(tmp_path, capsys):
+    (tmp_path / "clips").mkdir()
+    (tmp_path / os.fsdecode(b"clips/\xff.mp4")).write_bytes(b"")
+    (tmp_path / os.fsdecode(b"clips/\xfe.ref0.png")).write_bytes(b"")
+    assert check("--data", "folder", "--videos", tmp_path / "clips", "--faults", tmp_path / "faults.jsonl") == 1
+    assert capsys.readouterr().out.encode("utf-8").count(b"udc") >= 2
+    assert len((tmp_path / "faults.jsonl").read_text("utf-8").splitlines()) == 2
 
 
 def test_the_limit_counts_samples(opens2v, capsys):

@@ -29,7 +29,8 @@ class Place:
 
     def fault(self, error: Unusable, lost: Literal["sample", "reference", "nothing"] = "sample") -> Fault:
         """What is wrong here, and what it costs."""
-        return Fault(error.kind, error.detail[:400], self.sample_id, self.source, self.row, lost)
+        detail = error.detail[:400].encode("utf-8", "backslashreplace").decode()  # names of files may be no UTF-8
+        return Fault(error.kind, detail, self.sample_id, self.source, self.row, lost)
 
 
 def shorten(value: Any) -> str:
