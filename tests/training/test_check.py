@@ -163,6 +163,18 @@ def test_captions_cannot_write_the_page(tmp_path):
     assert "&lt;script&gt;" in page and "<script" not in page
 
 
+@pytest.mark.parametrize("name", ["index.html", "a/video.mp4"])
+def test_an_id_cannot_take_a_previews_place(tmp_path, capsys, name):
+    write_video([np.zeros((48, 64, 3), np.uint8)] * 5, tmp_path / "a.mp4")
+    Image.new("RGB", (30, 30), "red").save(tmp_path / "a.png")
+    rows = [{"id": id, "video": "a.mp4", "prompt": "p", "references": ["a.png"]} for id in (name, "a")]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)), "utf-8")
+    preview = tmp_path / "preview"
+    assert check("--data", "table", "--annotations", tmp_path / "t.jsonl", "--preview", preview, *SMALL) == 0
+    assert "lost samples, id: 1" in capsys.readouterr().out
+    assert (preview / "index.html").is_file() and (preview / "a/video.mp4").is_file()
+
+
 # -- Subset -----------------------------------------------------------------------------------------------------------
 
 

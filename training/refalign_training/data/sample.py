@@ -4,6 +4,7 @@ A sample holds no pixels: it says where they are. [`refalign_training.data.examp
 """
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -33,6 +34,8 @@ FAULTS: dict[str, str] = {
     "no references": "a sample without a reference that can be used",
     "no prompt": "a sample without a caption",
 }
+
+_TAKEN = re.compile(r"index\.html|video\.mp4|sample\.json|reference_\d+\.png", re.IGNORECASE)
 
 
 class Unusable(ValueError):
@@ -143,6 +146,8 @@ def check_id(sample_id: Any) -> str:
     parts = sample_id.split("/")
     if any(part in ("", ".", "..") or len(part.encode("utf-8", "replace")) > 200 for part in parts):
         raise Unusable("id", f"{sample_id[:300]!r} cannot name a folder")
+    if taken := [part for part in parts if _TAKEN.fullmatch(part)]:
+        raise Unusable("id", f"{sample_id[:300]!r} has {taken[0]!r} in it, the name of a file that previews write")
     if not sample_id.isprintable() or "\\" in sample_id:
         raise Unusable("id", f"{sample_id[:300]!r} has characters that cannot be in a folder's name")
     return sample_id
