@@ -1,4 +1,4 @@
-"""`refalign generate | convert | export | push`: reference-to-video from the command line.
+"""`refalign generate | convert | export | push | lora`: reference-to-video from the command line.
 
 Nothing heavy is imported before the command line is understood, so that `--help` answers at once.
 """
@@ -8,7 +8,7 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tyro.conf import Positional, subcommand
@@ -61,11 +61,33 @@ class Push:
     """Only say which files would go. Connects to nothing."""
 
 
+@dataclass(frozen=True)
+class LoraInspect:
+    """Show a LoRA's key style, rank, scale, layers and strength, and which base it fits."""
+
+    file: Positional[Path]
+    """A Wan LoRA in safetensors."""
+
+
+@dataclass(frozen=True)
+class LoraConvert:
+    """Write a LoRA in another key style; its scale (alpha / rank) is multiplied in."""
+
+    file: Positional[Path]
+    """A Wan LoRA in safetensors, of any style: ComfyUI's, diffusers', peft's or kohya's (musubi-tuner)."""
+    output: Path
+    """A new FILE.safetensors."""
+    to: Literal["native", "diffusers", "kohya"]
+    """native is for ComfyUI and diffusers, kohya for musubi-tuner."""
+
+
+LoraCommand = Annotated[LoraInspect, subcommand("inspect")] | Annotated[LoraConvert, subcommand("convert")]
 Command = (
     Annotated[Generate, subcommand("generate")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Export, subcommand("export")]
     | Annotated[Push, subcommand("push")]
+    | Annotated[LoraCommand, subcommand("lora", description="Look into LoRA files, and change their key style.")]
 )
 
 
@@ -75,7 +97,14 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of an exception, so that nothing half is left
-    runners = {Generate: generate.run, Convert: convert, Export: export, Push: push}
+    runners = {
+        Generate: generate.run,
+        Convert: convert,
+        Export: export,
+        Push: push,
+        LoraInspect: inspect_lora,
+        LoraConvert: convert_lora,
+    }
     try:
         return runners[type(command)](command)
     except (ValueError, OSError, ImportError) as error:
@@ -117,6 +146,21 @@ def push(command: Push) -> int:
     names = hub.push(command.folder, command.repo, command.private, command.dry_run)
     print("\n".join(names))
     print(f"{'Would push' if command.dry_run else 'Pushed'} {len(names)} files to {command.repo}.")
+    return 0
+
+
+def inspect_lora(command: LoraInspect) -> int:
+    from refalign import lora
+
+    print(lora.describe(command.file))
+    return 0
+
+
+def convert_lora(command: LoraConvert) -> int:
+    from refalign import lora
+
+    layers = lora.read_lora(command.file).layers
+    print(f"Wrote {lora.write_lora(layers, command.output, command.to)}")
     return 0
 
 

@@ -1,4 +1,5 @@
-"""A pipeline as a Hub repo that opens by four doors, with or without this package; and as one community script.
+"""A pipeline as a Hub repo that opens by four doors, with or without this package; as one community script; and a LoRA
+with that script beside it.
 
 1. `DiffusionPipeline.from_pretrained(repo, trust_remote_code=True)`, without this package
 2. `RefAlignWanPipeline.from_pretrained(repo)`, with it and without `trust_remote_code`
@@ -34,13 +35,18 @@ AUTO_MAP = {"AutoModel": f"{TRANSFORMER_CODE}.RefAlignWanTransformer3DModel"}
 REPO_PLACEHOLDER = "ORG/NAME"
 # The authors' releases, for which we have cards with published results
 RELEASES = {"gudaochangsheng/RefAlign-1.3B": "refalign-1.3b", "gudaochangsheng/RefAlign-14B": "refalign-14b"}
+LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # where `load_lora_weights` looks
+NATIVE = "refalign-native.safetensors"  # the whole transformer once more, for ComfyUI
+COMMUNITY_SCRIPT = "pipeline.py"  # where `custom_pipeline="ORG/NAME"` looks
 BASES = {30: "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 40: "Wan-AI/Wan2.1-T2V-14B-Diffusers"}  # by number of layers
 
-ROOT_FILES = ("model_index.json", "README.md", "LICENSE*", PROJECTORS, *(f"{name}.py" for name in CODE))
+ROOT_FILES = ("model_index.json", "README.md", "LICENSE*", PROJECTORS, NATIVE, *(f"{name}.py" for name in CODE))
+LORA_FILES = (LORA_WEIGHTS, PROJECTORS, "README.md", "LICENSE*", COMMUNITY_SCRIPT)
 ASSET_FILES = ("*.png", "*.jpg", "*.webp", "*.gif", "*.mp4")
 BINARY_SUFFIXES = (".model", *(pattern[1:] for pattern in ASSET_FILES))
 COMPONENT_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", f"{TRANSFORMER_CODE}.py")
 REPO_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "README.md", "LICENSE*", "assets/*")  # no code
+FILLED_CARDS = ("trained", "trained_lora")  # by [`fill_card`], with what a run was
 TRAINING_STATE = ("*optim*", "*ema_state*", "*random_states*", "trainer_state*")
 SECRET = re.compile(
     r"hf_[A-Za-z0-9]{30,}"
@@ -108,16 +114,30 @@ def export_repo(model: Any, output: str | Path, card: str = "template") -> Path:
     return Path(output)
 
 
+def complete_lora_repo(folder: str | Path) -> None:
+    """
+    Makes a LoRA's folder a Hub repo that needs no other code: with it as `custom_pipeline`, a Wan 2.1 repo becomes a
+    RefAlign pipeline.
+
+    Raises:
+        ValueError: if it has no weights or no model card.
+    """
+    folder = Path(folder)
+    if missing := [name for name in (LORA_WEIGHTS, "README.md") if not (folder / name).is_file()]:
+        raise ValueError(f"{folder} is no LoRA to publish: it has no {', '.join(missing)}.")
+    (folder / COMMUNITY_SCRIPT).write_text(community_script(), "utf-8")
+
+
 def push(
     folder: str | Path, repo_id: str, private: bool = False, dry_run: bool = False, token: str | None = None
 ) -> list[str]:
     """
-    Pushes a pipeline folder as a Hub repo with all doors. The folder itself is not changed.
+    Pushes a pipeline folder as a Hub repo with all doors, or the folder of a LoRA. The folder itself is not changed.
 
-    Only what belongs to a pipeline goes: no optimiser state, no code but this package's, no hidden files.
+    Only what belongs to a pipeline or LoRA goes: no optimiser state, no code but this package's, no hidden files.
 
     Args:
-        folder (`str` or `Path`): the pipeline folder.
+        folder (`str` or `Path`): the pipeline folder, or one with `pytorch_lora_weights.safetensors` and a model card.
         repo_id (`str`): `ORG/NAME`; made if it does not exist.
         private (`bool`, defaults to `False`): whether a new repo is private.
         dry_run (`bool`, defaults to `False`): change nothing, connect to nothing, only say what would go.
@@ -127,22 +147,22 @@ def push(
         `list[str]`: the files of the repo.
 
     Raises:
-        ValueError: if it is no pipeline folder, a file holds a token or an absolute path, or `private` is asked of a
+        ValueError: if it is neither, a file holds a token or an absolute path, or `private` is asked of a
             public repo.
     """
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
-        raise ValueError(f"`repo_id` is {repo_id!r}, but has to be ORG/NAME.")
+    check_repo_id(repo_id)
     folder = Path(folder)
+    kind = "LoRA" if _is_lora(folder) else "pipeline"
     with tempfile.TemporaryDirectory() as temporary:
         stage = Path(temporary)
         left_out = _copy_repo(folder, stage, link_weights=True)
-        complete_repo(stage)
+        complete_lora_repo(stage) if kind == "LoRA" else complete_repo(stage)
         card = stage / "README.md"
         card.write_text(card.read_text("utf-8").replace(REPO_PLACEHOLDER, repo_id), "utf-8")
         check_nothing_private(stage)
         names = sorted(file.relative_to(stage).as_posix() for file in stage.rglob("*") if file.is_file())
         if left_out:
-            logger.warning("Not part of a pipeline, left out: %s", ", ".join(left_out))
+            logger.warning("Not part of a %s, left out: %s", kind, ", ".join(left_out))
         if not dry_run:
             api = HfApi(token=token)
             api.create_repo(repo_id, private=private, exist_ok=True)
@@ -150,8 +170,14 @@ def push(
                 raise ValueError(
                     f"{repo_id} exists and is public. Make it private on the Hub, or push without --private."
                 )
-            api.upload_folder(repo_id=repo_id, folder_path=stage, commit_message="Upload RefAlign pipeline")
+            api.upload_folder(repo_id=repo_id, folder_path=stage, commit_message=f"Upload RefAlign {kind}")
     return names
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Raises ValueError unless it is ORG/NAME."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+        raise ValueError(f"`repo_id` is {repo_id!r}, but has to be ORG/NAME.")
 
 
 def check_nothing_private(folder: Path) -> None:
@@ -196,25 +222,52 @@ def model_card(config: dict[str, Any], card: str = "template") -> str:
         config (`dict`): the transformer's.
         card (`str`): of `model_cards/`.
     """
-    path = files("refalign.model_cards") / f"{card}.md"
-    if not path.is_file():
-        names = sorted(file.name[:-3] for file in files("refalign.model_cards").iterdir() if file.name.endswith(".md"))
-        raise ValueError(f"There is no model card {card!r}. There are: {', '.join(names)}.")
+    names = {file.name[:-3] for file in files("refalign.model_cards").iterdir() if file.name.endswith(".md")}
+    names -= set(FILLED_CARDS)
+    if card not in names:
+        raise ValueError(f"There is no model card {card!r}. There are: {', '.join(sorted(names))}.")
     if card != "template":
-        return path.read_text("utf-8")
+        return _card(card)
     base = BASES.get(config["num_layers"])
+    return fill_card(card, base=base, base_model=base, datasets=["BestWishYsh/OpenS2V-5M"])
+
+
+def fill_card(
+    card: str,
+    base_model: str | None,
+    datasets: list[str] | None,
+    licence: str = "apache-2.0",
+    relation: str = "finetune",
+    tags: tuple[str, ...] = (),
+    **facts: Any,
+) -> str:
+    """
+    A template of `model_cards/` with its front matter and `ORG/NAME` for the repo's name.
+
+    Args:
+        card (`str`): `template`, `trained` or `trained_lora`.
+        base_model (`str`, *optional*): Hub id of what was trained from.
+        datasets (`list[str]`, *optional*): Hub ids.
+        licence (`str`, defaults to `"apache-2.0"`): the Hub's name for it.
+        relation (`str`, defaults to `"finetune"`): to the base: `finetune` or `adapter`.
+        tags (`tuple[str]`, defaults to `()`): more than every card has.
+        facts: what else the template names.
+    """
     data = ModelCardData(
-        license="apache-2.0",
+        license=licence,
         library_name="diffusers",
         pipeline_tag="image-to-video",
-        base_model=base,
-        base_model_relation="finetune" if base else None,
-        datasets=["BestWishYsh/OpenS2V-5M"],
-        tags=["refalign", "reference-to-video", "subject-to-video", "wan"],
+        base_model=base_model,
+        base_model_relation=relation if base_model else None,
+        datasets=datasets,
+        tags=["refalign", "reference-to-video", "subject-to-video", "wan", *tags],
     )
-    return ModelCard.from_template(
-        data, template_str=path.read_text("utf-8"), repo=REPO_PLACEHOLDER, base=base
-    ).content
+    template = _card(card)
+    return ModelCard.from_template(data, template_str=template, repo=REPO_PLACEHOLDER, **facts).content
+
+
+def _card(name: str) -> str:
+    return (files("refalign.model_cards") / f"{name}.md").read_text("utf-8")
 
 
 def community_script() -> str:
@@ -269,11 +322,8 @@ def write_community_script(output: str | Path) -> Path:
 
 
 def _copy_repo(source: Path, target: Path, link_weights: bool = False) -> list[str]:
-    """Copies what belongs to a pipeline and returns the names of what does not."""
-    index = _read_json(source / "model_index.json")
-    allowed = {name: COMPONENT_FILES for name, value in index.items() if isinstance(value, list) and name[0] != "_"}
-    allowed |= {".": ROOT_FILES, "assets": ASSET_FILES}
-    left_out = []
+    """Copies what belongs to a pipeline, or to a LoRA, and returns the names of what does not."""
+    allowed, left_out = _allowed_files(source), []
     for file in sorted(path for path in source.rglob("*") if path.is_file()):
         name = file.relative_to(source)
         patterns = allowed.get(name.parent.as_posix(), ())
@@ -287,6 +337,19 @@ def _copy_repo(source: Path, target: Path, link_weights: bool = False) -> list[s
         else:
             shutil.copyfile(file, target / name)
     return left_out
+
+
+def _allowed_files(source: Path) -> dict[str, tuple[str, ...]]:
+    """The patterns of what may be published, by folder."""
+    if _is_lora(source):
+        return {".": LORA_FILES, "assets": ASSET_FILES}
+    index = _read_json(source / "model_index.json")
+    allowed = {name: COMPONENT_FILES for name, value in index.items() if isinstance(value, list) and name[0] != "_"}
+    return allowed | {".": ROOT_FILES, "assets": ASSET_FILES}
+
+
+def _is_lora(folder: Path) -> bool:
+    return (folder / LORA_WEIGHTS).is_file() and not (folder / "model_index.json").is_file()
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -170,10 +170,14 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
         if dtype is None or kwargs.get("quantization_config") is not None:
             return super().from_single_file(pretrained_model_link_or_path_or_dict, dtype=dtype, **kwargs)
         model = super().from_single_file(pretrained_model_link_or_path_or_dict, **kwargs)
-        for name, parameter in model.named_parameters():
-            is_kept = any(module in name.split(".") for module in cls._keep_in_fp32_modules)
+        return model.cast_weights(dtype)
+
+    def cast_weights(self, dtype: torch.dtype) -> "RefAlignWanTransformer3DModel":
+        """Casts its weights but those that [`~RefAlignWanTransformer3DModel.from_pretrained`] keeps in float32."""
+        for name, parameter in self.named_parameters():
+            is_kept = any(module in name.split(".") for module in self._keep_in_fp32_modules)
             parameter.data = parameter.data.to(torch.float32 if is_kept else dtype)
-        return model
+        return self
 
     def enable_cache(self, config: Any) -> None:
         """

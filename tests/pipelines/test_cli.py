@@ -76,7 +76,7 @@ def assert_same(first: np.ndarray, second: np.ndarray) -> None:
 # -- Start-up ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", [[], ["generate"], ["convert"], ["push"]], ids=str)
+@pytest.mark.parametrize("command", [[], ["generate"], ["convert"], ["push"], ["lora", "convert"]], ids=str)
 def test_help_imports_nothing_heavy(command):
     code = (
         "import sys\nfrom refalign.cli import main\n"

@@ -1,4 +1,4 @@
-"""`refalign-train check | cache`: what a training run is made of, from the command line.
+"""`refalign-train check | cache | run`: training from the command line.
 
 Nothing heavy is imported before the command line is understood, so that `--help` answers at once.
 """
@@ -14,25 +14,37 @@ from tyro.conf import subcommand
 from refalign_training import cache, check
 from refalign_training.cache import CacheCommand
 from refalign_training.check import Check
+from refalign_training.config import RunCommand, expand_config
 
 
-Command = Annotated[Check, subcommand("check")] | Annotated[CacheCommand, subcommand("cache")]
+Command = (
+    Annotated[Check, subcommand("check")]
+    | Annotated[CacheCommand, subcommand("cache")]
+    | Annotated[RunCommand, subcommand("run")]
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit code. Errors of users are told in one line, without a traceback."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of an exception, so that nothing half is left
     try:
+        arguments = expand_config(sys.argv[1:] if arguments is None else arguments)
         command = tyro.cli(Command, args=arguments, prog="refalign-train", description="Training for RefAlign.")
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         logging.getLogger("httpx").setLevel(logging.WARNING)
-        return {Check: check.run, CacheCommand: cache.run}[type(command)](command)
+        return {Check: check.run, CacheCommand: cache.run, RunCommand: _train}[type(command)](command)
     except (ValueError, OSError, ImportError) as error:
         print(f"refalign-train: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("refalign-train: interrupted; no unfinished file is left.", file=sys.stderr)
         return 130
+
+
+def _train(command: RunCommand) -> int:
+    from refalign_training import trainer
+
+    return trainer.run(command)
 
 
 if __name__ == "__main__":

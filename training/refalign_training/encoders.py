@@ -44,6 +44,7 @@ class VaeEncoder:
         dtype (`torch.dtype`): what is stored.
         vae_dtype (`torch.dtype`): what the VAE computes in; the pipelines' is float32.
         references (`bool`): whether pixels are references rather than a clip.
+        vae (`AutoencoderKLWan`, *optional*): one that is loaded already.
     """
 
     batch_size = 1  # a clip at 480x832x81 fills the GPU by itself
@@ -55,9 +56,10 @@ class VaeEncoder:
         device: torch.device,
         vae_dtype: torch.dtype = torch.float32,
         references: bool = False,
+        vae: AutoencoderKLWan | None = None,
     ) -> None:
         self.dtype, self.device, self.references = dtype, device, references
-        self.vae = AutoencoderKLWan.from_pretrained(model, subfolder="vae", torch_dtype=vae_dtype)
+        self.vae = vae or AutoencoderKLWan.from_pretrained(model, subfolder="vae", torch_dtype=vae_dtype)
         self.vae.to(device).eval()
 
     def __call__(self, batch: Sequence[Decoded]) -> list[dict[str, torch.Tensor]]:

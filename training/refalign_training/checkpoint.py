@@ -1,0 +1,215 @@
+"""
+What a run needs to go on, on the disk.
+
+    checkpoints/step-00000500/state.json            step, options, versions, dataset: nothing but what JSON knows
+    checkpoints/step-00000500/*.safetensors         tensors, each process's own part, by torch.distributed.checkpoint
+    checkpoints/latest                              the name of the newest one
+
+A checkpoint is written under a hidden name and renamed when it is on the disk, then `latest` is replaced: whenever the
+process dies, what has the name of a checkpoint is whole. Tensors are `weights.NAME`, `average.NAME` and
+`optimizer.KEY.NAME` of trained parameters alone: of a LoRA, nothing of its base. Any number of processes can read what
+any other number wrote.
+"""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from refalign.checkpoints import read_json
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from refalign.atomic import new_file
+from refalign_training.parallel import Parallel
+
+
+SCHEMA = 1
+STATE = "state.json"
+LATEST = "latest"
+PATTERN = "step-[0-9]*"
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+# -- Writing ----------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    folder: Path, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], parallel: Parallel
+) -> Path:
+    """
+    Writes a checkpoint into a run's folder of checkpoints; all processes call it.
+
+    Args:
+        folder (`Path`): `OUTPUT/checkpoints`.
+        tensors (`Mapping`): by name; parts of a sharded one are written by the processes that hold them.
+        state (`Mapping`): what JSON knows, with `step`.
+    """
+    target = folder / checkpoint_name(state["step"])
+    partial = folder / f".{target.name}.partial"
+    if parallel.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        for left_over in folder.glob(f".{PATTERN}"):  # of a process that was killed
+            shutil.rmtree(left_over)
+        partial.mkdir()
+    parallel.barrier()
+    with _quiet():
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        dcp.save(dict(tensors), storage_writer=writer, no_dist=parallel.world_size == 1)
+    if parallel.is_main:
+        _write_synced(partial / STATE, json.dumps({"schema": SCHEMA, **state}, indent=2, ensure_ascii=False))
+        _sync_folder(partial)
+        if target.exists():  # a run that went on from an earlier step, and has come here again
+            target.rename(folder / f".{target.name}.replaced")
+        partial.rename(target)
+        _sync_folder(folder)
+        with new_file(folder / LATEST, overwrite=True) as file:
+            _write_synced(file, f"{target.name}\n")
+        _sync_folder(folder)
+    parallel.barrier()
+    return target
+
+
+def remove_old_checkpoints(folder: Path, keep_last: int, keep_every: int | None) -> None:
+    """Removes checkpoints but the newest ones and those at multiples of `keep_every` steps."""
+    for checkpoint in _checkpoints(folder)[:-keep_last]:
+        if keep_every is None or _step(checkpoint) % keep_every:
+            hidden = checkpoint.with_name(f".{checkpoint.name}.removed")  # half of it must not look like a checkpoint
+            checkpoint.rename(hidden)
+            shutil.rmtree(hidden)
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# -- Finding ----------------------------------------------------------------------------------------------------------
+
+
+def find_checkpoint(path: Path) -> Path:
+    """
+    The checkpoint at a path: itself, or the newest one of a run's folder.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if (path / STATE).is_file():
+        return path
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    pointer = folder / LATEST
+    if pointer.is_file():
+        named = folder / pointer.read_text("utf-8").strip()
+        if (named / STATE).is_file():
+            return named
+    # The pointer is behind by what was written last if the process died before it, or if a user moved folders
+    if checkpoints := _checkpoints(folder):
+        return checkpoints[-1]
+    raise ValueError(f"{path} is neither a checkpoint nor a run's folder with one.")
+
+
+def has_checkpoint(output: Path) -> bool:
+    """Whether a run's folder holds a checkpoint."""
+    return bool(_checkpoints(output / "checkpoints"))
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted((path for path in folder.glob(PATTERN) if (path / STATE).is_file()), key=_step)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("-")[2])
+
+
+# -- Reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The content of state.json. ValueError if it is none, or of another schema."""
+    if not (checkpoint / STATE).is_file():
+        raise ValueError(f"{checkpoint} is no checkpoint: it has no {STATE}.")
+    state = read_json(checkpoint / STATE)
+    if state.get("schema") != SCHEMA:
+        raise ValueError(f"{checkpoint} is a checkpoint of schema {state.get('schema')}; this version reads {SCHEMA}.")
+    return state
+
+
+def stored_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint by name, as meta tensors: shapes and dtypes without data."""
+    metadata = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    return {
+        name: torch.empty(tensor.size, dtype=tensor.properties.dtype, device="meta")
+        for name, tensor in metadata.items()
+    }
+
+
+def load_tensors(checkpoint: Path, tensors: Mapping[str, torch.Tensor], is_parallel: bool = False) -> None:
+    """
+    Fills tensors, or each process's parts of them, with what a checkpoint holds under their names.
+
+    Raises:
+        ValueError: if it does not have one of them, or of another shape.
+    """
+    stored = stored_tensors(checkpoint)
+    missing = [name for name in tensors if name not in stored]
+    wrong = [f"{n} {tuple(stored[n].shape)}, not {tuple(t.shape)}" for n, t in tensors.items() if n in stored and stored[n].shape != t.shape]
+    if missing or wrong:
+        told = "; ".join(f"{what} ({len(names)}): {', '.join(names[:3])}" for what, names in (("missing", missing), ("of another shape", wrong)) if names)
+        raise ValueError(f"{checkpoint} does not fit this run: {told}. Check model, training and alignment options.")
+    with _quiet():
+        dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=not is_parallel)
+
+
+def read_tensors(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """Whole tensors of a checkpoint whose names begin with a prefix, on the CPU, without it."""
+    tensors = {n: torch.empty_like(t, device="cpu") for n, t in stored_tensors(checkpoint).items() if n.startswith(prefix)}
+    load_tensors(checkpoint, tensors)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def read_weights(checkpoint: Path, average: bool) -> dict[str, torch.Tensor]:
+    """
+    The transformer's trained tensors, by diffusers' names; of a LoRA, as `blocks.0.attn1.to_q.lora_A.weight`.
+
+    Args:
+        average (`bool`): the moving average instead of the last weights.
+
+    Raises:
+        ValueError: if the run kept no average.
+    """
+    tensors = read_tensors(checkpoint, f"{'average' if average else 'weights'}.transformer.")
+    if average and not tensors:
+        raise ValueError(f"{checkpoint} holds no average: its run had no optimizer.ema_decay. Take the last weights.")
+    return {name.replace(".default.", "."): tensor for name, tensor in tensors.items()}
+
+
+def read_projectors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The alignment's projectors under their native keys; empty if the run had none."""
+    tensors = read_tensors(checkpoint, "weights.alignment.projectors.")
+    return {"blocks.{}.input_mlp.{}".format(*name.split(".", 1)): tensor for name, tensor in tensors.items()}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warning that a single process is used, which is what was asked for."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(no_dist|single process).*")
+        yield

@@ -1,0 +1,120 @@
+"""One process or many, behind one seam: each with all weights (DDP), or each with its part (FSDP2)."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+
+class Parallel:
+    """
+    The processes of a run, as `accelerate launch` or torchrun started them; one, if nothing did.
+
+    Args:
+        mode (`str`): `"ddp"`, `"fsdp2"` or `"auto"`: fsdp2 if accelerate's file says FSDP, else ddp.
+        device (`str`): `"auto"` or the name of a device.
+    """
+
+    def __init__(self, mode: Literal["auto", "ddp", "fsdp2"] = "auto", device: str = "auto") -> None:
+        state = PartialState(cpu=True) if device == "cpu" else PartialState()
+        self.rank, self.world_size = state.process_index, state.num_processes
+        self.device = state.device if device in ("auto", state.device.type) else torch.device(device)
+        if mode == "auto":
+            mode = "fsdp2" if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" else "ddp"
+        self.is_sharded = mode == "fsdp2" and self.world_size > 1
+        self._wrapped: list[nn.Module] = []
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def wrap(self, module: nn.Module, parts: Iterable[nn.Module] = (), trained_dtype: torch.dtype | None = None) -> nn.Module:
+        """
+        The module on this process's device, ready to be trained together with the other processes.
+
+        Args:
+            module (`nn.Module`): of the same weights in every process.
+            parts (`Iterable[nn.Module]`): of it, sharded each for itself: its blocks. They are moved one by one, so that
+                a device never holds all that is sharded.
+            trained_dtype (`torch.dtype`, *optional*): what floating-point weights are brought to on the way.
+        """
+        if not self.is_sharded:
+            _move(module, self.device, trained_dtype)
+            if self.world_size == 1:
+                return module
+            ids = None if self.device.type == "cpu" else [self.device]
+            module = DistributedDataParallel(module, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        else:
+            mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.world_size,))
+            for part in (*parts, module):
+                _move(part, self.device, trained_dtype)
+                fully_shard(part, mesh=mesh)
+        self._wrapped.append(module)
+        return module
+
+    @contextmanager
+    def accumulate(self, is_last: bool) -> Iterator[None]:
+        """A backward pass whose gradients are averaged over the processes only if it is a step's last."""
+        with ExitStack() as stack:
+            if not is_last and not self.is_sharded:  # sharded, gradients are averaged each time: whole, they do not fit
+                for module in self._wrapped:
+                    stack.enter_context(module.no_sync())
+            yield
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, *flags: bool) -> list[bool]:
+        """For each flag, whether it is true in any process."""
+        if self.world_size == 1:
+            return list(flags)
+        return [bool(count) for count in self.sum(torch.tensor(flags, dtype=torch.float32, device=self.device)).tolist()]
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, in all of them."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def _move(module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
+    """As `module.to`, without a touch to what is sharded already."""
+    for parameter in module.parameters():
+        if not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.to(device, dtype, copy=True)  # no longer mapped from a file
+    for child in module.modules():
+        for name, buffer in child.named_buffers(recurse=False):
+            setattr(child, name, buffer.to(device))
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module inside a wrapper."""
+    return module.module if isinstance(module, DistributedDataParallel) else module
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter], max_norm: float = 0.0) -> torch.Tensor:
+    """The norm of all gradients together, over all processes; with `max_norm`, they are scaled down to it."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    if max_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm

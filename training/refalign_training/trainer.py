@@ -1,0 +1,375 @@
+"""
+`refalign-train run`: the training loop, and what it is made of.
+
+    refalign-train run --config training/configs/lora-1.3b.yaml --output runs/mine
+    accelerate launch --config_file FILE -m refalign_training.cli run --config ...
+    torchrun --nproc_per_node 8 -m refalign_training.cli run --config ...
+
+Killed, it goes on with `--resume latest` from its last checkpoint to the same numbers.
+"""
+
+import importlib.metadata
+import logging
+import math
+import resource
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from refalign.atomic import new_file
+from refalign_training.batches import Batch, Order, hold_out, load_batches, read_first
+from refalign_training.checkpoint import (
+    find_checkpoint,
+    has_checkpoint,
+    read_state,
+    remove_old_checkpoints,
+    save_checkpoint,
+)
+from refalign_training.config import RunCommand, changed_options, check, flatten, to_yaml
+from refalign_training.networks import find_start, load_transformer, make_alignment, transformer_config
+from refalign_training.objective import Losses, Objective
+from refalign_training.parallel import Parallel, gradient_norm
+from refalign_training.plots import describe_timesteps, plot_timesteps
+from refalign_training.samples import open_samples
+from refalign_training.state import TrainState, learning_rate_factor
+from refalign_training.tracking import Metrics, RunLog, append_skipped
+
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("refalign", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
+
+
+def run(command: RunCommand) -> int:
+    """
+    Trains, or with `dry_run` says what would be done. Returns the exit code: 143 if it was stopped by SIGTERM, 130 by
+    Ctrl-C.
+
+    Raises:
+        ValueError: if the options, the data or a checkpoint do not fit.
+    """
+    check(command)
+    if command.dry_run:
+        from refalign_training.estimate import dry_run
+
+        return dry_run(command)
+    return Trainer(command).train()
+
+
+class Trainer:
+    """All that a run is made of, ready for its next step."""
+
+    def __init__(self, command: RunCommand) -> None:
+        self.command = command
+        self.parallel = Parallel(command.parallel, command.device)
+        if not self.parallel.is_main:
+            logging.getLogger("refalign_training").setLevel(logging.ERROR)
+        checkpoint = _checkpoint_to_resume(command)
+        self.accumulation = _accumulation(command, self.parallel.world_size)
+        self._open_samples()
+        self._make_networks()
+        self.step, self.skipped_in_a_row = 0, 0
+        self.resumed_from = checkpoint
+        if checkpoint is not None:
+            self._resume(checkpoint)
+        self._start_reading()
+        self._start_log()
+
+    def train(self) -> int:
+        """The loop."""
+        command, parallel = self.command, self.parallel
+        with Stopping() as stopping, self._progress() as bar:
+            for step in range(self.step, command.steps):
+                taken = []
+                for number in range(self.accumulation):
+                    batch = self._next_batch()
+                    if number == 0 and _is_due(step, command.log.gradients_every):
+                        self._measure_gradients(batch, step)
+                    with parallel.accumulate(is_last=number + 1 == self.accumulation):
+                        torch.manual_seed(batch.seed)
+                        losses = self.objective(batch, step)
+                        (losses.total.mean() / self.accumulation).backward()
+                    self.metrics.add(losses, batch.timesteps)
+                    taken.append((batch.ids, losses.total.detach()))
+                norm = self.state.clip_gradients()
+                is_finite = math.isfinite(norm) and all(total.isfinite().all() for _, total in taken)
+                stops, is_bad = parallel.any(stopping.signal is not None, not is_finite)
+                if is_bad:
+                    self._skip(step, norm, taken)
+                else:
+                    self._update(step, norm)
+                self.state.optimizer.zero_grad()
+                self.step = step + 1
+                bar.update(command.batch.size)
+                self._log(bar)
+                if stops or self.step == command.steps or _is_due(self.step, command.checkpoints.every):
+                    self._save()
+                if stops:
+                    break
+                if _is_due(self.step, command.validation.every) or self.step == command.steps:
+                    self._validate()
+        return self._finish(stopping)
+
+    # -- Setting up ------------------------------------------------------------------------------------------------
+
+    def _open_samples(self) -> None:
+        command = self.command
+        self.samples = open_samples(command.data, command.model, bool(command.alignment.weight), self.parallel.device)
+        wanted = command.validation.samples if command.validation.every and command.validation.cache is None else 0
+        self.rows, self.held_out = hold_out(len(self.samples.buckets), wanted)
+        batch = command.batch
+        self.order = Order(self.samples.buckets, self.rows, batch.size, batch.micro, command.seed)
+
+    def _make_networks(self) -> None:
+        command, parallel = self.command, self.parallel
+        start = find_start(command)
+        transformer = load_transformer(command, start)
+        modules = {"transformer": transformer}
+        if command.alignment.weight:
+            value = read_first(self.samples, self.order)
+            config, teacher_dim = transformer.config, value["teacher_features"].shape[-1]
+            modules["alignment"] = make_alignment(command.alignment, config, teacher_dim, start, command.seed)
+        dtype = torch.float32 if command.training == "full" else None
+        wrapped = {
+            "transformer": parallel.wrap(transformer, transformer.blocks, dtype),
+            **{name: parallel.wrap(module) for name, module in modules.items() if name == "alignment"},
+        }
+        self.transformer = transformer
+        precision = getattr(torch, command.model.precision)
+        self.objective = Objective(wrapped["transformer"], wrapped.get("alignment"), command.alignment, precision)
+        self.state = TrainState(modules, command.optimizer, command.steps)
+        if start.checkpoint is not None:
+            self.state.load_weights(start.checkpoint, parallel.world_size > 1)
+
+    def _resume(self, checkpoint: Path) -> None:
+        state = read_state(checkpoint)
+        changes = changed_options(state["options"], flatten(self.command))
+        if state["dataset"]["fingerprint"] != self.samples.fingerprint:
+            changes.append(f"the dataset: {state['dataset']['name']} of {state['dataset']['samples']} samples -> "
+                           f"{self.samples.name} of {len(self.samples.buckets)}")
+        if changes and not self.command.allow_changes:
+            raise ValueError(
+                f"{checkpoint} was made with other options or data: {'; '.join(changes)}. Pass the same ones, or "
+                "--allow-changes to go on with the new ones."
+            )
+        for change in changes:
+            logger.warning("Changed since the checkpoint: %s", change)
+        self.state.load(checkpoint, self.parallel.world_size > 1)
+        self.step, self.skipped_in_a_row = state["step"], state["skipped_in_a_row"]
+
+    def _start_reading(self) -> None:
+        self.batches = load_batches(
+            self.samples,
+            self.order,
+            self.command.objective,
+            rank=self.parallel.rank,
+            world_size=self.parallel.world_size,
+            first_step=self.step,
+            steps=self.command.steps,
+            workers=self.command.data.workers,
+            encodes=self.command.data.cache is None,
+            pin_memory=self.parallel.device.type == "cuda",
+        )
+        self._waited = 0.0
+
+    def _start_log(self) -> None:
+        command = self.command
+        self.metrics = Metrics(command.alignment.layers if self.objective.alignment else (), self.parallel.device)
+        self.extra: dict[str, float] = {}
+        self._since = time.perf_counter()
+        self.log = None
+        if self.parallel.is_main:
+            command.output.mkdir(parents=True, exist_ok=True)
+            with new_file(command.output / "config.yaml", overwrite=True) as file:
+                file.write_text(to_yaml(command), "utf-8")
+            plot_timesteps(command.objective.timesteps, command.output / "timesteps.png")
+            self.log = RunLog(command.output, command.log, flatten(command), self.step)
+            logger.info("%s", self._summary())
+
+    def _summary(self) -> str:
+        command = self.command
+        trained = sum(parameter.numel() for parameter in self.state.parameters.values())
+        epochs = command.steps * self.order.micro_batches / self.order.epoch_length
+        begin = f"goes on from {self.resumed_from}" if self.resumed_from else "starts"
+        return (
+            f"{command.output} {begin}: {command.training}, {trained:,} trained weights, {len(self.rows):,} samples of "
+            f"{self.samples.name} ({len(self.held_out)} held out), {command.steps:,} steps of {command.batch.size} "
+            f"({epochs:.2g} epochs), processes: {self.parallel.world_size}"
+            f"{', sharded' if self.parallel.is_sharded else ''}.\n{describe_timesteps(command.objective.timesteps)}"
+        )
+
+    # -- Parts of a step -------------------------------------------------------------------------------------------
+
+    def _next_batch(self) -> Batch:
+        started = time.perf_counter()
+        batch = next(self.batches)
+        self._waited += time.perf_counter() - started
+        for sample_id, reason in batch.unusable:
+            logger.warning("%s cannot be used; another sample takes its place: %s", sample_id, reason)
+            append_skipped(self.command.output, self.step, [sample_id], reason)
+        return batch.to(self.parallel.device)
+
+    def _measure_gradients(self, batch: Batch, step: int) -> None:
+        """The norms of the two losses' own gradients on a micro-batch. Leaves no trace."""
+        weight = self.objective.alignment_weight(step)
+        if not weight:
+            return
+        norms = {}
+        for name in ("diffusion", "alignment"):
+            torch.manual_seed(batch.seed)
+            with self.parallel.accumulate(is_last=False):
+                losses = self.objective(batch, step)
+                part = losses.diffusion if name == "diffusion" else losses.total - losses.diffusion
+                part.mean().backward()
+            norms[name] = gradient_norm(list(self.state.parameters.values())).item()
+            self.state.optimizer.zero_grad()
+        self.extra |= {f"gradients/{name}": norm for name, norm in norms.items()}
+        self.extra["gradients/ratio"] = norms["alignment"] / max(norms["diffusion"], 1e-12)
+
+    def _update(self, step: int, norm: float) -> None:
+        self.state.update(step)
+        self.metrics.commit()
+        self.skipped_in_a_row = 0
+        self.extra |= {"gradients/norm": norm}
+
+    def _skip(self, step: int, norm: float, taken: list[tuple[list[str], torch.Tensor]]) -> None:
+        """Leaves the weights as they are. Ends the run if there have been too many such steps in a row."""
+        self.metrics.discard()
+        self.skipped_in_a_row += 1
+        bad = [name for ids, total in taken for name, value in zip(ids, total.tolist(), strict=True) if not math.isfinite(value)]
+        ids = sum(self.parallel.gather(bad), []) or sum(self.parallel.gather([i for ids, _ in taken for i in ids]), [])
+        reason = f"loss or gradient (norm {norm:g}) is not finite"
+        logger.warning("Step %d is skipped: %s. Samples: %s", step, reason, ", ".join(ids))
+        if self.parallel.is_main:
+            append_skipped(self.command.output, step, ids, reason)
+        if self.skipped_in_a_row >= self.command.max_skipped_steps:
+            raise ValueError(
+                f"{self.skipped_in_a_row} steps in a row were not finite, the last one with {', '.join(ids)}. Look at "
+                f"these samples, lower optimizer.lr, or go on from an earlier checkpoint; all are listed in "
+                f"{self.command.output / 'skipped.jsonl'}."
+            )
+
+    # -- Now and then ----------------------------------------------------------------------------------------------
+
+    def _log(self, bar: tqdm) -> None:
+        if not _is_due(self.step, self.command.log.every):
+            return
+        values = self.metrics.collect(self.parallel.sum)
+        seconds = time.perf_counter() - self._since
+        steps = self.step % self.command.log.every or self.command.log.every
+        optimizer = self.command.optimizer
+        values |= self.extra | {
+            "learning_rate": optimizer.lr * learning_rate_factor(self.step - 1, self.command.steps, optimizer),
+            "speed/samples_per_second": steps * self.command.batch.size / seconds,
+            "speed/data_wait": self._waited / seconds,
+            "memory/peak_gib": _peak_memory(self.parallel.device),
+        }
+        bar.set_postfix({"step": self.step, "loss": f"{values.get('loss', math.nan):.4f}"}, refresh=False)
+        if self.log is not None:
+            self.log.log(values, self.step)
+        self.extra, self._waited, self._since = {}, 0.0, time.perf_counter()
+
+    def _save(self) -> None:
+        command = self.command
+        state = {
+            "step": self.step,
+            "samples": self.step * command.batch.size,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "options": flatten(command),
+            "dataset": {
+                "name": self.samples.name,
+                "samples": len(self.samples.buckets),
+                "fingerprint": self.samples.fingerprint,
+            },
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "processes": self.parallel.world_size,
+        }
+        folder = command.output / "checkpoints"
+        checkpoint = save_checkpoint(folder, self.state.tensors(), state, self.parallel)
+        logger.info("Saved %s", checkpoint)
+        if self.parallel.is_main:
+            remove_old_checkpoints(folder, command.checkpoints.keep_last, command.checkpoints.keep_every)
+        self._since = time.perf_counter()
+
+    def _validate(self) -> None:
+        pass
+
+    def _progress(self) -> tqdm:
+        size = self.command.batch.size
+        return tqdm(
+            total=self.command.steps * size,
+            initial=self.step * size,
+            unit="sample",
+            desc=self.command.output.name,
+            disable=not self.parallel.is_main,
+            smoothing=0.05,
+        )
+
+    def _finish(self, stopping: "Stopping") -> int:
+        del self.batches  # ends the workers
+        if self.log is not None:
+            self.log.finish()
+        if stopping.signal is None:
+            return 0
+        logger.info("Stopped after step %d. Go on with: --resume latest", self.step)
+        return 128 + stopping.signal
+
+
+class Stopping:
+    """Within it, SIGTERM and the first Ctrl-C only leave a note in `signal`, so that the step ends and is saved."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def __enter__(self) -> "Stopping":
+        self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+        logger.warning("Asked to stop: the step is finished and saved first.")
+
+
+def _is_due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
+
+
+def _checkpoint_to_resume(command: RunCommand) -> Path | None:
+    if command.resume is not None:
+        return find_checkpoint(command.output if command.resume == "latest" else Path(command.resume))
+    if has_checkpoint(command.output):
+        raise ValueError(f"{command.output} holds a run already. Pass --resume latest to go on, or another --output.")
+    return None
+
+
+def _accumulation(command: RunCommand, world_size: int) -> int:
+    """How many micro-batches a process takes a step."""
+    accumulation, rest = divmod(command.batch.size, command.batch.micro * world_size)
+    if rest:
+        raise ValueError(
+            f"batch.size is {command.batch.size}, which {world_size} processes with batch.micro {command.batch.micro} "
+            f"cannot share evenly. Pass a multiple of {command.batch.micro * world_size}."
+        )
+    return accumulation
+
+
+def _peak_memory(device: torch.device) -> float:
+    """In GiB: of the GPU what tensors took at most, of the CPU what the process did."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
