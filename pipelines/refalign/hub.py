@@ -156,7 +156,8 @@ def push(
     with tempfile.TemporaryDirectory() as temporary:
         stage = Path(temporary)
         left_out = _copy_repo(folder, stage, link_weights=True)
-        complete_lora_repo(stage) if kind == "LoRA" else complete_repo(stage)
+        complete = complete_lora_repo if kind == "LoRA" else complete_repo
+        complete(stage)
         card = stage / "README.md"
         card.write_text(card.read_text("utf-8").replace(REPO_PLACEHOLDER, repo_id), "utf-8")
         check_nothing_private(stage)

@@ -139,7 +139,7 @@ def _baked(a: torch.Tensor, b: torch.Tensor, scale: float) -> tuple[torch.Tensor
         raise ValueError(f"The scale (alpha / rank) is {scale}, but has to be a finite number.")
     scaled = b.float() * scale
     exact = a.dtype == b.dtype and torch.equal(scaled.to(b.dtype).float(), scaled)
-    # Both, not lora_B alone: peft multiplies the two without a cast between them
+    # Both, not lora_B alone: a reader may multiply the two as they lie
     return (a, scaled.to(b.dtype)) if exact else (a.float(), scaled)
 
 

@@ -15,6 +15,7 @@ from refalign.checkpoints import PROJECTORS
 from refalign.generate import HUB_ID
 from refalign.hub import NATIVE, fill_card
 from refalign_training.data.recipe import Recipe
+from refalign_training.tracking import METRICS_FILE, read_metrics
 
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 # Formats that are datasets of the Hub
 DATASETS = {"opens2v": "BestWishYsh/OpenS2V-5M", "phantom": "ZhuoweiChen/phantom-data-Koala36M"}
 CURVE, SAMPLE, SAMPLE_PICTURE = "assets/loss.png", "assets/sample.mp4", "assets/sample.png"
-LOSS = re.compile(r"loss|mse")
+SHOWN = re.compile(r"(loss|validation)(/[^/]+)?")  # of the metrics
 Losses = list[tuple[str, str, int]]
 
 
@@ -52,7 +53,7 @@ def write_card(
     options, dataset = state["options"], state["dataset"]
     is_lora = options["training"] == "lora"
     datasets = list(datasets) or [name for name in (_dataset(dataset["name"]),) if is_hub_id(name)]
-    losses = write_curve(run / "metrics.jsonl", state["step"], folder / CURVE)
+    losses = write_curve(run / METRICS_FILE, state["step"], folder / CURVE)
     num_frames, height, width = (_sizes(state) or [_size(Recipe())])[0]
     rows = training_facts(state, _linked(base), _named(datasets) or _linked(_dataset(dataset["name"])), weights)
     text = fill_card(
@@ -67,8 +68,9 @@ def write_card(
         start=options["model.start"] and public_name(options["model.start"]),
         steps=state["step"],
         rows=rows,
+        aligned=options["alignment.weight"] > 0,
         losses=losses,
-        curve=CURVE if losses else None,
+        curve=CURVE if (folder / CURVE).is_file() else None,
         sample=write_sample(run / "samples", state["step"], folder),
         dataset_licence=dataset.get("licence"),
         native=NATIVE if (folder / NATIVE).is_file() else None,
@@ -126,7 +128,7 @@ def training_facts(state: Mapping[str, Any], base: str, dataset: str, weights: s
     o = state["options"]
     seen, count = state["samples"], state["dataset"]["samples"]
     rows = [
-        ("Base", base),
+        ("Base", f"{base}, revision `{o['model.revision']}`" if o["model.revision"] else base),
         ("Started from", f"`{public_name(o['model.start'])}`" if o["model.start"] else ""),
         ("Trained", _trained(o)),
         ("Weights", weights),
@@ -209,24 +211,20 @@ def _size(recipe: Recipe) -> tuple[int, int, int]:
 
 
 def write_curve(metrics: Path, step: int, output: Path) -> Losses:
-    """Draws the losses up to a step and returns the last value of each, with its step. Empty if there are none."""
-    if not metrics.is_file():
-        return []
-    text = metrics.read_text("utf-8")
-    lines = text[: text.rfind("\n") + 1].splitlines()  # of a killed run, the last one may be half
-    lines = [line for line in lines if json.loads(line)["step"] <= step]
-    last: dict[str, tuple[str, str, int]] = {}
-    for record in map(json.loads, lines):
-        for name, value in record.items():
-            if LOSS.search(name):
-                last[name] = (name, f"{value:.4g}", record["step"])
-    if last:
-        from refalign_training.plots import plot_losses
+    """Draws the losses up to a step, if any is finite, and returns the last value of each, with its step."""
+    from refalign_training.plots import TRAINING_LOSSES, VALIDATION_LOSSES, plot_losses
 
+    lines = [line for line in read_metrics(metrics) if line["step"] <= step] if metrics.is_file() else []
+    last: dict[str, tuple[str, str, int]] = {}
+    for line in lines:
+        for name in filter(SHOWN.fullmatch, line):
+            last[name] = (name, "not finite" if line[name] is None else f"{line[name]:.4g}", line["step"])
+    drawn = (*TRAINING_LOSSES, *VALIDATION_LOSSES)
+    if any(line.get(name) is not None for line in lines for name in drawn):
         output.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory() as temporary:
             until_then = Path(temporary) / "metrics.jsonl"
-            until_then.write_text("\n".join(lines) + "\n", "utf-8")
+            until_then.write_text("".join(f"{json.dumps(line)}\n" for line in lines), "utf-8")
             plot_losses(until_then, output)
     return list(last.values())
 

@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from refalign.checkpoints import read_json
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from refalign.atomic import new_file
+from refalign.checkpoints import read_json
 from refalign_training.parallel import Parallel
 
 
@@ -170,9 +170,17 @@ def load_tensors(checkpoint: Path, tensors: Mapping[str, torch.Tensor], is_paral
     """
     stored = stored_tensors(checkpoint)
     missing = [name for name in tensors if name not in stored]
-    wrong = [f"{n} {tuple(stored[n].shape)}, not {tuple(t.shape)}" for n, t in tensors.items() if n in stored and stored[n].shape != t.shape]
+    wrong = [
+        f"{n} {tuple(stored[n].shape)}, not {tuple(t.shape)}"
+        for n, t in tensors.items()
+        if n in stored and stored[n].shape != t.shape
+    ]
     if missing or wrong:
-        told = "; ".join(f"{what} ({len(names)}): {', '.join(names[:3])}" for what, names in (("missing", missing), ("of another shape", wrong)) if names)
+        told = "; ".join(
+            f"{what} ({len(names)}): {', '.join(names[:3])}"
+            for what, names in (("missing", missing), ("of another shape", wrong))
+            if names
+        )
         raise ValueError(f"{checkpoint} does not fit this run: {told}. Check model, training and alignment options.")
     with _quiet():
         dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=not is_parallel)
@@ -180,7 +188,9 @@ def load_tensors(checkpoint: Path, tensors: Mapping[str, torch.Tensor], is_paral
 
 def read_tensors(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
     """Whole tensors of a checkpoint whose names begin with a prefix, on the CPU, without it."""
-    tensors = {n: torch.empty_like(t, device="cpu") for n, t in stored_tensors(checkpoint).items() if n.startswith(prefix)}
+    tensors = {
+        n: torch.empty_like(t, device="cpu") for n, t in stored_tensors(checkpoint).items() if n.startswith(prefix)
+    }
     load_tensors(checkpoint, tensors)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 

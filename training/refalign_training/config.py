@@ -5,10 +5,12 @@ A file's keys are the options' names: `optimizer: {lr: 5e-5}` is `--optimizer.lr
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from refalign_training.cache import Dataset
 from refalign_training.data.recipe import Recipe
@@ -193,7 +195,7 @@ class ValidationOptions:
 
 @dataclass(frozen=True)
 class RunCommand:
-    """Train: LoRA or all weights, on one GPU or many. Stopped, it goes on exactly where it was with --resume latest."""
+    """Train: LoRA or all weights, on one GPU or many. Stopped, --resume latest goes on exactly where it was."""
 
     output: Path
     """The run's folder."""
@@ -265,7 +267,10 @@ def expand_config(arguments: Sequence[str]) -> list[str]:
         name, _, value = word.partition("=")
         if name == "--config":
             path = value or (words[number + 1] if number + 1 < len(words) else "")
-            return [*words[:1], *_arguments(read_yaml(Path(path)), RunCommand, path), *words[1:]]
+            content = read_yaml(Path(path))
+            if "config" in content:
+                raise ValueError(f"{path} names another file as config, but a run has one.")
+            return [*words[:1], *_arguments(content, RunCommand, path), *words[1:]]
     return words
 
 
@@ -293,8 +298,8 @@ def _arguments(content: Mapping[str, Any], cls: type, path: str, prefix: str = "
             if not isinstance(value, dict):
                 raise ValueError(f"{path}: {option} is {value!r:.80}, but has to hold options of its own.")
             yield from _arguments(value, types[key], path, f"{option}.")
-        elif isinstance(value, dict):
-            raise ValueError(f"{path}: {option} is {value!r:.80}, but has to be a value.")
+        elif misfit := _misfit(value, types[key]):
+            raise ValueError(f"{path}: {option} is {value!r:.80}, but has to be {misfit}.")
         elif isinstance(value, bool):
             yield f"--{option if value else f'{prefix}no-{key}'}".replace("_", "-")
         else:
@@ -302,8 +307,25 @@ def _arguments(content: Mapping[str, Any], cls: type, path: str, prefix: str = "
             yield from (f"--{option}".replace("_", "-"), *map(str, values))
 
 
+def _misfit(value: Any, kind: Any) -> str | None:
+    """What a value of YAML has to be instead, if a command line would take it for something else."""
+    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+    if value is None:
+        return None if NoneType in kinds else "a value"
+    if isinstance(value, dict) or isinstance(value, bool) != (bool in kinds):
+        return "true or false" if bool in kinds else "a value; put text in quotes"
+    if isinstance(value, list):
+        parts = next((get_args(k) for k in kinds if get_origin(k) is tuple), None)
+        return "one value" if parts is None else next(filter(None, (_misfit(v, parts[0]) for v in value)), None)
+    # 0123 is 83 to YAML, and 2026-01-01 a date
+    return None if isinstance(value, str) or not {str, Path} & {*kinds} else "text; put it in quotes"
+
+
 def _nearest(key: str) -> str:
-    matches = difflib.get_close_matches(key, list(flatten(RunCommand(Path()))), n=1, cutoff=0.5)
+    names = list(flatten(RunCommand(Path())))
+    sections = {name.rpartition(".")[0] for name in names} - {""}
+    same = [name for name in names if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    matches = same or difflib.get_close_matches(key, [*names, *sorted(sections)], n=1, cutoff=0.5)
     return f" Did you mean {matches[0]}?" if matches else ""
 
 
@@ -359,12 +381,12 @@ def check(command: RunCommand) -> None:
         "log.gradients_every": 0, "validation.every": 0, "validation.samples": 0, "validation.videos": 0,
         "validation.video_steps": 1, "optimizer.warmup_steps": 0, "optimizer.lr": 0, "optimizer.projector_lr": 0,
         "optimizer.weight_decay": 0, "optimizer.max_grad_norm": 0, "alignment.weight": 0, "alignment.decay_steps": 0,
-        "alignment.decay_start": 0, "alignment.stop_step": 0, "alignment.gate_power": 0, "alignment.negative_weight": 0,
-        "objective.no_text": 0, "objective.no_references": 0, "objective.neither": 0, "lora.dropout": 0,
+        "alignment.decay_start": 0, "alignment.stop_step": 0, "alignment.gate_power": 0,
+        "alignment.negative_weight": 0, "objective.no_text": 0, "objective.no_references": 0, "objective.neither": 0, "lora.dropout": 0,
         "objective.max_sequence_length": 1, "lora.alpha": 0,
     }  # fmt: skip
     for name, minimum in least.items():
-        if values[name] is not None and not values[name] >= minimum:  # NaN is not
+        if values[name] is not None and not minimum <= values[name] < math.inf:  # NaN is not
             raise ValueError(f"{name} is {values[name]}: it has to be {minimum} or more.")
     if command.batch.size % command.batch.micro:
         raise ValueError(
@@ -378,8 +400,12 @@ def check(command: RunCommand) -> None:
     if command.lora.dropout >= 1:
         raise ValueError(f"lora.dropout is {command.lora.dropout}: it has to be below 1.")
     if (command.data.cache is None) == (command.data.source.data is None):
-        raise ValueError("Pass either data.cache, a folder of `refalign-train cache`, or a dataset as data.source.data.")
+        raise ValueError(
+            "Pass either data.cache, a folder of `refalign-train cache`, or a dataset as data.source.data."
+        )
     if command.data.cache is None and command.data.teacher is None and command.alignment.weight:
-        raise ValueError("Without a cache, data.teacher has to name the vision model to align to; or alignment.weight 0.")
+        raise ValueError(
+            "Without a cache, data.teacher has to name the vision model to align to; or alignment.weight 0."
+        )
     if command.validation.cache is not None and command.data.cache is None:
         raise ValueError("validation.cache goes with data.cache.")

@@ -99,7 +99,7 @@ def export(command: ExportCommand) -> None:
             _write_pipeline(folder, checkpoint, base_folder, average, command)
         if projectors := read_projectors(checkpoint):
             _save(projectors, folder / PROJECTORS)
-        weights = f"their moving average, decay {options['optimizer.ema_decay']:g}" if average else "of the last step"
+        weights = f"moving average, decay {options['optimizer.ema_decay']:g}" if average else "of the last step"
         run_folder = checkpoint.parent.parent
         write_card(folder, run_folder, state, base, base_folder, weights, command.licence, command.datasets)
         check_nothing_private(folder)

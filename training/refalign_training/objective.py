@@ -53,11 +53,15 @@ class Objective:
         names = ("weight", "decay_start", "decay_steps", "stop_step")
         return alignment_weight(step, **{name: getattr(self.options, name) for name in names})
 
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """What the networks compute in. Each weight is used once, so copies of them are not kept."""
+        return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False)
+
     def __call__(self, batch: Batch, step: int) -> Losses:
         """The losses of a batch, on the device where the batch and the networks are."""
         weight = self.alignment_weight(step)
         layers = self.options.layers if weight else None
-        with torch.autocast(batch.latents.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        with self.autocast(batch.latents.device):
             output = self.transformer(
                 hidden_states=add_noise(batch.latents, batch.noise, batch.timesteps),
                 timestep=batch.timesteps,

@@ -36,7 +36,9 @@ class Parallel:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def wrap(self, module: nn.Module, parts: Iterable[nn.Module] = (), trained_dtype: torch.dtype | None = None) -> nn.Module:
+    def wrap(
+        self, module: nn.Module, parts: Iterable[nn.Module] = (), trained_dtype: torch.dtype | None = None
+    ) -> nn.Module:
         """
         The module on this process's device, ready to be trained together with the other processes.
 
@@ -64,7 +66,9 @@ class Parallel:
     def accumulate(self, is_last: bool) -> Iterator[None]:
         """A backward pass whose gradients are averaged over the processes only if it is a step's last."""
         with ExitStack() as stack:
-            if not is_last and not self.is_sharded:  # sharded, gradients are averaged each time: whole, they do not fit
+            if (
+                not is_last and not self.is_sharded
+            ):  # sharded, gradients are averaged each time: whole, they do not fit
                 for module in self._wrapped:
                     stack.enter_context(module.no_sync())
             yield
@@ -79,7 +83,9 @@ class Parallel:
         """For each flag, whether it is true in any process."""
         if self.world_size == 1:
             return list(flags)
-        return [bool(count) for count in self.sum(torch.tensor(flags, dtype=torch.float32, device=self.device)).tolist()]
+        return [
+            bool(count) for count in self.sum(torch.tensor(flags, dtype=torch.float32, device=self.device)).tolist()
+        ]
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, in all of them."""

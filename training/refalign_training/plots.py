@@ -9,19 +9,20 @@ from refalign.atomic import new_file
 
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which the colour-blind tell apart too
 BLUE, ORANGE, GREEN, RED, PURPLE = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7"
 TRAINING_LOSSES = {
-    "loss": ("total, which is minimised", PURPLE),
-    "loss/diffusion": ("diffusion, w(t) · MSE", BLUE),
-    "loss/mse": ("MSE, unweighted", GREEN),
+    "loss": ("total", PURPLE),
+    "loss/diffusion": ("diffusion: w(t) · MSE", BLUE),
+    "loss/mse": ("MSE", GREEN),
 }
 VALIDATION_LOSSES = {
-    "validation/loss": ("validation, w(t) · MSE", BLUE),
-    "validation/mse": ("validation, MSE", GREEN),
+    "validation/loss": ("validation: w(t) · MSE", BLUE),
+    "validation/mse": ("validation: MSE", GREEN),
 }
 BINS = 50
 
@@ -53,30 +54,32 @@ def plot_losses(metrics_file: Path, output: Path) -> None:
     if has_alignment:
         _draw_alignment(panels[1], lines)
     panels[-1].set_xlabel("step")
+    panels[-1].xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     _save(figure, output)
 
 
 def _draw_losses(axes: "Axes", lines: Sequence[Mapping[str, Any]]) -> None:
     for name, (label, color) in TRAINING_LOSSES.items():
-        _draw(axes, *_series(lines, name), label, color)
+        if name != "loss" or _series(lines, "loss") != _series(lines, "loss/diffusion"):  # alike without alignment
+            _draw(axes, *_series(lines, name), label, color)
     for name, (label, color) in VALIDATION_LOSSES.items():
         steps, values = _series(lines, name)
         if steps:
             axes.plot(steps, values, "o--", color=color, markersize=5, markeredgecolor="white", label=label)
-    axes.set(ylabel="loss", title="Losses")
+    axes.set_ylabel("loss")
     _limit(axes)
-    _legend(axes, axes)
+    _finish(axes, "Losses", axes.get_lines())
 
 
 def _draw_alignment(axes: "Axes", lines: Sequence[Mapping[str, Any]]) -> None:
     _draw(axes, *_series(lines, "loss/alignment"), "alignment loss, before gate and weight", RED)
     right = axes.twinx()
     _draw(right, *_series(lines, "alignment/cosine"), "mean cosine to the teacher", ORANGE)
-    axes.set(ylabel="alignment loss", title="Reference alignment")
-    _limit(axes)
+    axes.set_ylabel("alignment loss")
     right.set_ylabel("cosine")
-    right.spines["right"].set_visible(True)
-    _legend(axes, axes, right)
+    right.spines[["top", "left"]].set_visible(False)
+    _limit(axes)
+    _finish(axes, "Reference alignment", [*axes.get_lines(), *right.get_lines()], spines=("top",))
 
 
 def _series(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
@@ -95,12 +98,13 @@ def _draw(axes: "Axes", steps: Sequence[int], values: Sequence[float], label: st
 
 
 def _smooth(values: Sequence[float]) -> list[float]:
-    """A moving average over about a twentieth of the values, not drawn to 0 at its start."""
-    keep = 1 - 1 / max(1.0, len(values) / 20)
-    smoothed, total, weight = [], 0.0, 0.0
-    for value in values:
-        total, weight = keep * total + value, keep * weight + 1
-        smoothed.append(total / weight)
+    """The mean of the middle half of the values around each: no lag, and no spike of one bad batch."""
+    reach = min(math.ceil(len(values) / 40), 50)
+    smoothed = []
+    for i in range(len(values)):
+        around = sorted(values[max(0, i - reach) : i + reach + 1])
+        middle = around[len(around) // 4 : len(around) - len(around) // 4]
+        smoothed.append(math.fsum(middle) / len(middle))
     return smoothed
 
 
@@ -135,21 +139,21 @@ def plot_timesteps(preset: str, output: Path, gate_power: float = 3.0) -> None:
     top, bottom = figure.subplots(2, 1, sharex=True)
     bins = {"bins": BINS, "range": (0, 1000)}
     drawn = [100 / len(timesteps)] * len(timesteps)
-    top.hist(timesteps.tolist(), weights=drawn, color=BLUE, alpha=0.35, label="drawn", **bins)
+    top.hist(timesteps.tolist(), weights=drawn, color=BLUE, alpha=0.35, label="samples", **bins)
     for values, label, color in (
-        (weights, "diffusion loss, after w(t)", BLUE),
-        (gate, "alignment loss, after gate(t)", RED),
+        (weights, "samples · w(t)", BLUE),
+        (gate, "samples · gate(t)", RED),
     ):
         share = 100 * values / values.sum()
         style = {"histtype": "step", "linewidth": 2}
         top.hist(timesteps.tolist(), weights=share.tolist(), color=color, label=label, **style, **bins)
-    top.set(ylabel=f"% in {1000 // BINS} timesteps", title=f"Where the samples and the losses lie ({preset})")
     bottom.plot(timesteps, weights, color=BLUE, linewidth=2, label="w(t), of the diffusion loss")
     bottom.plot(timesteps, gate, color=RED, linewidth=2, label=f"gate(t) = (t/1000)^{gate_power:g}, of the alignment")
-    bottom.set(xlabel="timestep t (1000: noise alone)", ylabel="weight", xlim=(0, 1000), title="Weights")
+    bottom.set(xlabel="timestep t (1000: noise alone)", ylabel="weight", xlim=(0, 1000))
     bottom.set_ylim(bottom=0)
-    for axes in (top, bottom):
-        axes.legend(frameon=False, loc="upper left")
+    top.set_ylabel(f"% in {1000 // BINS} timesteps")
+    _finish(top, f"Timesteps: {preset}", top.get_legend_handles_labels()[0])
+    _finish(bottom, "Weights", bottom.get_lines())
     _save(figure, output)
 
 
@@ -161,11 +165,10 @@ def describe_timesteps(preset: str) -> str:
     low, middle, high = (timesteps[int(share * len(timesteps))].item() for share in (0.1, 0.5, 0.9))
     shares = (weights / weights.sum()).cumsum(0)
     half = timesteps[(shares < 0.5).sum()].item()
-    peak = timesteps[weights.argmax()].item()
     return (
         f"Timesteps ({preset}): a tenth below {low:.0f}, half below {middle:.0f}, a tenth above {high:.0f}.\n"
-        f"Weights w(t): {weights.min():.2f} to {weights.max():.2f}, mean {weights.mean():.2f}"
-        + (f"; highest at t = {peak:.0f}, half of them below t = {half:.0f}." if weights.min() < weights.max() else ".")
+        f"Weights w(t): {weights.min():.2f} to {weights.max():.2f}, mean {weights.mean():.2f}; half of all weight "
+        f"below {half:.0f}."
     )
 
 
@@ -179,17 +182,17 @@ def _figure(height: float) -> "Figure":
     return Figure(figsize=(9, height), dpi=120, layout="constrained")
 
 
-def _legend(axes: "Axes", *sources: "Axes") -> None:
-    handles = [line for source in sources for line in source.get_lines() if not line.get_label().startswith("_")]
-    axes.legend(handles=handles, frameon=False, ncols=2, fontsize="small", loc="upper right")
+def _finish(axes: "Axes", title: str, handles: Sequence["Artist"], spines: Sequence[str] = ("top", "right")) -> None:
+    """Title and legend above the panel, where they hide no data; a light grid."""
+    axes.set_title(title, loc="left", fontweight="bold", fontsize="medium")
+    named = [handle for handle in handles if not handle.get_label().startswith("_")]
+    place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2}
+    axes.legend(handles=named, ncols=len(named), frameon=False, fontsize="small", **place)
+    axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
+    axes.spines[list(spines)].set_visible(False)
 
 
 def _save(figure: "Figure", output: Path) -> None:
-    for axes in figure.axes:
-        axes.grid(alpha=0.25)
-        axes.set_axisbelow(True)
-        axes.spines["top"].set_visible(False)
-        axes.spines["right"].set_visible(axes.yaxis.get_label_position() == "right")
-        axes.title.set(fontweight="bold", fontsize="medium")
     with new_file(output, overwrite=True) as file:
         figure.savefig(file, format="png")

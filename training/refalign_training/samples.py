@@ -61,7 +61,9 @@ class OnlineSamples:
         self.recipe.check()
         self.samples = [sample for sample in usable(read_source(options.source)) if sample.prompts]
         if not self.samples:
-            raise ValueError(f"The dataset ({options.source.data}) has no sample that can be used. See: refalign-train check.")
+            raise ValueError(
+                f"The dataset ({options.source.data}) has no sample that can be used. See: refalign-train check."
+            )
         video = (self.recipe.num_frames, self.recipe.height, self.recipe.width)
         self.buckets = np.array([(*video, len(sample.references)) for sample in self.samples], np.int32)
         self.name = options.source.data
@@ -114,7 +116,9 @@ class OnlineSamples:
                 encoder = TeacherEncoder(self._models.teacher, self._dtype, device)
             else:
                 other = self._encoders.get("references" if family == "video" else "video")
-                encoder = VaeEncoder(pipeline, torch.float32, device, references=family == "references", vae=other and other.vae)
+                encoder = VaeEncoder(
+                    pipeline, torch.float32, device, references=family == "references", vae=other and other.vae
+                )
             self._encoders[family] = encoder
         return self._encoders[family]
 
@@ -129,7 +133,9 @@ def hash_of(samples: list, recipe: Any) -> str:
     return f"sha256:{total.hexdigest()}"
 
 
-def open_samples(options: DataOptions, model: ModelOptions, needs_teacher: bool, device: torch.device) -> CachedSamples | OnlineSamples:
+def open_samples(
+    options: DataOptions, model: ModelOptions, needs_teacher: bool, device: torch.device
+) -> CachedSamples | OnlineSamples:
     """The samples that a run is to be trained on."""
     if options.cache is not None:
         return CachedSamples(options.cache, needs_teacher)

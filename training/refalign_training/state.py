@@ -1,7 +1,8 @@
 """All that changes while a run goes on: trained weights, their average, the optimiser."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,23 @@ class TrainState:
                     [local(self.parameters[name].detach()) for name in self.averages],
                     1 - decay,
                 )
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it, the weights are their averages, if there are some."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, average in self.averages.items():
+            weight, average = local(self.parameters[name].detach()), local(average)
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
 
     # -- On the disk -----------------------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """
 How a run is seen: means of the losses over samples, a line of them a logged step, and a tracker that shows them.
 
-Steps are counted from 1: what is logged at step n happened up to the n-th, and a run that goes on from step n does step
-n + 1 next.
+Steps are counted from 1: what is logged at step n happened up to the n-th, and a run that goes on from step n does
+step n + 1 next.
 """
 
 import importlib.util
@@ -168,7 +168,7 @@ def check_tracker(name: str) -> None:
     spec = None if name == "none" else importlib.util.find_spec(name)
     # Without an origin it is but a folder of that name, such as wandb leaves where it ran
     if name != "none" and (spec is None or spec.origin is None):
-        raise ValueError(f"log.tracker is {name}, which is not installed: `pip install {name}`, or choose another one.")
+        raise ValueError(f"log.tracker is {name}, which is not installed. `pip install {name}`, or choose another.")
 
 
 def append_skipped(folder: Path, step: int, ids: Iterable[str], reason: str) -> None:
@@ -228,8 +228,9 @@ def _start_tracker(folder: Path, options: LogOptions, run_options: Mapping[str, 
         place = {"dir": str(folder)} if options.tracker == "wandb" else {}
         tracker = tracker_class(options.project, name=f"{name}-from-{step}" if step else name, group=name, **place)
     tracker.start()
-    if options.tracker == "tensorboard":  # whose `store_init_configuration` makes a folder named by the time each start
-        text = "\n".join(f"    {name}: {value}" for name, value in run_options.items())  # indented: markdown's verbatim
+    if options.tracker == "tensorboard":
+        # As text, indented so that it stays verbatim: `store_init_configuration` makes a folder named by the time
+        text = "\n".join(f"    {name}: {value}" for name, value in run_options.items())
         tracker.log({"options": text}, step=step)
     else:
         tracker.store_init_configuration(dict(run_options))

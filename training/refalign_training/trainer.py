@@ -15,18 +15,16 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 from refalign.atomic import new_file
 from refalign_training.batches import Batch, Order, hold_out, load_batches, read_first
 from refalign_training.checkpoint import (
+    checkpoint_name,
     find_checkpoint,
     has_checkpoint,
     read_state,
@@ -34,13 +32,15 @@ from refalign_training.checkpoint import (
     save_checkpoint,
 )
 from refalign_training.config import RunCommand, changed_options, check, flatten, to_yaml
-from refalign_training.networks import find_start, load_transformer, make_alignment, transformer_config
-from refalign_training.objective import Losses, Objective
+from refalign_training.frozen_models import fetch_model
+from refalign_training.networks import find_start, load_transformer, make_alignment
+from refalign_training.objective import Objective
 from refalign_training.parallel import Parallel, gradient_norm
 from refalign_training.plots import describe_timesteps, plot_timesteps
-from refalign_training.samples import open_samples
+from refalign_training.samples import CachedSamples, open_samples
 from refalign_training.state import TrainState, learning_rate_factor
 from refalign_training.tracking import Metrics, RunLog, append_skipped
+from refalign_training.validation import Validation
 
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,7 @@ class Trainer:
         checkpoint = _checkpoint_to_resume(command)
         self.accumulation = _accumulation(command, self.parallel.world_size)
         self._open_samples()
+        self._open_validation()
         self._make_networks()
         self.step, self.skipped_in_a_row = 0, 0
         self.resumed_from = checkpoint
@@ -128,6 +129,15 @@ class Trainer:
         batch = command.batch
         self.order = Order(self.samples.buckets, self.rows, batch.size, batch.micro, command.seed)
 
+    def _open_validation(self) -> None:
+        options, samples, rows = self.command.validation, self.samples, self.held_out
+        if options.every and options.cache is not None:
+            samples = CachedSamples(options.cache, bool(self.command.alignment.weight))
+            rows = hold_out(len(samples.buckets), len(samples.buckets) * 10)[1]
+        self.validation = None
+        if options.every and len(rows):
+            self.validation = Validation(samples, rows, options, self.command.objective, self.parallel)
+
     def _make_networks(self) -> None:
         command, parallel = self.command, self.parallel
         start = find_start(command)
@@ -153,8 +163,10 @@ class Trainer:
         state = read_state(checkpoint)
         changes = changed_options(state["options"], flatten(self.command))
         if state["dataset"]["fingerprint"] != self.samples.fingerprint:
-            changes.append(f"the dataset: {state['dataset']['name']} of {state['dataset']['samples']} samples -> "
-                           f"{self.samples.name} of {len(self.samples.buckets)}")
+            changes.append(
+                f"the dataset: {state['dataset']['name']} of {state['dataset']['samples']} samples -> "
+                f"{self.samples.name} of {len(self.samples.buckets)}"
+            )
         if changes and not self.command.allow_changes:
             raise ValueError(
                 f"{checkpoint} was made with other options or data: {'; '.join(changes)}. Pass the same ones, or "
@@ -184,7 +196,7 @@ class Trainer:
         command = self.command
         self.metrics = Metrics(command.alignment.layers if self.objective.alignment else (), self.parallel.device)
         self.extra: dict[str, float] = {}
-        self._since = time.perf_counter()
+        self._since, self._logged = time.perf_counter(), self.step
         self.log = None
         if self.parallel.is_main:
             command.output.mkdir(parents=True, exist_ok=True)
@@ -244,7 +256,12 @@ class Trainer:
         """Leaves the weights as they are. Ends the run if there have been too many such steps in a row."""
         self.metrics.discard()
         self.skipped_in_a_row += 1
-        bad = [name for ids, total in taken for name, value in zip(ids, total.tolist(), strict=True) if not math.isfinite(value)]
+        bad = [
+            name
+            for ids, total in taken
+            for name, value in zip(ids, total.tolist(), strict=True)
+            if not math.isfinite(value)
+        ]
         ids = sum(self.parallel.gather(bad), []) or sum(self.parallel.gather([i for ids, _ in taken for i in ids]), [])
         reason = f"loss or gradient (norm {norm:g}) is not finite"
         logger.warning("Step %d is skipped: %s. Samples: %s", step, reason, ", ".join(ids))
@@ -264,7 +281,7 @@ class Trainer:
             return
         values = self.metrics.collect(self.parallel.sum)
         seconds = time.perf_counter() - self._since
-        steps = self.step % self.command.log.every or self.command.log.every
+        steps = self.step - self._logged
         optimizer = self.command.optimizer
         values |= self.extra | {
             "learning_rate": optimizer.lr * learning_rate_factor(self.step - 1, self.command.steps, optimizer),
@@ -275,7 +292,7 @@ class Trainer:
         bar.set_postfix({"step": self.step, "loss": f"{values.get('loss', math.nan):.4f}"}, refresh=False)
         if self.log is not None:
             self.log.log(values, self.step)
-        self.extra, self._waited, self._since = {}, 0.0, time.perf_counter()
+        self.extra, self._waited, self._since, self._logged = {}, 0.0, time.perf_counter(), self.step
 
     def _save(self) -> None:
         command = self.command
@@ -300,7 +317,23 @@ class Trainer:
         self._since = time.perf_counter()
 
     def _validate(self) -> None:
-        pass
+        """Losses and videos of the held-out samples, by the averaged weights if there are some: what is exported."""
+        if self.validation is None:
+            return
+        options = self.command.validation
+        with self.state.averaged():
+            values = self.validation.losses(self.objective, self.step - 1)
+            pictures = {}
+            if options.videos:
+                folder = self.command.output / "samples" / checkpoint_name(self.step)
+                model = fetch_model(self.command.model.base, self.command.model.revision, ["vae/*"])
+                pictures = self.validation.write_videos(self.objective, self.transformer, model, folder)
+        logger.info("Step %d: held-out loss %.4f", self.step, values["validation/mse"])
+        if self.log is not None:
+            self.log.log(values, self.step)
+            self.log.log_images({f"samples/{name}": picture for name, picture in pictures.items()}, self.step)
+        self.parallel.barrier()
+        self._since = time.perf_counter()
 
     def _progress(self) -> tqdm:
         size = self.command.batch.size
