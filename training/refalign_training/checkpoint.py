@@ -169,18 +169,12 @@ def load_tensors(checkpoint: Path, tensors: Mapping[str, torch.Tensor], is_paral
         ValueError: if it does not have one of them, or of another shape.
     """
     stored = stored_tensors(checkpoint)
-    missing = [name for name in tensors if name not in stored]
-    wrong = [
-        f"{n} {tuple(stored[n].shape)}, not {tuple(t.shape)}"
-        for n, t in tensors.items()
-        if n in stored and stored[n].shape != t.shape
-    ]
-    if missing or wrong:
-        told = "; ".join(
-            f"{what} ({len(names)}): {', '.join(names[:3])}"
-            for what, names in (("missing", missing), ("of another shape", wrong))
-            if names
-        )
+    problems = {
+        "missing": [name for name in tensors if name not in stored],
+        "of another shape": [n for n, t in tensors.items() if n in stored and stored[n].shape != t.shape],
+    }
+    if any(problems.values()):
+        told = "; ".join(f"{what} ({len(names)}): {', '.join(names[:3])}" for what, names in problems.items() if names)
         raise ValueError(f"{checkpoint} does not fit this run: {told}. Check model, training and alignment options.")
     with _quiet():
         dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=not is_parallel)
@@ -188,9 +182,8 @@ def load_tensors(checkpoint: Path, tensors: Mapping[str, torch.Tensor], is_paral
 
 def read_tensors(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
     """Whole tensors of a checkpoint whose names begin with a prefix, on the CPU, without it."""
-    tensors = {
-        n: torch.empty_like(t, device="cpu") for n, t in stored_tensors(checkpoint).items() if n.startswith(prefix)
-    }
+    stored = {name: tensor for name, tensor in stored_tensors(checkpoint).items() if name.startswith(prefix)}
+    tensors = {name: torch.empty_like(tensor, device="cpu") for name, tensor in stored.items()}
     load_tensors(checkpoint, tensors)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 

@@ -1,4 +1,4 @@
-"""`refalign-train check | cache | run`: training from the command line.
+"""`refalign-train check | cache | run | export`: training from the command line.
 
 Nothing heavy is imported before the command line is understood, so that `--help` answers at once.
 """
@@ -11,16 +11,18 @@ from typing import Annotated
 import tyro
 from tyro.conf import subcommand
 
-from refalign_training import cache, check
+from refalign_training import cache, check, export
 from refalign_training.cache import CacheCommand
 from refalign_training.check import Check
 from refalign_training.config import RunCommand, expand_config
+from refalign_training.export import ExportCommand
 
 
 Command = (
     Annotated[Check, subcommand("check")]
     | Annotated[CacheCommand, subcommand("cache")]
     | Annotated[RunCommand, subcommand("run")]
+    | Annotated[ExportCommand, subcommand("export")]
 )
 
 
@@ -32,7 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
         command = tyro.cli(Command, args=arguments, prog="refalign-train", description="Training for RefAlign.")
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         logging.getLogger("httpx").setLevel(logging.WARNING)
-        return {Check: check.run, CacheCommand: cache.run, RunCommand: _train}[type(command)](command)
+        runners = {Check: check.run, CacheCommand: cache.run, RunCommand: _train, ExportCommand: export.run}
+        return runners[type(command)](command)
     except (ValueError, OSError, ImportError) as error:
         print(f"refalign-train: {error}", file=sys.stderr)
         return 1

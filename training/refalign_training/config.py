@@ -382,8 +382,8 @@ def check(command: RunCommand) -> None:
         "validation.video_steps": 1, "optimizer.warmup_steps": 0, "optimizer.lr": 0, "optimizer.projector_lr": 0,
         "optimizer.weight_decay": 0, "optimizer.max_grad_norm": 0, "alignment.weight": 0, "alignment.decay_steps": 0,
         "alignment.decay_start": 0, "alignment.stop_step": 0, "alignment.gate_power": 0,
-        "alignment.negative_weight": 0, "objective.no_text": 0, "objective.no_references": 0, "objective.neither": 0, "lora.dropout": 0,
-        "objective.max_sequence_length": 1, "lora.alpha": 0,
+        "alignment.negative_weight": 0, "objective.no_text": 0, "objective.no_references": 0, "objective.neither": 0,
+        "objective.max_sequence_length": 1, "lora.alpha": 0, "lora.dropout": 0,
     }  # fmt: skip
     for name, minimum in least.items():
         if values[name] is not None and not minimum <= values[name] < math.inf:  # NaN is not

@@ -13,8 +13,8 @@ from refalign_training.losses import add_noise, flow_matching_loss, timestep_gat
 
 class Losses(NamedTuple):
     """
-    Of a batch, each of shape `(batch,)` in float32 unless it says otherwise. Only `total` is for the backward pass of a
-    step: `diffusion + gate(t) * weight(step) * alignment` (RefAlign, arXiv 2603.25743, training objective).
+    Of a batch, each of shape `(batch,)` in float32 unless it says otherwise. What is minimised is `total`:
+    `diffusion + gate(t) * weight(step) * alignment` (RefAlign, arXiv 2603.25743, training objective).
     """
 
     total: torch.Tensor

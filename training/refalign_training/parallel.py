@@ -36,20 +36,18 @@ class Parallel:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def wrap(
-        self, module: nn.Module, parts: Iterable[nn.Module] = (), trained_dtype: torch.dtype | None = None
-    ) -> nn.Module:
+    def wrap(self, module: nn.Module, parts: Iterable[nn.Module] = (), dtype: torch.dtype | None = None) -> nn.Module:
         """
         The module on this process's device, ready to be trained together with the other processes.
 
         Args:
             module (`nn.Module`): of the same weights in every process.
-            parts (`Iterable[nn.Module]`): of it, sharded each for itself: its blocks. They are moved one by one, so that
-                a device never holds all that is sharded.
-            trained_dtype (`torch.dtype`, *optional*): what floating-point weights are brought to on the way.
+            parts (`Iterable[nn.Module]`): of it, sharded each for itself: its blocks. They are moved one by one, so
+                that a device never holds all that is sharded.
+            dtype (`torch.dtype`, *optional*): what weights are brought to on the way.
         """
         if not self.is_sharded:
-            _move(module, self.device, trained_dtype)
+            _move(module, self.device, dtype)
             if self.world_size == 1:
                 return module
             ids = None if self.device.type == "cpu" else [self.device]
@@ -57,7 +55,7 @@ class Parallel:
         else:
             mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.world_size,))
             for part in (*parts, module):
-                _move(part, self.device, trained_dtype)
+                _move(part, self.device, dtype)
                 fully_shard(part, mesh=mesh)
         self._wrapped.append(module)
         return module
@@ -66,9 +64,7 @@ class Parallel:
     def accumulate(self, is_last: bool) -> Iterator[None]:
         """A backward pass whose gradients are averaged over the processes only if it is a step's last."""
         with ExitStack() as stack:
-            if (
-                not is_last and not self.is_sharded
-            ):  # sharded, gradients are averaged each time: whole, they do not fit
+            if not is_last and not self.is_sharded:  # sharded, they are averaged each time: whole, they do not fit
                 for module in self._wrapped:
                     stack.enter_context(module.no_sync())
             yield
@@ -83,9 +79,8 @@ class Parallel:
         """For each flag, whether it is true in any process."""
         if self.world_size == 1:
             return list(flags)
-        return [
-            bool(count) for count in self.sum(torch.tensor(flags, dtype=torch.float32, device=self.device)).tolist()
-        ]
+        counts = self.sum(torch.tensor(flags, dtype=torch.float32, device=self.device))
+        return [count > 0 for count in counts.tolist()]
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, in all of them."""

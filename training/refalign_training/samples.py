@@ -1,5 +1,7 @@
 """Where a run's samples come from: a cache, or a dataset whose encoders run along with the training."""
 
+import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from refalign_training.cache.reader import Cache, normalize_latents
 from refalign_training.config import DataOptions, ModelOptions
 from refalign_training.data.example import draw_prompt
 from refalign_training.data.randomness import numpy_generator
-from refalign_training.data.sample import Unusable, usable
+from refalign_training.data.recipe import Recipe
+from refalign_training.data.sample import Sample, Unusable, usable
 from refalign_training.data.source import read_source
 from refalign_training.encoders import TeacherEncoder, TextEncoder, VaeEncoder, fetch_models, vae_config
 
@@ -62,12 +65,12 @@ class OnlineSamples:
         self.samples = [sample for sample in usable(read_source(options.source)) if sample.prompts]
         if not self.samples:
             raise ValueError(
-                f"The dataset ({options.source.data}) has no sample that can be used. See: refalign-train check."
+                f"The dataset ({options.source.data}) has no usable sample. Look at: refalign-train check."
             )
         video = (self.recipe.num_frames, self.recipe.height, self.recipe.width)
         self.buckets = np.array([(*video, len(sample.references)) for sample in self.samples], np.int32)
         self.name = options.source.data
-        self.fingerprint = str(hash_of(self.samples, self.recipe))
+        self.fingerprint = hash_of(self.samples, self.recipe)
         families = ("video", "references", "text", *(("teacher",) if needs_teacher else ()))
         self._models = fetch_models(families, model.base, options.teacher, model.revision, options.teacher_revision)
         self._vae_config = vae_config(self._models.pipeline)
@@ -116,17 +119,14 @@ class OnlineSamples:
                 encoder = TeacherEncoder(self._models.teacher, self._dtype, device)
             else:
                 other = self._encoders.get("references" if family == "video" else "video")
-                encoder = VaeEncoder(
-                    pipeline, torch.float32, device, references=family == "references", vae=other and other.vae
-                )
+                is_references, vae = family == "references", other and other.vae
+                encoder = VaeEncoder(pipeline, torch.float32, device, references=is_references, vae=vae)
             self._encoders[family] = encoder
         return self._encoders[family]
 
 
-def hash_of(samples: list, recipe: Any) -> str:
+def hash_of(samples: Sequence[Sample], recipe: Recipe) -> str:
     """A digest of what the samples and the recipe are."""
-    import hashlib
-
     total = hashlib.sha256(repr(recipe).encode())
     for sample in samples:
         total.update(repr(sample).encode("utf-8", "surrogatepass"))

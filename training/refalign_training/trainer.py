@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -39,7 +40,7 @@ from refalign_training.parallel import Parallel, gradient_norm
 from refalign_training.plots import describe_timesteps, plot_timesteps
 from refalign_training.samples import CachedSamples, open_samples
 from refalign_training.state import TrainState, learning_rate_factor
-from refalign_training.tracking import Metrics, RunLog, append_skipped
+from refalign_training.tracking import Metrics, RunLog, append_skipped, check_tracker
 from refalign_training.validation import Validation
 
 
@@ -70,6 +71,7 @@ class Trainer:
     def __init__(self, command: RunCommand) -> None:
         self.command = command
         self.parallel = Parallel(command.parallel, command.device)
+        check_tracker(command.log.tracker)
         if not self.parallel.is_main:
             logging.getLogger("refalign_training").setLevel(logging.ERROR)
         checkpoint = _checkpoint_to_resume(command)
@@ -110,12 +112,13 @@ class Trainer:
                 self.state.optimizer.zero_grad()
                 self.step = step + 1
                 bar.update(command.batch.size)
-                self._log(bar)
-                if stops or self.step == command.steps or _is_due(self.step, command.checkpoints.every):
+                is_last = stops or self.step == command.steps
+                self._log(bar, is_last)
+                if is_last or _is_due(self.step, command.checkpoints.every):
                     self._save()
                 if stops:
                     break
-                if _is_due(self.step, command.validation.every) or self.step == command.steps:
+                if is_last or _is_due(self.step, command.validation.every):
                     self._validate()
         return self._finish(stopping)
 
@@ -202,9 +205,11 @@ class Trainer:
             command.output.mkdir(parents=True, exist_ok=True)
             with new_file(command.output / "config.yaml", overwrite=True) as file:
                 file.write_text(to_yaml(command), "utf-8")
-            plot_timesteps(command.objective.timesteps, command.output / "timesteps.png")
+            picture = command.output / "timesteps.png"
+            plot_timesteps(command.objective.timesteps, picture, command.alignment.gate_power)
             self.log = RunLog(command.output, command.log, flatten(command), self.step)
             logger.info("%s", self._summary())
+        self.parallel.barrier()
 
     def _summary(self) -> str:
         command = self.command
@@ -212,8 +217,8 @@ class Trainer:
         epochs = command.steps * self.order.micro_batches / self.order.epoch_length
         begin = f"goes on from {self.resumed_from}" if self.resumed_from else "starts"
         return (
-            f"{command.output} {begin}: {command.training}, {trained:,} trained weights, {len(self.rows):,} samples of "
-            f"{self.samples.name} ({len(self.held_out)} held out), {command.steps:,} steps of {command.batch.size} "
+            f"{command.output} {begin}: {command.training}, {trained:,} trained weights, {len(self.rows):,} samples "
+            f"of {self.samples.name} ({len(self.held_out)} held out), {command.steps:,} steps of {command.batch.size} "
             f"({epochs:.2g} epochs), processes: {self.parallel.world_size}"
             f"{', sharded' if self.parallel.is_sharded else ''}.\n{describe_timesteps(command.objective.timesteps)}"
         )
@@ -226,7 +231,7 @@ class Trainer:
         self._waited += time.perf_counter() - started
         for sample_id, reason in batch.unusable:
             logger.warning("%s cannot be used; another sample takes its place: %s", sample_id, reason)
-            append_skipped(self.command.output, self.step, [sample_id], reason)
+            append_skipped(self.command.output, self.step + 1, [sample_id], reason)
         return batch.to(self.parallel.device)
 
     def _measure_gradients(self, batch: Batch, step: int) -> None:
@@ -256,17 +261,13 @@ class Trainer:
         """Leaves the weights as they are. Ends the run if there have been too many such steps in a row."""
         self.metrics.discard()
         self.skipped_in_a_row += 1
-        bad = [
-            name
-            for ids, total in taken
-            for name, value in zip(ids, total.tolist(), strict=True)
-            if not math.isfinite(value)
-        ]
-        ids = sum(self.parallel.gather(bad), []) or sum(self.parallel.gather([i for ids, _ in taken for i in ids]), [])
+        losses = [pair for ids, total in taken for pair in zip(ids, total.tolist(), strict=True)]
+        everywhere = [pair for pairs in self.parallel.gather(losses) for pair in pairs]
+        ids = [name for name, loss in everywhere if not math.isfinite(loss)] or [name for name, _ in everywhere]
         reason = f"loss or gradient (norm {norm:g}) is not finite"
-        logger.warning("Step %d is skipped: %s. Samples: %s", step, reason, ", ".join(ids))
+        logger.warning("Step %d is skipped: %s. Samples: %s", step + 1, reason, ", ".join(ids))
         if self.parallel.is_main:
-            append_skipped(self.command.output, step, ids, reason)
+            append_skipped(self.command.output, step + 1, ids, reason)
         if self.skipped_in_a_row >= self.command.max_skipped_steps:
             raise ValueError(
                 f"{self.skipped_in_a_row} steps in a row were not finite, the last one with {', '.join(ids)}. Look at "
@@ -276,8 +277,8 @@ class Trainer:
 
     # -- Now and then ----------------------------------------------------------------------------------------------
 
-    def _log(self, bar: tqdm) -> None:
-        if not _is_due(self.step, self.command.log.every):
+    def _log(self, bar: tqdm, is_last: bool) -> None:
+        if not is_last and not _is_due(self.step, self.command.log.every):
             return
         values = self.metrics.collect(self.parallel.sum)
         seconds = time.perf_counter() - self._since
@@ -305,22 +306,25 @@ class Trainer:
                 "name": self.samples.name,
                 "samples": len(self.samples.buckets),
                 "fingerprint": self.samples.fingerprint,
+                "sizes": np.unique(self.samples.buckets[:, :3], axis=0).tolist(),
+                "teacher": command.data.teacher,
             },
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
             "processes": self.parallel.world_size,
         }
+        started = time.perf_counter()
         folder = command.output / "checkpoints"
         checkpoint = save_checkpoint(folder, self.state.tensors(), state, self.parallel)
         logger.info("Saved %s", checkpoint)
         if self.parallel.is_main:
             remove_old_checkpoints(folder, command.checkpoints.keep_last, command.checkpoints.keep_every)
-        self._since = time.perf_counter()
+        self._since += time.perf_counter() - started
 
     def _validate(self) -> None:
         """Losses and videos of the held-out samples, by the averaged weights if there are some: what is exported."""
         if self.validation is None:
             return
-        options = self.command.validation
+        started, options = time.perf_counter(), self.command.validation
         with self.state.averaged():
             values = self.validation.losses(self.objective, self.step - 1)
             pictures = {}
@@ -333,7 +337,7 @@ class Trainer:
             self.log.log(values, self.step)
             self.log.log_images({f"samples/{name}": picture for name, picture in pictures.items()}, self.step)
         self.parallel.barrier()
-        self._since = time.perf_counter()
+        self._since += time.perf_counter() - started
 
     def _progress(self) -> tqdm:
         size = self.command.batch.size

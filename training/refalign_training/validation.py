@@ -23,7 +23,6 @@ from refalign_training.parallel import Parallel
 logger = logging.getLogger(__name__)
 
 QUANTILES = tuple(round(0.1 * i, 1) for i in range(1, 10))
-FPS = 16
 
 
 class Validation:
@@ -74,7 +73,7 @@ class Validation:
                     sums[-1] += 0.0 if losses.cosine is None else losses.cosine.mean()
         means = self.parallel.sum(sums) / len(self.values)
         mse, (alignment, cosine) = means[: len(QUANTILES)].tolist(), (means[-2:] / len(QUANTILES)).tolist()
-        values = {f"validation/mse_t_quantile_{q}": value for q, value in zip(QUANTILES, mse, strict=True)}
+        values = {f"validation/mse_by_quantile/{q}": value for q, value in zip(QUANTILES, mse, strict=True)}
         values["validation/mse"] = sum(mse) / len(mse)
         if objective.alignment_weight(step):
             values |= {"validation/alignment": alignment, "validation/cosine": cosine}
@@ -116,21 +115,19 @@ class Validation:
         Returns:
             `dict`: the pictures by their samples' ids; empty in other processes.
         """
-        latents = [
-            self._generate(i, objective, transformer) for i in range(min(self.options.videos, len(self.values)))
-        ]
+        count = min(self.options.videos, len(self.values))
+        latents = [self._generate(number, objective, transformer) for number in range(count)]
         if not self.parallel.is_main:
             return {}
-        vae = AutoencoderKLWan.from_pretrained(model, subfolder="vae", torch_dtype=torch.float32).to(
-            self.parallel.device
-        )
+        vae = AutoencoderKLWan.from_pretrained(model, subfolder="vae", torch_dtype=torch.float32)
+        vae.to(self.parallel.device)
         pictures = {}
         for (sample_id, value), video in zip(self.values, latents, strict=False):
             references = [_decode(vae, latent[:, None])[0] for latent in value["reference_latents"].unbind(1)]
             frames = [beside(references, frame) for frame in _decode(vae, video[0])]
             pictures[sample_id] = strip(frames)
             path = folder / f"{sample_id}.mp4"
-            write_video([np.asarray(frame) for frame in frames], path, fps=FPS, overwrite=True)
+            write_video([np.asarray(frame) for frame in frames], path, overwrite=True)
             pictures[sample_id].save(path.with_suffix(".png"))
         return pictures
 
