@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "pipelines/refalign/__init__.py").read_text("utf-8")).group(1)
 
 INSTALL = [
-    "accelerate>=1.0",
+    "accelerate>=1.12",
     "av>=13",
     "diffusers>=0.42.1",
     "ftfy",
@@ -25,7 +25,7 @@ INSTALL = [
     "tyro>=1.0",
 ]
 BACKGROUND = ["rembg[cpu]>=2.0.86"]
-TRAIN = ["pyarrow>=18", "pycocotools>=2.0.8"]
+TRAIN = ["matplotlib>=3.9", "pyarrow>=18", "pycocotools>=2.0.8", "pyyaml", "tensorboard>=2.18", "torch>=2.9"]
 TEST = [*TRAIN, "hypothesis", "pytest", "pytest-xdist", "ruff"]
 
 setup(

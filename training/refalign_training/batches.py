@@ -118,7 +118,8 @@ class Order:
         assert len(rows) and batch_size % micro_batch_size == 0
         _, bucket_of_row = np.unique(buckets[rows], axis=0, return_inverse=True)
         self._members = [rows[bucket_of_row == number] for number in range(bucket_of_row.max() + 1)]
-        self._bucket_of = dict(zip(rows.tolist(), bucket_of_row.tolist(), strict=True))
+        self._bucket_of = np.zeros(len(buckets), np.int32)
+        self._bucket_of[rows] = bucket_of_row
         self.micro_batch_size, self.seed = micro_batch_size, seed
         self.micro_batches = batch_size // micro_batch_size  # a step
         self.epoch_length = sum(math.ceil(len(members) / micro_batch_size) for members in self._members)

@@ -208,7 +208,7 @@ class RunCommand:
     seed: int = 0
     """With it and the data, everything random is given."""
     resume: str | None = None
-    """latest, or a checkpoint's folder, to go on with."""
+    """latest, or a checkpoint's folder, to go on with; auto: the latest if there is one, else start."""
     allow_changes: bool = False
     """Go on although the dataset or the options are others than the checkpoint's."""
     dry_run: bool = False

@@ -7,6 +7,7 @@ bfloat16 that keeps no copies of weights). See [`estimate`] for what is left out
 """
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -74,11 +75,11 @@ class Estimate:
         frames, height, width, references = self.bucket
         parts = [(part.name, getattr(self.memory, part.name)) for part in fields(self.memory)]
         named = ", ".join(f"{name} {size:.1f}" for name, size in parts if size >= 0.05)
+        counts = (_count(number) for number in (self.parameters, self.trained, self.projectors))
         many = f"{self.world_size} GPUs, {'sharded' if self.sharded else 'each with all weights'}"
         return [
             f"sample      {frames} frames of {width}x{height}, references: {references}; {self.tokens:,} tokens",
-            f"parameters  {_count(self.parameters)}; trained: {_count(self.trained)}, and {_count(self.projectors)} of "
-            "projectors",
+            "parameters  {}, trained {}, projectors {}".format(*counts),
             f"GPUs        {'one GPU' if self.world_size == 1 else many}",
             f"memory      {self.memory.total:.1f} GiB a GPU: {named}",
             f"compute     {self.pflop:.3g} PFLOP a sample",
@@ -117,9 +118,7 @@ def estimate(
     parameters = _parameters(transformer_config, layers)
     trained = parameters if command.training == "full" else _lora_parameters(command, layers)
     projectors = _projector_parameters(command.alignment, shape.dim, teacher_dim)
-    memory = _memory(
-        command, shape, layers, (parameters, trained, projectors), world_size if sharded else 1, teacher_dim
-    )
+    counts, parts = (parameters, trained, projectors), world_size if sharded else 1
     pflop = _flop(command, shape, layers) / 1e15
     seconds = command.steps * command.batch.size * pflop * 1000 / (ASSUMED_TFLOPS * world_size)
     return Estimate(
@@ -128,12 +127,39 @@ def estimate(
         parameters=parameters,
         trained=trained,
         projectors=projectors,
-        memory=memory,
+        memory=_memory(command, shape, layers, counts, parts, teacher_dim),
         pflop=pflop,
         hours=seconds / 3600,
         world_size=world_size,
         sharded=sharded,
     )
+
+
+def dry_run(command: RunCommand) -> int:
+    """
+    Prints what the run would take if all samples were of its largest bucket. Nothing is trained or written.
+
+    Raises:
+        ValueError: if the data or what the run starts from do not fit.
+    """
+    import numpy as np
+    import torch
+
+    from refalign_training.networks import find_start, transformer_config
+    from refalign_training.samples import open_samples
+
+    find_start(command)
+    config, needs_teacher = transformer_config(command.model), bool(command.alignment.weight)
+    samples = open_samples(command.data, command.model, needs_teacher, torch.device("cpu"))
+    buckets = [tuple(bucket) for bucket in np.unique(samples.buckets, axis=0).tolist()]
+    bucket = max(buckets, key=lambda bucket: _Shape(config, bucket, 0).tokens["all"])
+    world_size, is_fsdp = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    sharded = world_size > 1 and (command.parallel == "fsdp2" or (command.parallel == "auto" and is_fsdp))
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"{command.output}: {command.training}, {command.steps:,} steps of {command.batch.size}.")
+        print(f"{samples.name}: {len(samples.buckets):,} samples of {len(buckets)} shapes. Of the largest:")
+        print("\n".join(estimate(command, config, bucket, world_size, sharded=sharded).lines()))
+    return 0
 
 
 # -- The transformer --------------------------------------------------------------------------------------------------

@@ -71,8 +71,9 @@ class Objective:
             )
             aligned = None
             if layers is not None:
-                tokens = (output.reference_hidden_states, batch.teacher_features, batch.subjects)
-                aligned = self.alignment(*tokens, keep=batch.keeps_references)
+                # Lists, because a wrapper would bring tensors to the GPU, where they are waited for
+                subjects, keep = batch.subjects.tolist(), batch.keeps_references.tolist()
+                aligned = self.alignment(output.reference_hidden_states, batch.teacher_features, subjects, keep)
         mse = flow_matching_loss(output.sample, batch.noise, batch.latents)
         diffusion = mse * batch.weights
         if aligned is None:

@@ -21,6 +21,7 @@ from types import FrameType
 import numpy as np
 import torch
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from refalign.atomic import new_file
 from refalign_training.batches import Batch, Order, hold_out, load_batches, read_first
@@ -74,6 +75,8 @@ class Trainer:
         check_tracker(command.log.tracker)
         if not self.parallel.is_main:
             logging.getLogger("refalign_training").setLevel(logging.ERROR)
+        if command.optimizer.name == "adamw8bit" and self.parallel.is_sharded:
+            raise ValueError("optimizer.name adamw8bit does not work with fsdp2. Choose adamw, or parallel ddp.")
         checkpoint = _checkpoint_to_resume(command)
         self.accumulation = _accumulation(command, self.parallel.world_size)
         self._open_samples()
@@ -89,7 +92,7 @@ class Trainer:
     def train(self) -> int:
         """The loop."""
         command, parallel = self.command, self.parallel
-        with Stopping() as stopping, self._progress() as bar:
+        with Stopping() as stopping, self._progress() as bar, logging_redirect_tqdm():
             for step in range(self.step, command.steps):
                 taken = []
                 for number in range(self.accumulation):
@@ -386,8 +389,10 @@ def _is_due(step: int, every: int) -> bool:
 
 
 def _checkpoint_to_resume(command: RunCommand) -> Path | None:
+    if command.resume == "auto" and not has_checkpoint(command.output):
+        return None
     if command.resume is not None:
-        return find_checkpoint(command.output if command.resume == "latest" else Path(command.resume))
+        return find_checkpoint(command.output if command.resume in ("latest", "auto") else Path(command.resume))
     if has_checkpoint(command.output):
         raise ValueError(f"{command.output} holds a run already. Pass --resume latest to go on, or another --output.")
     return None
