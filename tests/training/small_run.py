@@ -1,10 +1,26 @@
-"""The command of a tiny training run, and the tiny world it trains in."""
+"""The command of a tiny training run, the tiny world it trains in, and processes that do it."""
 
 import dataclasses
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import threading
+import time
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
+from tqdm import tqdm
+from tqdm.auto import tqdm as tqdm_auto
+
+from refalign_training import trainer
+from refalign_training.checkpoint import find_checkpoint, has_checkpoint, read_tensors
 from refalign_training.config import (
     AlignmentOptions,
     BatchOptions,
@@ -17,6 +33,9 @@ from refalign_training.config import (
     RunCommand,
     ValidationOptions,
 )
+
+
+FORK = multiprocessing.get_context("fork")
 
 
 @dataclass(frozen=True)
@@ -63,3 +82,106 @@ def changed(options: Any, **changes: Any) -> Any:
             value = changed(getattr(options, section), **{rest: value})
         options = dataclasses.replace(options, **{section: value})
     return options
+
+
+# -- Processes that train, and such that are killed. They are forked, so that they start at once ----------------------
+
+
+def start(command: RunCommand, processes: int = 1) -> list[BaseProcess]:
+    """The processes of a run, at work."""
+    environments: list[dict[str, str]] = [{}]
+    if processes > 1:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
+        environments = [{**address, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    started = [FORK.Process(target=_train, args=(command, environment)) for environment in environments]
+    for process in started:
+        process.start()
+    return started
+
+
+def train(command: RunCommand, processes: int = 1) -> Path:
+    """Trains to the end in processes of its own; the run's folder."""
+    assert wait(start(command, processes)) == [0] * processes
+    return command.output
+
+
+def wait(processes: list[BaseProcess]) -> list[int | None]:
+    """The exit codes of processes that come to their end by themselves."""
+    for process in processes:
+        process.join(120)
+    codes = [process.exitcode for process in processes]
+    kill(processes)
+    return codes
+
+
+def kill(processes: list[BaseProcess]) -> bool:
+    """Kills processes with SIGKILL; whether all were still at work."""
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
+    return all(process.exitcode == -signal.SIGKILL for process in processes)
+
+
+def train_with_kills(command: RunCommand, processes: int = 1, kills: int = 1, seed: int = 0) -> Path:
+    """
+    Trains to the end, but each of so many times kills all processes at a random moment after they have saved, and goes
+    on from the latest checkpoint. A run that was faster than its killer does not count: it starts again.
+    """
+    delays, done = random.Random(seed), 0
+    while done < kills:
+        started = start(resumed(command), processes)
+        wait_for_a_checkpoint(command.output, started)
+        time.sleep(delays.uniform(0, 0.1))
+        if kill(started):
+            done += 1
+        else:
+            assert [process.exitcode for process in started] == [0] * processes
+            shutil.rmtree(command.output)
+            done = 0
+    return train(resumed(command), processes)
+
+
+def resumed(command: RunCommand) -> RunCommand:
+    return changed(command, resume="latest" if has_checkpoint(command.output) else None)
+
+
+def wait_for_a_checkpoint(output: Path, processes: list[BaseProcess]) -> None:
+    """Until there is another latest checkpoint than now, or no process any more that would write it."""
+    latest = output / "checkpoints" / "latest"
+
+    def content() -> str:
+        return latest.read_text("utf-8") if latest.exists() else ""
+
+    before = content()
+    while content() == before and all(process.is_alive() for process in processes):
+        time.sleep(0.001)
+
+
+def final_tensors(output: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a run's latest checkpoint."""
+    return read_tensors(find_checkpoint(output), "")
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    """Both have come to the same step with the same tensors, bit for bit: weights, average, optimiser."""
+    assert find_checkpoint(one).name == find_checkpoint(other).name
+    ours, theirs = final_tensors(one), final_tensors(other)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def _train(command: RunCommand, environment: dict[str, str]) -> None:
+    os.environ |= environment
+    torch.set_num_threads(1)
+    PartialState._reset_state()
+    for bar in (tqdm, tqdm_auto):  # else forked processes share one lock, and a killed one never gives it back
+        bar.set_lock(threading.RLock())
+    trainer.plot_timesteps = lambda *_: None  # a picture takes longer than the run, and nothing here is about it
+    os._exit(trainer.run(command))
+
+
+def _free_port() -> int:
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return opened.getsockname()[1]

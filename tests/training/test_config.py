@@ -343,7 +343,7 @@ def test_the_defaults_pass():
         ({"optimizer__lr": float("nan")}, "optimizer.lr is nan"),
         ({"optimizer__lr": float("inf")}, "optimizer.lr is inf"),
         ({"optimizer__projector_lr": -1.0}, "optimizer.projector_lr is -1.0"),
-        ({"batch__size": 3, "batch__micro": 2}, "batch.size is 3, which is no multiple of batch.micro, 2"),
+        ({"batch__size": 3, "batch__micro": 2}, "batch.size is 3, which 1 processes with batch.micro 2"),
         ({"objective__no_text": 0.9}, "more than 1 in sum"),
         ({"optimizer__ema_decay": 1.0}, "optimizer.ema_decay is 1.0"),
         ({"optimizer__ema_decay": -0.1}, "optimizer.ema_decay is -0.1"),

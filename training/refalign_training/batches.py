@@ -8,6 +8,9 @@ before, so a run that goes on takes what it would have taken.
 import dataclasses
 import logging
 import math
+import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -140,11 +143,12 @@ class Order:
             parts.append(np.resize(generator.permutation(members), length).reshape(-1, self.micro_batch_size))
         return generator.permutation(np.concatenate(parts))
 
-    def substitutes(self, row: int, step: int, place: int) -> Iterator[int]:
-        """Other samples of the same bucket, for when that one cannot be read."""
-        members = self._members[self._bucket_of[row]]
+    def substitutes(self, row: int, step: int, place: int) -> list[int]:
+        """Other samples of the same bucket, each once, for when that one cannot be read."""
+        members = next(members for members in self._members if row in members)
+        others = members[members != row]
         generator = numpy_generator("substitute", self.seed, step, place)
-        return (int(generator.choice(members)) for _ in range(MAX_SUBSTITUTES))
+        return generator.choice(others, min(MAX_SUBSTITUTES, len(others)), replace=False).tolist()
 
 
 class _Turns(Sampler):
@@ -177,13 +181,14 @@ class _Reading(Dataset):
         return dataclasses.replace(micro_batch, rows=tuple(rows)), values, unusable
 
     def _read(self, row: int, micro_batch: MicroBatch, place: int, unusable: list[tuple[str, str]]) -> tuple[int, Any]:
-        for candidate in (row, *self.order.substitutes(row, micro_batch.step, place)):
+        candidates = (row, *self.order.substitutes(row, micro_batch.step, place))
+        for candidate in candidates:
             try:
                 return candidate, self.samples.read(candidate, self.order.seed, micro_batch.epoch)
             except (ValueError, OSError) as error:
                 unusable.append((self.samples.id(candidate), str(error)))
         raise ValueError(
-            f"None of {MAX_SUBSTITUTES + 1} samples could be read; the last one, {unusable[-1][0]}: {unusable[-1][1]}"
+            f"None of {len(candidates)} samples could be read; the last one, {unusable[-1][0]}: {unusable[-1][1]}"
         )
 
 
@@ -291,12 +296,30 @@ def load_batches(
         num_workers=workers,
         collate_fn=_as_it_is,
         pin_memory=pin_memory and not encodes,
+        worker_init_fn=_outlive_signals,
     )
     return map(encoding.finish, loader) if encodes else iter(loader)
 
 
 def _as_it_is(value: Any) -> Any:
     return value
+
+
+def _outlive_signals(worker: int) -> None:
+    """
+    Terminals and clusters send a signal to all processes of a job. The trainer answers it, and needs its workers to end
+    its step: only its own SIGTERM ends them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS has none
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(trainer: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+        pass
+    os._exit(0)
 
 
 def hold_out(num_samples: int, wanted: int) -> tuple[np.ndarray, np.ndarray]:

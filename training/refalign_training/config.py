@@ -178,9 +178,9 @@ class ValidationOptions:
     """What is measured on samples that are held out. It changes nothing about the run."""
 
     every: int = 500
-    """Steps between validations; 0: none, and nothing is held out."""
+    """Steps between validations; 0: none."""
     samples: int = 16
-    """So many samples of the dataset are held out, always the same ones; 0: none."""
+    """So many samples of the dataset are held out, always the same ones and a tenth of it at most; 0: none."""
     cache: Path | None = None
     """A cache of other samples to validate on; the dataset's own are all trained on then."""
     videos: int = 2
@@ -242,6 +242,7 @@ FREE_OPTIONS = (
     "parallel",
     "device",
     "max_skipped_steps",
+    "data.cache",  # the dataset's fingerprint is compared
     "data.workers",
     "checkpoints",
     "log",
@@ -365,11 +366,28 @@ def to_yaml(command: RunCommand) -> str:
 
 def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What a checkpoint's options and those of now differ in, of what matters, as `name: old -> new`."""
-    free = FREE_OPTIONS
-    if old.get("optimizer.schedule") == new.get("optimizer.schedule") == "constant":
+    free, defaults = FREE_OPTIONS, flatten(RunCommand(Path()))
+    old, new = defaults | old, defaults | new  # an option that came later was at its default
+    if old["optimizer.schedule"] == new["optimizer.schedule"] == "constant":
         free = (*free, "steps")  # a longer run begins as the shorter one did
     names = [n for n in sorted(old.keys() | new.keys()) if not any(n == f or n.startswith(f"{f}.") for f in free)]
     return [f"{n}: {old.get(n)} -> {new.get(n)}" for n in names if old.get(n) != new.get(n)]
+
+
+def accumulation(command: RunCommand, world_size: int) -> int:
+    """
+    How many micro-batches each process takes a step.
+
+    Raises:
+        ValueError: if the processes cannot share the batch evenly.
+    """
+    count, rest = divmod(command.batch.size, command.batch.micro * world_size)
+    if rest:
+        raise ValueError(
+            f"batch.size is {command.batch.size}, which {world_size} processes with batch.micro {command.batch.micro} "
+            f"cannot share evenly. Pass a multiple of {command.batch.micro * world_size}."
+        )
+    return count
 
 
 def check(command: RunCommand) -> None:
@@ -388,22 +406,29 @@ def check(command: RunCommand) -> None:
     for name, minimum in least.items():
         if values[name] is not None and not minimum <= values[name] < math.inf:  # NaN is not
             raise ValueError(f"{name} is {values[name]}: it has to be {minimum} or more.")
-    if command.batch.size % command.batch.micro:
-        raise ValueError(
-            f"batch.size is {command.batch.size}, which is no multiple of batch.micro, {command.batch.micro}."
-        )
-    objective, decay = command.objective, command.optimizer.ema_decay
+    accumulation(command, world_size=1)
+    optimizer, objective, alignment = command.optimizer, command.objective, command.alignment
+    if not all(0 <= beta < 1 for beta in optimizer.betas):
+        raise ValueError(f"optimizer.betas are {optimizer.betas}: they have to be from 0 to below 1.")
+    if optimizer.warmup_steps > command.steps:
+        raise ValueError(f"optimizer.warmup_steps is {optimizer.warmup_steps}, more than the {command.steps} steps.")
     if objective.no_text + objective.no_references + objective.neither > 1:
         raise ValueError("objective.no_text, no_references and neither are shares of all samples, more than 1 in sum.")
-    if decay is not None and not 0 <= decay < 1:
-        raise ValueError(f"optimizer.ema_decay is {decay}: it has to be from 0 to below 1, or None.")
+    if optimizer.ema_decay is not None and not 0 <= optimizer.ema_decay < 1:
+        raise ValueError(f"optimizer.ema_decay is {optimizer.ema_decay}: it has to be from 0 to below 1, or None.")
+    if not command.lora.targets or not alignment.layers:
+        raise ValueError("lora.targets and alignment.layers have to name a layer or more. No alignment is weight 0.")
+    if (alignment.decay_start is None) != (alignment.decay_steps == 0):
+        raise ValueError("alignment.decay_start and decay_steps go together. To end at once, pass stop_step.")
     if command.lora.dropout >= 1:
         raise ValueError(f"lora.dropout is {command.lora.dropout}: it has to be below 1.")
     if (command.data.cache is None) == (command.data.source.data is None):
         raise ValueError(
             "Pass either data.cache, a folder of `refalign-train cache`, or a dataset as data.source.data."
         )
-    if command.data.cache is None and command.data.teacher is None and command.alignment.weight:
+    if command.data.cache is not None and command.data.teacher is not None:
+        raise ValueError("data.teacher goes with a dataset: a cache has its teacher's features. Leave it out.")
+    if command.data.cache is None and command.data.teacher is None and alignment.weight:
         raise ValueError(
             "Without a cache, data.teacher has to name the vision model to align to; or alignment.weight 0."
         )

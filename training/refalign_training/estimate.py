@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from refalign_training.config import AlignmentOptions, OptimizerOptions, RunCommand
+from refalign_training.config import AlignmentOptions, OptimizerOptions, RunCommand, accumulation
 
 
 GIB = 2**30
@@ -147,16 +147,20 @@ def dry_run(command: RunCommand) -> int:
 
     from refalign_training.networks import find_start, transformer_config
     from refalign_training.samples import open_samples
+    from refalign_training.tracking import check_tracker
 
     find_start(command)
     config, needs_teacher = transformer_config(command.model), bool(command.alignment.weight)
     samples = open_samples(command.data, command.model, needs_teacher, torch.device("cpu"))
     buckets = [tuple(bucket) for bucket in np.unique(samples.buckets, axis=0).tolist()]
     bucket = max(buckets, key=lambda bucket: _Shape(config, bucket, 0).tokens["all"])
+    check_tracker(command.log.tracker)
     world_size, is_fsdp = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("ACCELERATE_USE_FSDP") == "true"
     sharded = world_size > 1 and (command.parallel == "fsdp2" or (command.parallel == "auto" and is_fsdp))
+    micro_batches = accumulation(command, world_size)
     if int(os.environ.get("RANK", 0)) == 0:
-        print(f"{command.output}: {command.training}, {command.steps:,} steps of {command.batch.size}.")
+        taken = f"{micro_batches} x {command.batch.micro} on each of {world_size}"
+        print(f"{command.output}: {command.training}, {command.steps:,} steps of {command.batch.size} ({taken}).")
         print(f"{samples.name}: {len(samples.buckets):,} samples of {len(buckets)} shapes. Of the largest:")
         print("\n".join(estimate(command, config, bucket, world_size, sharded=sharded).lines()))
     return 0

@@ -19,10 +19,14 @@ from refalign.checkpoints import (
     read_headers,
     read_json,
 )
+from refalign.hub import LORA_WEIGHTS
 from refalign_training.alignment import ReferenceAlignment
 from refalign_training.checkpoint import find_checkpoint, read_state
 from refalign_training.config import AlignmentOptions, LoraOptions, ModelOptions, RunCommand
 from refalign_training.frozen_models import fetch_model
+
+
+CHANNELS = 16  # of Wan 2.1's latents; its image-to-video models take 36, Wan 2.2's 5B takes 48
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ def find_start(command: RunCommand) -> Start:
         return Start()
     if not path.exists():
         raise ValueError(f"model.start is {path}, which does not exist.")
+    if (path / LORA_WEIGHTS).is_file():
+        raise ValueError(f"{path} holds exported adapters. Name the run, or the checkpoint, that they are of.")
     if path.is_dir() and (path / "transformer").is_dir():
         projectors = path / PROJECTORS
         tensors = read_headers(find_safetensors(path / "transformer"))
@@ -59,20 +65,34 @@ def find_start(command: RunCommand) -> Start:
         return Start(None, *native_to_diffusers(read_headers(find_safetensors(path))))
     training = read_state(checkpoint)["options"]["training"]
     if training != command.training:
-        raise ValueError(
-            f"{checkpoint} was trained as {training}, this run is {command.training}. Export it (refalign-train "
-            "export) and name that folder as model.base."
-        )
+        remedy = {
+            "full": "Export it (refalign-train export) and name that folder as model.start.",
+            "lora": "Adapters are no whole weights to start from: train as lora, or without model.start.",
+        }
+        raise ValueError(f"{checkpoint} is of {training} training, this run is {command.training}. {remedy[training]}")
     return Start(checkpoint)
 
 
 def transformer_config(options: ModelOptions) -> dict[str, Any]:
-    """The configuration of the base's transformer, downloaded alone if need be."""
+    """
+    The configuration of the base's transformer, downloaded alone if need be.
+
+    Raises:
+        ValueError: if there is none, or it is not of Wan 2.1's text-to-video transformer.
+    """
     folder = fetch_model(options.base, options.revision, ["transformer/config.json"])
     file = folder / "transformer/config.json"
     if not file.is_file():
         raise ValueError(f"{options.base} is no pipeline in diffusers' format: it has no transformer/config.json.")
-    return read_json(file)
+    config = read_json(file)
+    kind, channels = config.get("_class_name"), config.get("in_channels", CHANNELS)
+    is_wan = kind in ("WanTransformer3DModel", "RefAlignWanTransformer3DModel")
+    if not is_wan or config.get("image_dim") is not None or channels != CHANNELS:
+        raise ValueError(
+            f"{options.base} has a {kind} of {channels} channels{' that takes images' * ('image_dim' in config)}, not "
+            f"Wan 2.1's text-to-video transformer (WanTransformer3DModel of {CHANNELS} channels). Pass such a base."
+        )
+    return config
 
 
 def load_transformer(command: RunCommand, start: Start) -> RefAlignWanTransformer3DModel:

@@ -77,6 +77,9 @@ class OnlineSamples:
         self._dtype = getattr(torch, model.precision)
         self._encoders: dict[str, Any] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_encoders": {}}  # workers that are spawned need none, and each would get 11 GB
+
     def id(self, row: int) -> str:
         return self.samples[row].id
 

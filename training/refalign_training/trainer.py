@@ -33,7 +33,7 @@ from refalign_training.checkpoint import (
     remove_old_checkpoints,
     save_checkpoint,
 )
-from refalign_training.config import RunCommand, changed_options, check, flatten, to_yaml
+from refalign_training.config import RunCommand, accumulation, changed_options, check, flatten, to_yaml
 from refalign_training.frozen_models import fetch_model
 from refalign_training.networks import find_start, load_transformer, make_alignment
 from refalign_training.objective import Objective
@@ -78,7 +78,7 @@ class Trainer:
         if command.optimizer.name == "adamw8bit" and self.parallel.is_sharded:
             raise ValueError("optimizer.name adamw8bit does not work with fsdp2. Choose adamw, or parallel ddp.")
         checkpoint = _checkpoint_to_resume(command)
-        self.accumulation = _accumulation(command, self.parallel.world_size)
+        self.accumulation = accumulation(command, self.parallel.world_size)
         self._open_samples()
         self._open_validation()
         self._make_networks()
@@ -130,7 +130,7 @@ class Trainer:
     def _open_samples(self) -> None:
         command = self.command
         self.samples = open_samples(command.data, command.model, bool(command.alignment.weight), self.parallel.device)
-        wanted = command.validation.samples if command.validation.every and command.validation.cache is None else 0
+        wanted = command.validation.samples if command.validation.cache is None else 0
         self.rows, self.held_out = hold_out(len(self.samples.buckets), wanted)
         batch = command.batch
         self.order = Order(self.samples.buckets, self.rows, batch.size, batch.micro, command.seed)
@@ -396,17 +396,6 @@ def _checkpoint_to_resume(command: RunCommand) -> Path | None:
     if has_checkpoint(command.output):
         raise ValueError(f"{command.output} holds a run already. Pass --resume latest to go on, or another --output.")
     return None
-
-
-def _accumulation(command: RunCommand, world_size: int) -> int:
-    """How many micro-batches a process takes a step."""
-    accumulation, rest = divmod(command.batch.size, command.batch.micro * world_size)
-    if rest:
-        raise ValueError(
-            f"batch.size is {command.batch.size}, which {world_size} processes with batch.micro {command.batch.micro} "
-            f"cannot share evenly. Pass a multiple of {command.batch.micro * world_size}."
-        )
-    return accumulation
 
 
 def _peak_memory(device: torch.device) -> float:
