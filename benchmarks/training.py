@@ -2,7 +2,10 @@
 
     python -m benchmarks.training                                       # on a CPU: a quarter of an hour
     python -m benchmarks.training --size tiny --steps 3 --repeats 1     # does it run: a minute
-    python -m benchmarks.training --device cuda --size 1.3b --precision bfloat16 --workers 4    # 80 GB of GPU and disk
+    python -m benchmarks.training --device cuda --size 1.3b --precision bfloat16 --workers 4 --steps 20
+
+The last needs a GPU of 80 GB and as much disk. Workers read ahead while the first step, which is not counted, runs:
+take more steps with them.
 
 A pipeline, a teacher and clips are made of noise, real classes with random weights, and cached by `refalign-train
 cache`. All weights are trained, with the paper's alignment and gradient checkpointing, by the trainer itself: all it
@@ -39,71 +42,21 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import tyro
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from PIL import Image
+from diffusers import WanTransformer3DModel
 from tqdm.auto import tqdm
-from transformers import DINOv3ViTConfig, DINOv3ViTModel, UMT5Config, UMT5EncoderModel
 
 from benchmarks.machine import in_fresh_process, machine_line, markdown_table, process_memory, reset_peak_memory
-from refalign.video import write_video
-from refalign_training import cache
-from refalign_training.cache import CacheCommand, Dataset
+from benchmarks.training_inputs import REFERENCES, SIZES, write_cache, write_models
+from refalign_training.cache import Dataset
 from refalign_training.config import RunCommand
 from refalign_training.data.recipe import Recipe
 from refalign_training.trainer import Trainer
-from tests.tiny_pipeline import TRANSFORMER, tiny_tokenizer
 
 
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h: larger blocks are given back to the system when they are freed
-REFERENCES = 2
 CLIPS = 8
 Part = Literal["loop", "encoders", "batches", "processes", "memory", "checkpoints"]
 SPEEDS: tuple[Part, ...] = ("loop", "encoders", "batches", "processes")
-
-
-@dataclass(frozen=True)
-class Size:
-    """Of the models, as arguments of their configurations, and of the clips: (frames, height, width)."""
-
-    transformer: dict[str, int]
-    aligned_blocks: int
-    checkpoint: dict[str, int]
-    """Of the transformer whose checkpoints are measured, what is other."""
-    vae: dict[str, Any]
-    text_encoder: dict[str, int]
-    teacher: dict[str, int]
-    clips: tuple[int, int, int]
-    memory_clips: tuple[int, int, int]
-
-
-VAE = {"base_dim": 2, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
-TEXT_ENCODER = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4}
-TEACHER = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-SIZES = {
-    "tiny": Size(TRANSFORMER, 1, {}, VAE, TEXT_ENCODER, TEACHER, (5, 32, 48), (5, 64, 96)),
-    # Wan's size of a head, 1.3b's share of aligned blocks; a VAE of a sixth of the real one's width, DINOv3 ViT-S
-    "mid": Size(
-        {"num_attention_heads": 3, "ffn_dim": 1536, "num_layers": 10, "text_dim": 256},
-        3,
-        {"num_attention_heads": 6, "ffn_dim": 3072},
-        {"base_dim": 16},
-        {"d_model": 256, "d_kv": 32, "d_ff": 512, "num_layers": 4, "num_heads": 8},
-        {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 12, "num_attention_heads": 6},
-        (17, 96, 160),
-        (17, 240, 416),
-    ),
-    # The real ones, but for the text encoder's vocabulary, which costs no time; DINOv3 ViT-B
-    "1.3b": Size(
-        {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30, "text_dim": 4096},
-        9,
-        {},
-        {},
-        {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64},
-        {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
-        (81, 480, 832),
-        (81, 480, 832),
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -120,7 +73,7 @@ class Options:
     """Processes that read and decode."""
     batch_size: int = 4
     """Samples a step."""
-    steps: int = 6
+    steps: int = 5
     """Of a turn; the first is not counted."""
     repeats: int = 3
     """Turns of each side."""
@@ -130,40 +83,7 @@ class Options:
     """Where a temporary folder is made; by default where the system has its own."""
 
 
-# -- Models, clips, cache ---------------------------------------------------------------------------------------------
-
-
-def write_models(folder: Path, size: Size) -> None:
-    """A Wan pipeline's parts and a teacher, of random weights, and another transformer for checkpoints."""
-    torch.manual_seed(0)
-    for name, changes in (("model", {}), ("larger", size.checkpoint)):
-        WanTransformer3DModel(**size.transformer | changes).save_pretrained(folder / name / "transformer")
-    AutoencoderKLWan(**size.vae).save_pretrained(folder / "model/vae")
-    tokenizer = tiny_tokenizer()
-    tokenizer.save_pretrained(folder / "model/tokenizer")
-    config = UMT5Config(vocab_size=len(tokenizer), feed_forward_proj="gated-gelu", **size.text_encoder)
-    UMT5EncoderModel._from_config(config, dtype=torch.bfloat16).save_pretrained(folder / "model/text_encoder")
-    DINOv3ViTModel(DINOv3ViTConfig(**size.teacher, num_register_tokens=4)).save_pretrained(folder / "teacher")
-
-
-def write_clips(folder: Path, count: int, frames: int, height: int, width: int) -> None:
-    """Clips of noise with captions and references, in the format `folder`."""
-    generator = np.random.default_rng(0)
-    folder.mkdir()
-    for number in range(count):
-        pixels = generator.integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
-        write_video(list(pixels), folder / f"{number:02d}.mp4")
-        (folder / f"{number:02d}.txt").write_text(f"clip {number} of noise, and what is to be seen in it", "utf-8")
-        for reference in range(REFERENCES):
-            Image.fromarray(pixels[reference]).save(folder / f"{number:02d}.ref{reference + 1}.png")
-
-
-def write_cache(folder: Path, name: str, count: int, clips: tuple[int, int, int], options: Options) -> None:
-    """The clips `name`, and their cache `name-cache`."""
-    write_clips(folder / name, count, *clips)
-    arguments = {"source": Dataset("folder", videos=folder / name), "recipe": Recipe(clips[1], clips[2], clips[0])}
-    models = {"model": str(folder / "model"), "teacher": str(folder / "teacher")}
-    cache.run(CacheCommand(folder / f"{name}-cache", **arguments, **models, workers=0, device=options.device))
+# -- A turn -----------------------------------------------------------------------------------------------------------
 
 
 def make_command(folder: Path, options: Options, **changes: Any) -> RunCommand:
@@ -203,11 +123,8 @@ def online(folder: Path, options: Options) -> RunCommand:
     return make_command(folder, options, **source)
 
 
-# -- A turn -----------------------------------------------------------------------------------------------------------
-
-
 class WatchedTrainer(Trainer):
-    """The trainer, which notes when steps end and what they take of memory. It leaves its checkpoint at the end out."""
+    """The trainer, which notes when steps end and what they take of memory, and saves no checkpoint."""
 
     def __init__(self, command: RunCommand) -> None:
         super().__init__(command)
@@ -231,6 +148,7 @@ class WatchedTrainer(Trainer):
                 optimizer.zero_grad()
                 step += 1
                 self.note_end()
+        self.log.finish()
 
     def note_end(self) -> None:
         is_cuda = self.parallel.device.type == "cuda"
@@ -266,15 +184,19 @@ def train(command: RunCommand, is_bare: bool = False) -> WatchedTrainer:
     """A trainer that has done its steps, in a folder that is gone again."""
     with tempfile.TemporaryDirectory(dir=command.output.parent) as folder:
         trainer = WatchedTrainer(dataclasses.replace(command, output=Path(folder) / "run"))
-        if is_bare:
-            trainer.train_bare()
-        trainer.train() if not is_bare else trainer.log.finish()
+        trainer.train_bare() if is_bare else trainer.train()
     return trainer
 
 
 def step_seconds(command: RunCommand, is_bare: bool = False) -> float:
-    gc.collect()
+    free_memory()
     return train(command, is_bare).seconds()
+
+
+def free_memory() -> None:
+    """Of turns before this one, on the GPU too."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def check_equality(command: RunCommand) -> None:
@@ -299,6 +221,7 @@ def rank_seconds(rank: int, processes: int, port: int, command: RunCommand) -> f
 
 def parallel_seconds(processes: int, command: RunCommand) -> float:
     """The seconds of a step that so many processes do together."""
+    free_memory()
     with socket.socket() as opened:
         opened.bind(("127.0.0.1", 0))
         port = opened.getsockname()[1]
@@ -371,8 +294,10 @@ def memory_of(command: RunCommand) -> tuple[int, int]:
 
 def memory_table(folder: Path, options: Options) -> str:
     size = SIZES[options.size]
-    write_cache(folder, "large", 2, size.memory_clips, options)
+    write_cache(folder, "large", 2, size.memory_clips, options.device)
     changes = {"data.cache": folder / "large-cache", "batch.size": 1, "steps": 3}
+    changes |= {"objective.no_references": 0.0, "objective.neither": 0.0}  # dropped ones would not be aligned
+    free_memory()
     sides = []
     for weight in (1.0, 0.0):
         command = make_command(folder, options, **changes, **{"alignment.weight": weight})
@@ -399,8 +324,9 @@ def read_plain(file: Path, arrays: list[np.ndarray]) -> None:
 
 
 def checkpoint_table(folder: Path, options: Options) -> str:
-    """Seconds a GB; the ways take turns."""
-    changes = {"model.base": str(folder / "larger"), "output": folder / "larger-run"}
+    """Seconds a GB; the ways take turns. And what a save takes of the main memory beside what is saved."""
+    free_memory()
+    changes = {"model.base": str(folder / ("larger" if SIZES[options.size].checkpoint else "model"))}
     trainer = Trainer(make_command(folder, options, **changes))
     trainer.state._make_optimizer_state()
     arrays = [tensor.detach().cpu().flatten().numpy() for tensor in trainer.state.tensors().values()]
@@ -422,18 +348,22 @@ def checkpoint_table(folder: Path, options: Options) -> str:
         "load": load,
     }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
+    peaks = []
     for _ in tqdm(range(options.repeats), desc="checkpoints"):
         for way, do in ways.items():
-            start = time.perf_counter()
+            reset_peak_memory()
+            before, start = process_memory()["VmRSS"], time.perf_counter()
             do()
             seconds[way].append((time.perf_counter() - start) / gigabytes)
+            if way == "save":
+                peaks.append(process_memory()["VmHWM"] - before)
     rows = []
-    for way, plain_way in (("plain write", None), ("save", "plain write"), ("plain read", None), ("load", "plain read")):
-        values = seconds[way]
-        ratios = plain_way and [ours / theirs for ours, theirs in zip(values, seconds[plain_way], strict=True)]
-        row = [way, f"{statistics.median(values):.2f}", f"{min(values):.2f}-{max(values):.2f}"]
-        rows.append([*row, f"{statistics.median(ratios):.2f}" if ratios else ""])
-    return markdown_table([f"Checkpoint of {gigabytes:.2f} GB", "s a GB", "range", "to plain"], rows)
+    for way, values in seconds.items():
+        plain_values = seconds[{"save": "plain write", "load": "plain read"}.get(way, way)]
+        ratio = statistics.median(ours / theirs for ours, theirs in zip(values, plain_values, strict=True))
+        rows.append([way, f"{statistics.median(values):.2f}", f"{min(values):.2f}-{max(values):.2f}", f"{ratio:.2f}"])
+    table = markdown_table([f"Checkpoint of {gigabytes:.2f} GB", "s a GB", "range", "to plain"], rows)
+    return f"{table}\n\nMemory that a save takes: {max(peaks) / 1e9:.2f} GB."
 
 
 def what_ran(options: Options) -> str:
@@ -462,7 +392,7 @@ def main(options: Options) -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         write_models(folder, SIZES[options.size])
-        write_cache(folder, "clips", CLIPS, SIZES[options.size].clips, options)
+        write_cache(folder, "clips", CLIPS, SIZES[options.size].clips, options.device)
         rows = [speed_row(comparison, options) for comparison in comparisons(folder, options)]
         if rows:
             header = ["Ours", "against", "ours, samples/s", "theirs, samples/s", "ratio", "its range"]

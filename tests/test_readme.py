@@ -1,4 +1,4 @@
-"""README is true: its Python runs and its commands are understood."""
+"""README and docs/training.md are true: README's Python runs, and commands are understood by their programs."""
 
 import re
 import shlex
@@ -7,17 +7,23 @@ from pathlib import Path
 import pytest
 import tyro
 
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser
+
 from refalign.cli import Command
 from refalign.video import read_video
 from refalign_training.cli import Command as TrainingCommand
+from refalign_training.config import RunCommand, expand_config, flatten
 from tests.drawn_references import draw_face, draw_pet, draw_place
 
 
-README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+TRAINING = (ROOT / "docs/training.md").read_text("utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 @pytest.fixture
@@ -44,22 +50,55 @@ def test_the_snippet_about_references_runs(images):
     exec(code.replace("cut_out=[True, False]", "cut_out=[False, False]"), {})  # True wants BiRefNet's weights
 
 
-COMMANDS = {"refalign ": Command, "refalign-train ": TrainingCommand}
-
-
 def commands() -> list[str]:
-    lines = "".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    return [line for line in lines if line.startswith(tuple(COMMANDS))]
+    lines = "".join(blocks("bash", README + TRAINING)).replace("\\\n", " ").splitlines()
+    programs = ("refalign ", "refalign-train ", "accelerate ", "torchrun ")
+    return [line for line in dict.fromkeys(map(" ".join, map(str.split, lines))) if line.startswith(programs)]
+
+
+def understand(program: str, arguments: list[str]) -> object:
+    """What a program makes of its arguments; SystemExit or ValueError if it does not understand them."""
+    if program == "refalign":
+        return tyro.cli(Command, args=arguments)
+    if program == "refalign-train":
+        return tyro.cli(TrainingCommand, args=expand_config(arguments))
+    parser = launch_command_parser() if program == "accelerate" else get_args_parser()
+    launch = parser.parse_args(arguments[program == "accelerate" :])
+    assert launch.module and launch.training_script == "refalign_training.cli"
+    return understand("refalign-train", launch.training_script_args)
 
 
 @pytest.mark.parametrize("line", commands())
-def test_its_commands_are_understood(line):
+def test_commands_are_understood(line, monkeypatch):
+    monkeypatch.chdir(ROOT)
     program, *arguments = shlex.split(line, comments=True)
-    assert tyro.cli(COMMANDS[f"{program} "], args=arguments)
+    assert understand(program, arguments)
+    assert [word for word in arguments if word.endswith(".yaml") and not Path(word).is_file()] == []
+
+
+def test_options_that_are_named_exist():
+    options = flatten(RunCommand(Path()))
+    sections = {name.partition(".")[0] for name in options if "." in name}
+    named = re.findall(rf"`((?:{'|'.join(sections)})\.[a-z_.]+)`", TRAINING)
+    assert len(named) > 10
+    assert [name for name in named if name not in options] == []
+
+
+LINKS = re.findall(r"\]\(([^):]+)\)", TRAINING)
+
+
+@pytest.mark.parametrize("link", LINKS)
+def test_links_lead_somewhere(link):
+    path, _, heading = link.partition("#")
+    assert (ROOT / "docs" / path).exists()
+    headings = [
+        re.sub(r"[^a-z0-9 -]", "", line.lower()) for line in re.findall(r"^#+ (.*)$", TRAINING, flags=re.MULTILINE)
+    ]
+    assert not heading or heading in [title.replace(" ", "-") for title in headings]
 
 
 OPTIONS = re.findall(r"^\| [^|]* \| ([^|]*`--[^|]*) \|$", README, flags=re.MULTILINE)
-DATASETS = re.findall(r"^\| [^|]* \| (`--data [^|]* \| [^|]*) \|$", README, flags=re.MULTILINE)
+DATASETS = re.findall(r"^\| [^|]* \| (`--data [^|]* \| [^|]*) \|$", TRAINING, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("row", OPTIONS)

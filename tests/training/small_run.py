@@ -20,7 +20,7 @@ from tqdm import tqdm
 from tqdm.auto import tqdm as tqdm_auto
 
 from refalign_training import trainer
-from refalign_training.checkpoint import find_checkpoint, has_checkpoint, read_tensors
+from refalign_training.checkpoint import find_checkpoint, has_checkpoint, read_tensors, stored_tensors
 from refalign_training.config import (
     AlignmentOptions,
     BatchOptions,
@@ -36,6 +36,7 @@ from refalign_training.config import (
 
 
 FORK = multiprocessing.get_context("fork")
+ATTEMPTS = 10
 
 
 @dataclass(frozen=True)
@@ -129,17 +130,39 @@ def train_with_kills(command: RunCommand, processes: int = 1, kills: int = 1, se
     on from the latest checkpoint. A run that was faster than its killer does not count: it starts again.
     """
     delays, done = random.Random(seed), 0
-    while done < kills:
+    for _ in range(ATTEMPTS * kills):
         started = start(resumed(command), processes)
         wait_for_a_checkpoint(command.output, started)
         time.sleep(delays.uniform(0, 0.1))
         if kill(started):
             done += 1
         else:
-            assert [process.exitcode for process in started] == [0] * processes
+            assert {process.exitcode for process in started} <= {0, -signal.SIGKILL}
             shutil.rmtree(command.output)
             done = 0
-    return train(resumed(command), processes)
+        if done == kills:
+            return train(resumed(command), processes)
+    raise AssertionError(f"The run was always faster than {kills} kills.")
+
+
+def stop(
+    command: RunCommand, number: signal.Signals, processes: int = 1, rank: int = 0, to_group: bool = False
+) -> list[int | None]:
+    """
+    Sends a signal to one process of a run, or to its workers too, at a random moment after the first checkpoint; the
+    exit codes. A run that was faster than the signal does not count: it starts again.
+    """
+    delays = random.Random(0)
+    for _ in range(ATTEMPTS):
+        started = start(command, processes)
+        wait_for_a_checkpoint(command.output, started)
+        time.sleep(delays.uniform(0, 0.1))
+        (os.killpg if to_group else os.kill)(started[rank].pid, number)
+        codes = wait(started)
+        if any(codes):
+            break
+        shutil.rmtree(command.output)
+    return codes
 
 
 def resumed(command: RunCommand) -> RunCommand:
@@ -171,8 +194,19 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
+def assert_holds_no_base(checkpoint: Path) -> None:
+    """Only adapters, projectors and what belongs to them."""
+    stored = stored_tensors(checkpoint)
+    assert [name for name in stored if ".lora_" not in name and ".alignment." not in name] == []
+    size = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+    files = list(checkpoint.glob("*.safetensors"))
+    headers = sum(8 + int.from_bytes(file.read_bytes()[:8], "little") for file in files)
+    assert sum(file.stat().st_size for file in files) == size + headers
+
+
 def _train(command: RunCommand, environment: dict[str, str]) -> None:
     os.environ |= environment
+    os.setpgid(0, 0)
     torch.set_num_threads(1)
     PartialState._reset_state()
     for bar in (tqdm, tqdm_auto):  # else forked processes share one lock, and a killed one never gives it back

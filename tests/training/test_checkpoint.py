@@ -1,6 +1,7 @@
 """Checkpoints: whole whatever happens while they are written, found, kept and refused."""
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,14 @@ CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.syml
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_fsync():
+    """A process that dies takes nothing along that it has written: only a power cut would."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 def tensors(seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -57,7 +67,7 @@ def saved(folder: Path) -> tuple[int, int]:
     """Step and seed of the newest checkpoint, after a look at whether it is what was saved."""
     checkpoint = find_checkpoint(folder)
     state = read_state(checkpoint)
-    assert checkpoint.name == checkpoint_name(state["step"])
+    assert checkpoint_name(state["step"]) in checkpoint.name
     expected, actual = tensors(state["seed"]), read_tensors(checkpoint, "")
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -67,86 +77,77 @@ def saved(folder: Path) -> tuple[int, int]:
 
 # -- Faults -----------------------------------------------------------------------------------------------------------
 
-# How an operation on a file goes wrong. `kill` before it is `kill` after the one before it
-KILL, CUT, FULL, CUT_FULL = "kill", "kill in the middle of a file", "disk full", "disk full in the middle of a file"
+# What goes wrong at an operation on files. A kill before one is a kill after the one before it
+KILL, CUT = "kill", "kill in the middle of a file"
+FULL, CUT_FULL = "disk full", "disk full in the middle of a file"
+NO_FAULT, FAILED, SURVIVED = 50, 51, 52  # exit codes
 
 
-def break_operation(number: int, how: str) -> None:
-    """Makes this process's so many-th operation on files go wrong; there is no way back."""
+def break_operation(number: int, how: str) -> Callable[[], bool]:
+    """Makes this process's so many-th operation on files go wrong, for good. Gives what says whether it has."""
     done = 0
 
-    def operation(opens: bool = False) -> None:
+    def operation(opens: bool) -> None:
         nonlocal done
-        done += 1
+        done += opens or how in (KILL, FULL)
         if done != number:
             return
         if how == KILL:
             os.kill(os.getpid(), signal.SIGKILL)
         elif how == FULL:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        elif opens:  # the kernel ends the writing of the file that is opened now after 5 bytes
+        else:  # the kernel ends the writing of the file that is opened now after 5 bytes
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL if how == CUT else signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (5, resource.RLIM_INFINITY))
-        else:
-            os._exit(NOT_A_FILE)
 
     def hook(event: str, arguments: tuple) -> None:
-        if event in CHANGES:
-            operation()
-        elif event == "open" and arguments[2] & WRITES:
-            operation(opens=True)
+        opens = event == "open" and bool(arguments[2] & WRITES)
+        if opens or event in CHANGES:
+            operation(opens)
 
-    def fsync(descriptor: int, sync: Callable[[int], None] = os.fsync) -> None:
-        operation()
-        sync(descriptor)
-
-    os.fsync = fsync
+    os.fsync = lambda descriptor: operation(opens=False)
     sys.addaudithook(hook)
+    return lambda: done >= number
 
 
-SAVED, NOT_A_FILE, FAILED = 0, 50, 51
-
-
-def broken(action: Callable[[], None], number: int, how: str, error_file: Path) -> int:
+def broken(action: Callable[[], None], number: int, how: str, told: Path) -> int:
     """What became of an action, in a process of its own, whose operation of that number goes wrong."""
     process = os.fork()
     if process == 0:
         try:
-            break_operation(number, how)
+            has_happened = break_operation(number, how)
             action()
-            os._exit(SAVED)
+            os._exit(SURVIVED if has_happened() else NO_FAULT)
         except BaseException as error:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-            error_file.write_text(f"{isinstance(error, (OSError, ValueError))} {error}", "utf-8")
+            told.write_text(f"{isinstance(error, (OSError, ValueError))}: {error!r}", "utf-8")
             os._exit(FAILED)
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
-def each_fault(before: Path, action: Callable[[Path], None], how: str, scratch: Path) -> Iterator[tuple[str, Path]]:
+def each_fault(before: Path, action: Callable[[Path], None], how: str, scratch: Path) -> Iterator[tuple[int, Path]]:
     """Folders as `before`, in which the action went wrong at its first operation, its second and so on."""
-    number, outcome, faults = 0, None, 0
-    while outcome != SAVED:
-        number += 1
-        folder = scratch / str(number)
+    for number in itertools.count(1):
+        folder = scratch / str(number) / "checkpoints"
         shutil.copytree(before, folder)
-        outcome = broken(lambda folder=folder: action(folder), number, how, scratch / "error")
-        assert outcome in (SAVED, NOT_A_FILE, FAILED, -signal.SIGKILL, -signal.SIGXFSZ)
-        if outcome not in (SAVED, NOT_A_FILE):
-            faults += 1
-            yield f"{how} at operation {number}", folder
-        shutil.rmtree(folder)
-    assert faults >= (3 if how in (CUT, CUT_FULL) else 8)
+        outcome = broken(lambda folder=folder: action(folder), number, how, folder.with_name("told"))
+        if outcome == NO_FAULT:
+            break
+        assert outcome in (FAILED, SURVIVED, -signal.SIGKILL, -signal.SIGXFSZ)
+        yield number, folder
+        shutil.rmtree(folder.parent)
+    assert number > (3 if how in (CUT, CUT_FULL) else 8)  # the tensors, the state and the pointer have to be written
 
 
-def next_one(folder: Path) -> None:
+def first(folder: Path) -> None:
     save(folder, 5, seed=1)
 
 
-def another(folder: Path) -> None:
+def second(folder: Path) -> None:
     save(folder, 10, seed=2)
 
 
-def next_that_removes(folder: Path) -> None:
+def second_instead(folder: Path) -> None:
     save(folder, 10, seed=2, keep_last=1)
 
 
@@ -154,63 +155,94 @@ def again(folder: Path) -> None:
     save(folder, 10, seed=3)
 
 
+def third_after_going_back(folder: Path) -> None:
+    save_checkpoint(folder, tensors(4), {"step": 7, "seed": 4}, ONE)
+
+
+def second_then_first(folder: Path) -> None:
+    for step, seed in ((10, 2), (5, 1)):
+        save_checkpoint(folder, tensors(seed), {"step": step, "seed": seed}, ONE)
+
+
 # What is there, what is saved, and what a run may go on with afterwards
 CASES = {
-    "first": ([], next_one, {None, (5, 1)}),
-    "second": ([next_one], another, {(5, 1), (10, 2)}),
-    "second, the first removed": ([next_one], next_that_removes, {(5, 1), (10, 2)}),
-    "in place of one": ([next_one, another], again, {(5, 1), (10, 2), (10, 3)}),
-    "in place of the only one": ([another], again, {(10, 2), (10, 3)}),
+    "first": ([], first, {None, (5, 1)}),
+    "second": ([first], second, {(5, 1), (10, 2)}),
+    "second, the first removed": ([first], second_instead, {(5, 1), (10, 2)}),
+    "in place of one": ([first, second], again, {(5, 1), (10, 2), (10, 3)}),
+    "in place of the only one": ([second], again, {(10, 2), (10, 3)}),
+    "before an abandoned one": ([second_then_first], third_after_going_back, {(5, 1), (7, 4)}),
 }
-HOWS = (KILL, CUT, FULL, CUT_FULL)
 
 
-def prepared(case: str, folder: Path) -> tuple[Path, Callable[[Path], None], set]:
-    earlier, action, allowed = CASES[case]
-    folder.mkdir()
+FAULTS = [(case, how) for case in CASES for how in (KILL, CUT)]
+FAULTS += [(case, how) for case in ("second", "in place of one") for how in (FULL, CUT_FULL)]
+
+
+@dataclass
+class Fault:
+    number: int
+    found: tuple[int, int] | str | None
+    """The checkpoint that is found; None if there is none, text if it is not whole."""
+    told: str | None
+    """The error, if there was one."""
+    then: list[str]
+    """What is there after one more checkpoint, the only one to keep."""
+
+
+def look(folder: Path) -> tuple[int, int] | str | None:
+    try:
+        return saved(folder) if has_checkpoint(folder.parent) else None
+    except (AssertionError, ValueError) as error:
+        return repr(error)
+
+
+@pytest.fixture(scope="module", params=FAULTS, ids=", ".join)
+def faults(request, tmp_path_factory) -> tuple[str, str, list[Fault]]:
+    """The name of a case, how it goes wrong, and what is left after each fault."""
+    (case, how), scratch = request.param, tmp_path_factory.mktemp("faults")
+    earlier, action, _ = CASES[case]
+    before = scratch / "before"
+    before.mkdir()
     for step in earlier:
-        step(folder)
-    return folder, action, allowed
-
-
-@pytest.mark.parametrize("how", HOWS)
-@pytest.mark.parametrize("case", CASES)
-def test_a_fault_at_any_moment_of_saving_leaves_a_whole_checkpoint(tmp_path, case, how):
-    before, action, allowed = prepared(case, tmp_path / "before")
-    for moment, folder in each_fault(before, action, how, tmp_path):
-        if list(folder.glob("step-*")):
-            assert saved(folder) in allowed, moment
-        else:
-            assert None in allowed, moment
-
-
-@pytest.mark.parametrize("how", HOWS)
-@pytest.mark.parametrize("case", CASES)
-def test_the_next_saving_leaves_nothing_of_a_fault(tmp_path, case, how):
-    before, action, _ = prepared(case, tmp_path / "before")
-    for moment, folder in each_fault(before, action, how, tmp_path):
+        step(before)
+    found = []
+    for number, folder in each_fault(before, action, how, scratch):
+        told = folder.with_name("told")
+        fault = Fault(number, look(folder), told.read_text("utf-8") if told.exists() else None, [])
         save(folder, 15, seed=4, keep_last=1)
-        assert saved(folder) == (15, 4), moment
-        assert sorted(path.name for path in folder.iterdir()) == ["latest", "step-00000015"], moment
+        assert saved(folder) == (15, 4)
+        fault.then = sorted(path.name for path in folder.iterdir())
+        found.append(fault)
+    return case, how, found
 
 
-@pytest.mark.parametrize("how", [FULL, CUT_FULL])
-def test_a_full_disk_is_an_error_that_the_command_line_tells(tmp_path, how):
-    before, action, _ = prepared("second", tmp_path / "before")
-    for moment, _ in each_fault(before, action, how, tmp_path):
-        assert (tmp_path / "error").read_text("utf-8").startswith("True "), moment
+def test_a_fault_at_any_moment_of_saving_leaves_a_whole_checkpoint(faults):
+    case, _, found = faults
+    assert [fault for fault in found if fault.found not in CASES[case][2]] == []
 
 
-def test_a_fault_while_leftovers_are_removed_leaves_a_whole_checkpoint(tmp_path):
-    before, _, _ = prepared("second", tmp_path / "before")
-    shutil.copytree(before / "step-00000005", before / ".step-00000010.partial")
-    shutil.copytree(before / "step-00000005", before / ".step-00000004.removed")
-    for moment, folder in each_fault(before, another, KILL, tmp_path):
-        assert saved(folder) in {(5, 1), (10, 2)}, moment
+def test_the_next_saving_leaves_nothing_of_a_fault(faults):
+    _, _, found = faults
+    assert [fault for fault in found if fault.then != ["latest", "step-00000015"]] == []
+
+
+def test_a_full_disk_is_an_error_that_the_command_line_tells(faults):
+    _, how, found = faults
+    assert any(fault.told for fault in found) == (how in (FULL, CUT_FULL))
+    assert [fault for fault in found if fault.told and not fault.told.startswith("True")] == []
+
+
+def test_a_kill_while_leftovers_are_removed_leaves_a_whole_checkpoint(tmp_path):
+    first(tmp_path / "before")
+    for name in (".step-00000010.partial", ".step-00000004.removed"):
+        shutil.copytree(tmp_path / "before" / "step-00000005", tmp_path / "before" / name)
+    for number, folder in each_fault(tmp_path / "before", second, KILL, tmp_path):
+        assert saved(folder) in {(5, 1), (10, 2)}, number
 
 
 def test_what_was_replaced_is_gone_when_the_new_one_is_there(tmp_path):
-    another(tmp_path)
+    second(tmp_path)
     again(tmp_path)
     assert saved(tmp_path) == (10, 3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000010"]
@@ -380,11 +412,10 @@ def test_only_what_is_asked_for_is_filled(one):
     assert torch.equal(target["weights.a"], tensors(2)["weights.a"])
 
 
-def test_views_and_transposed_tensors_are_saved_by_value(tmp_path):
-    base = torch.arange(24.0).reshape(4, 6)
-    save_checkpoint(tmp_path, {"part": base[1:3], "turned": base.T}, {"step": 1}, ONE)
-    actual = read_tensors(find_checkpoint(tmp_path), "")
-    assert torch.equal(actual["part"], base[1:3]) and torch.equal(actual["turned"], base.T)
+def test_a_part_of_a_tensor_is_saved_alone(tmp_path):
+    whole = torch.arange(24.0).reshape(4, 6)
+    save_checkpoint(tmp_path, {"part": whole[1:3]}, {"step": 1}, ONE)
+    assert torch.equal(read_tensors(find_checkpoint(tmp_path), "")["part"], whole[1:3])
 
 
 def test_weights_and_projectors_have_their_own_names(tmp_path):

@@ -307,8 +307,8 @@ def _as_it_is(value: Any) -> Any:
 
 def _outlive_signals(worker: int) -> None:
     """
-    Terminals and clusters send a signal to all processes of a job. The trainer answers it, and needs its workers to end
-    its step: only its own SIGTERM ends them.
+    Terminals and clusters send a signal to all processes of a job. The trainer answers it, and needs its workers for
+    the rest of its step: only its own SIGTERM ends them.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # macOS has none

@@ -232,7 +232,7 @@ def write_curve(metrics: Path, step: int, output: Path) -> Losses:
 def write_sample(samples: Path, step: int, folder: Path) -> str | None:
     """Copies the last video that was made up to a step, with its picture; Markdown that shows it, None if none was."""
     folders = [path for path in samples.glob("step-[0-9]*") if int(path.name[5:]) <= step]
-    videos = [min(found) for path in sorted(folders) if (found := list(path.glob("*.mp4")))]
+    videos = [min(found) for path in sorted(folders) if (found := list(path.rglob("*.mp4")))]
     if not videos:
         return None
     (folder / "assets").mkdir(exist_ok=True)

@@ -13,6 +13,7 @@ any other number wrote.
 
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -22,7 +23,9 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 
 from refalign.atomic import new_file
 from refalign.checkpoints import read_json
@@ -33,6 +36,7 @@ SCHEMA = 1
 STATE = "state.json"
 LATEST = "latest"
 PATTERN = "step-[0-9]*"
+NAME = re.compile(r"step-\d+|\.step-\d+\.(partial|replaced|removed)")
 
 
 def checkpoint_name(step: int) -> str:
@@ -57,31 +61,64 @@ def save_checkpoint(
     partial = folder / f".{target.name}.partial"
     if parallel.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        for left_over in folder.glob(f".{PATTERN}"):  # of a process that was killed
-            shutil.rmtree(left_over)
+        _clear(folder)
         partial.mkdir()
     parallel.barrier()
-    with _quiet():
+    with _plain():
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
         dcp.save(dict(tensors), storage_writer=writer, no_dist=parallel.world_size == 1)
     if parallel.is_main:
-        _write_synced(partial / STATE, json.dumps({"schema": SCHEMA, **state}, indent=2, ensure_ascii=False))
+        files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+        content = {"schema": SCHEMA, **state, "files": files}
+        _write_synced(partial / STATE, json.dumps(content, indent=2, ensure_ascii=False))
         _sync_folder(partial)
         if target.exists():  # a run that went on from an earlier step, and has come here again
-            target.rename(folder / f".{target.name}.replaced")
+            target.rename(_replaced(target))
         partial.rename(target)
         _sync_folder(folder)
         with new_file(folder / LATEST, overwrite=True) as file:
             _write_synced(file, f"{target.name}\n")
         _sync_folder(folder)
+        _clear(folder)
     parallel.barrier()
     return target
 
 
+def _clear(folder: Path) -> None:
+    """Removes what a process that was killed has left; what it was about to replace gets its name back."""
+    for pointer in folder.glob(f".{LATEST}.*"):
+        shutil.rmtree(pointer)
+    for left_over in _named_as_ours(folder, f".{PATTERN}"):
+        if left_over == _replaced(_named(left_over)) and not _named(left_over).exists():
+            left_over.rename(_named(left_over))
+        else:
+            shutil.rmtree(left_over)
+
+
+def _named_as_ours(folder: Path, pattern: str) -> list[Path]:
+    """Without a person's own copies, such as `step-00000500.bak`."""
+    return [path for path in folder.glob(pattern) if NAME.fullmatch(path.name)]
+
+
+def _replaced(checkpoint: Path) -> Path:
+    """Where a checkpoint is while another one takes its name."""
+    return checkpoint.with_name(f".{checkpoint.name}.replaced")
+
+
+def _named(hidden: Path) -> Path:
+    """The checkpoint that a hidden folder is of."""
+    return hidden.with_name(hidden.name.split(".")[1])
+
+
 def remove_old_checkpoints(folder: Path, keep_last: int, keep_every: int | None) -> None:
-    """Removes checkpoints but the newest ones and those at multiples of `keep_every` steps."""
-    for checkpoint in _checkpoints(folder)[:-keep_last]:
-        if keep_every is None or _step(checkpoint) % keep_every:
+    """
+    Removes checkpoints but the newest ones and those at multiples of `keep_every` steps. Those of later steps than the
+    latest one are older: the run went back to before them.
+    """
+    latest = _step(find_checkpoint(folder))
+    newest = [checkpoint for checkpoint in _checkpoints(folder) if _step(checkpoint) <= latest][-keep_last:]
+    for checkpoint in _checkpoints(folder):
+        if checkpoint not in newest and (keep_every is None or _step(checkpoint) % keep_every):
             hidden = checkpoint.with_name(f".{checkpoint.name}.removed")  # half of it must not look like a checkpoint
             checkpoint.rename(hidden)
             shutil.rmtree(hidden)
@@ -117,9 +154,10 @@ def find_checkpoint(path: Path) -> Path:
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     pointer = folder / LATEST
     if pointer.is_file():
-        named = folder / pointer.read_text("utf-8").strip()
-        if (named / STATE).is_file():
-            return named
+        named = folder / pointer.read_text("utf-8", errors="replace").strip()
+        for place in (named, _replaced(named)):
+            if (place / STATE).is_file():
+                return place
     # The pointer is behind by what was written last if the process died before it, or if a user moved folders
     if checkpoints := _checkpoints(folder):
         return checkpoints[-1]
@@ -132,11 +170,15 @@ def has_checkpoint(output: Path) -> bool:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted((path for path in folder.glob(PATTERN) if (path / STATE).is_file()), key=_step)
+    """By step. One that was about to be replaced when the process died is one, under its hidden name."""
+    replaced = [path for path in _named_as_ours(folder, f".{PATTERN}.replaced") if not _named(path).exists()]
+    return sorted(
+        (path for path in (*_named_as_ours(folder, PATTERN), *replaced) if (path / STATE).is_file()), key=_step
+    )
 
 
 def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.partition("-")[2])
+    return int(checkpoint.name.strip(".").split(".")[0].partition("-")[2])
 
 
 # -- Reading ----------------------------------------------------------------------------------------------------------
@@ -147,14 +189,26 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     if not (checkpoint / STATE).is_file():
         raise ValueError(f"{checkpoint} is no checkpoint: it has no {STATE}.")
     state = read_json(checkpoint / STATE)
+    if not isinstance(state, dict):
+        raise ValueError(f"{checkpoint / STATE} is not what a run writes: {state!r:.80}")
     if state.get("schema") != SCHEMA:
         raise ValueError(f"{checkpoint} is a checkpoint of schema {state.get('schema')}; this version reads {SCHEMA}.")
     return state
 
 
 def stored_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint by name, as meta tensors: shapes and dtypes without data."""
-    metadata = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    """
+    The tensors of a checkpoint by name, as meta tensors: shapes and dtypes without data.
+
+    Raises:
+        ValueError: if a file of it is missing or damaged.
+    """
+    for name, size in read_state(checkpoint)["files"].items():
+        file = checkpoint / name
+        if not file.is_file() or file.stat().st_size != size:
+            raise ValueError(f"{file} is not there or not whole. Copy the checkpoint again, or go on from another.")
+    with _plain():
+        metadata = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
     return {
         name: torch.empty(tensor.size, dtype=tensor.properties.dtype, device="meta")
         for name, tensor in metadata.items()
@@ -176,7 +230,7 @@ def load_tensors(checkpoint: Path, tensors: Mapping[str, torch.Tensor], is_paral
     if any(problems.values()):
         told = "; ".join(f"{what} ({len(names)}): {', '.join(names[:3])}" for what, names in problems.items() if names)
         raise ValueError(f"{checkpoint} does not fit this run: {told}. Check model, training and alignment options.")
-    with _quiet():
+    with _plain():
         dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=not is_parallel)
 
 
@@ -211,8 +265,13 @@ def read_projectors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without torch's warning that a single process is used, which is what was asked for."""
+def _plain() -> Iterator[None]:
+    """Without torch's warning that a single process is used, which was asked for; errors are raised as they were."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(no_dist|single process).*")
-        yield
+        try:
+            yield
+        except CheckpointException as error:  # which is no Exception, and hides a full disk and Ctrl-C in a traceback
+            raise next(iter(error.failures.values()))[0] from None
+        except SafetensorError as error:
+            raise ValueError(f"A checkpoint's tensors are damaged: {error}") from error

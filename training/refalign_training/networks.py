@@ -87,10 +87,12 @@ def transformer_config(options: ModelOptions) -> dict[str, Any]:
     config = read_json(file)
     kind, channels = config.get("_class_name"), config.get("in_channels", CHANNELS)
     is_wan = kind in ("WanTransformer3DModel", "RefAlignWanTransformer3DModel")
-    if not is_wan or config.get("image_dim") is not None or channels != CHANNELS:
+    takes_images = config.get("image_dim") is not None
+    if not is_wan or takes_images or channels != CHANNELS:
+        kind = f"image-to-video {kind}" if takes_images else kind
         raise ValueError(
-            f"{options.base} has a {kind} of {channels} channels{' that takes images' * ('image_dim' in config)}, not "
-            f"Wan 2.1's text-to-video transformer (WanTransformer3DModel of {CHANNELS} channels). Pass such a base."
+            f"{options.base} has a transformer of kind {kind} that takes {channels} channels, not Wan 2.1's "
+            f"text-to-video one (WanTransformer3DModel, {CHANNELS} channels). Pass a base that has it."
         )
     return config
 

@@ -56,7 +56,9 @@ class Parallel:
             mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.world_size,))
             for part in (*parts, module):
                 _move(part, self.device, dtype)
-                fully_shard(part, mesh=mesh)
+                # Else the outermost one stays whole after a forward pass without a backward pass, as in validation,
+                # and the next step computes with what its weights were then
+                fully_shard(part, mesh=mesh, reshard_after_forward=True)
         self._wrapped.append(module)
         return module
 

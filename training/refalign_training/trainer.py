@@ -139,10 +139,13 @@ class Trainer:
         options, samples, rows = self.command.validation, self.samples, self.held_out
         if options.every and options.cache is not None:
             samples = CachedSamples(options.cache, bool(self.command.alignment.weight))
-            rows = hold_out(len(samples.buckets), len(samples.buckets) * 10)[1]
+            rows = np.arange(len(samples.buckets))
         self.validation = None
         if options.every and len(rows):
-            self.validation = Validation(samples, rows, options, self.command.objective, self.parallel)
+            validation = Validation(samples, rows, options, self.command.objective, self.parallel)
+            self.validation = validation if validation.values else None
+            if self.validation is None:
+                logger.warning("There is no validation: none of its %d samples can be read.", len(rows))
 
     def _make_networks(self) -> None:
         command, parallel = self.command, self.parallel
@@ -251,6 +254,8 @@ class Trainer:
                 part.mean().backward()
             norms[name] = gradient_norm(list(self.state.parameters.values())).item()
             self.state.optimizer.zero_grad()
+        if not all(map(math.isfinite, norms.values())):  # the step is about to be skipped
+            return
         self.extra |= {f"gradients/{name}": norm for name, norm in norms.items()}
         self.extra["gradients/ratio"] = norms["alignment"] / max(norms["diffusion"], 1e-12)
 
