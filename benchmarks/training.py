@@ -388,7 +388,7 @@ def main(options: Options) -> None:
     """Raises ValueError where there would be no step to count."""
     if options.steps < 2 or options.repeats < 1:
         raise ValueError(f"`steps` is {options.steps} and `repeats` {options.repeats}; pass 2 and 1, or more.")
-    tables = [f"{machine_line(options.device)} {what_ran(options)}"]
+    print(f"{machine_line(options.device)} {what_ran(options)}\n", flush=True)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         write_models(folder, SIZES[options.size])
@@ -396,12 +396,11 @@ def main(options: Options) -> None:
         rows = [speed_row(comparison, options) for comparison in comparisons(folder, options)]
         if rows:
             header = ["Ours", "against", "ours, samples/s", "theirs, samples/s", "ratio", "its range"]
-            tables.append(markdown_table(header, rows))
+            print(f"{markdown_table(header, rows)}\n", flush=True)
         if "memory" in options.parts:
-            tables.append(memory_table(folder, options))
+            print(f"{memory_table(folder, options)}\n", flush=True)
         if "checkpoints" in options.parts:
-            tables.append(checkpoint_table(folder, options))
-    print("\n\n".join(tables))
+            print(checkpoint_table(folder, options), flush=True)
 
 
 if __name__ == "__main__":

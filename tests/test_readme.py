@@ -6,14 +6,13 @@ from pathlib import Path
 
 import pytest
 import tyro
-
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
 from refalign.cli import Command
 from refalign.video import read_video
 from refalign_training.cli import Command as TrainingCommand
-from refalign_training.config import RunCommand, expand_config, flatten
+from refalign_training.config import RunCommand, check, expand_config, flatten
 from tests.drawn_references import draw_face, draw_pet, draw_place
 
 
@@ -61,7 +60,10 @@ def understand(program: str, arguments: list[str]) -> object:
     if program == "refalign":
         return tyro.cli(Command, args=arguments)
     if program == "refalign-train":
-        return tyro.cli(TrainingCommand, args=expand_config(arguments))
+        command = tyro.cli(TrainingCommand, args=expand_config(arguments))
+        if isinstance(command, RunCommand):
+            check(command)
+        return command
     parser = launch_command_parser() if program == "accelerate" else get_args_parser()
     launch = parser.parse_args(arguments[program == "accelerate" :])
     assert launch.module and launch.training_script == "refalign_training.cli"
@@ -85,16 +87,14 @@ def test_options_that_are_named_exist():
 
 
 LINKS = re.findall(r"\]\(([^):]+)\)", TRAINING)
+HEADINGS = re.findall(r"^## (.*)$", TRAINING, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("link", LINKS)
 def test_links_lead_somewhere(link):
     path, _, heading = link.partition("#")
     assert (ROOT / "docs" / path).exists()
-    headings = [
-        re.sub(r"[^a-z0-9 -]", "", line.lower()) for line in re.findall(r"^#+ (.*)$", TRAINING, flags=re.MULTILINE)
-    ]
-    assert not heading or heading in [title.replace(" ", "-") for title in headings]
+    assert not heading or heading in [re.sub("[^a-z0-9-]", "", line.lower().replace(" ", "-")) for line in HEADINGS]
 
 
 OPTIONS = re.findall(r"^\| [^|]* \| ([^|]*`--[^|]*) \|$", README, flags=re.MULTILINE)

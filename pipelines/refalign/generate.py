@@ -240,7 +240,11 @@ def _load_pipeline(command: Generate):
             "the rest, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
         )
     else:
-        pipeline = RefAlignWanPipeline.from_pretrained(_folder_or_hub_id(command.model), dtype=dtypes)
+        name, parts = _folder_or_hub_id(command.model), {}
+        if RefAlignWanPipeline.load_config(name)["_class_name"] == "WanPipeline":
+            # Plain Wan, which with a LoRA is a RefAlign model: it takes the schedule that LoRAs are trained with
+            parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=5.0)
+        pipeline = RefAlignWanPipeline.from_pretrained(name, dtype=dtypes, **parts)
     _load_loras(pipeline, loras)
     if command.offload == "model":
         pipeline.enable_model_cpu_offload(device=device)

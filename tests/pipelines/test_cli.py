@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from refalign import RefAlignWanPipeline, video
 from refalign.cli import main
-from refalign.generate import Generate, _read_lora, _settings
+from refalign.generate import Generate, _load_pipeline, _read_lora, _settings
 from refalign.reference_images import prepare_reference_image
 from refalign.video import read_settings, read_video
 from tests.drawn_references import write_reference_sets
@@ -407,3 +407,8 @@ def test_push_dry_run_lists_files(repo_folder, capsys):
     assert main(["push", str(repo_folder), "--repo", "org/name", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "transformer/transformer_refalign_wan.py" in out and "Would push" in out
+
+
+def test_plain_wan_takes_the_schedule_that_loras_are_trained_with(wan_folder):
+    scheduler = _load_pipeline(Generate(model=str(wan_folder), device="cpu")).scheduler
+    assert (type(scheduler).__name__, scheduler.config.shift) == ("FlowMatchEulerDiscreteScheduler", 5.0)

@@ -129,17 +129,17 @@ def train_with_kills(command: RunCommand, processes: int = 1, kills: int = 1, se
     Trains to the end, but each of so many times kills all processes at a random moment after they have saved, and goes
     on from the latest checkpoint. A run that was faster than its killer does not count: it starts again.
     """
-    delays, done = random.Random(seed), 0
+    delays, longest, done = random.Random(seed), 0.1, 0
     for _ in range(ATTEMPTS * kills):
         started = start(resumed(command), processes)
         wait_for_a_checkpoint(command.output, started)
-        time.sleep(delays.uniform(0, 0.1))
+        time.sleep(delays.uniform(0, longest))
         if kill(started):
             done += 1
         else:
             assert {process.exitcode for process in started} <= {0, -signal.SIGKILL}
             shutil.rmtree(command.output)
-            done = 0
+            longest, done = longest / 2, 0
         if done == kills:
             return train(resumed(command), processes)
     raise AssertionError(f"The run was always faster than {kills} kills.")
@@ -152,16 +152,17 @@ def stop(
     Sends a signal to one process of a run, or to its workers too, at a random moment after the first checkpoint; the
     exit codes. A run that was faster than the signal does not count: it starts again.
     """
-    delays = random.Random(0)
+    delays, longest = random.Random(0), 0.1
     for _ in range(ATTEMPTS):
         started = start(command, processes)
         wait_for_a_checkpoint(command.output, started)
-        time.sleep(delays.uniform(0, 0.1))
+        time.sleep(delays.uniform(0, longest))
         (os.killpg if to_group else os.kill)(started[rank].pid, number)
         codes = wait(started)
-        if any(codes):
+        if set(codes) != {0}:
             break
         shutil.rmtree(command.output)
+        longest /= 2
     return codes
 
 

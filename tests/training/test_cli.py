@@ -36,6 +36,19 @@ def test_help_names_every_option(capsys, command):
     )
 
 
+def test_help_of_run_names_the_options_of_a_recipe(capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    assert {"--config", "--optimizer.lr", "--alignment.layers"} <= set(capsys.readouterr().out.split())
+
+
+def test_an_unknown_key_of_a_recipe_is_told_in_one_line(tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text("optimizer: {learning_rate: 1e-4}")
+    assert main(["run", "--config", str(tmp_path / "recipe.yaml"), "--output", str(tmp_path / "run")]) == 1
+    told = capsys.readouterr().err
+    assert "unknown key optimizer.learning_rate" in told and told.count("\n") == 1
+
+
 def test_an_error_is_told_in_one_line(tmp_path, capsys):
     assert main(["cache", "--output", str(tmp_path / "cache")]) == 1
     told = capsys.readouterr().err

@@ -307,11 +307,12 @@ def test_a_start_of_another_size_is_named(command, tmp_path):
     ("changes", "message"),
     [
         ({"image_dim": 1280, "in_channels": 36}, "image-to-video WanTransformer3DModel that takes 36 channels"),
+        ({"image_dim": 1280}, "image-to-video WanTransformer3DModel that takes 16 channels"),
         ({"_class_name": "WanVACETransformer3DModel"}, "of kind WanVACETransformer3DModel"),
         ({"in_channels": 48, "out_channels": 48}, "WanTransformer3DModel that takes 48 channels"),
         ({"_class_name": "FluxTransformer2DModel", "in_channels": 64}, "of kind FluxTransformer2DModel"),
     ],
-    ids=["image-to-video", "vace", "5b", "flux"],
+    ids=["image-to-video", "image", "vace", "5b", "flux"],
 )
 def test_another_transformer_is_named(half_folder, changes, message):
     file = half_folder / "transformer/config.json"

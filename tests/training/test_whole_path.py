@@ -1,6 +1,7 @@
 """From a dataset to a video by the command line alone; and tiny models that learn four clips by heart."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -120,7 +121,7 @@ def is_ahead_of_its_checkpoint(output: Path) -> bool:
 
 # As wide as a patch has values, or it could not say which noise it sees
 WIDE = {"num_attention_heads": 4, "attention_head_dim": 24, "ffn_dim": 128}
-LEARNING = {"batch.micro": 4, "optimizer.lr": 3e-3, "checkpoints.every": 1000, "log.every": 1000}
+LEARNING = {"batch.micro": 4, "optimizer.lr": 3e-3, "checkpoints.every": 1000, "log.every": 50}
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,9 @@ class Learned:
 def learned_in_full(tmp_path_factory) -> Learned:
     folder = tmp_path_factory.mktemp("full")
     cache = cache_drawn_clips(folder, write_wan(folder / "wan"), hue=0.0)
-    return learn(run_command(folder / "run", folder / "wan", cache, steps=100, training="full", **LEARNING))
+    logged = {"log.gradients_every": 50, "validation.every": 50, "validation.cache": cache}
+    command = run_command(folder / "run", folder / "wan", cache, steps=100, training="full", **LEARNING, **logged)
+    return learn(command)
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +154,7 @@ def learned_as_lora(model_folder, tmp_path_factory) -> Learned:
     """Adapters of the model that was trained in full, on other clips: a head of random weights cannot follow them."""
     folder = tmp_path_factory.mktemp("lora")
     cache = cache_drawn_clips(folder, model_folder, hue=0.5)
-    changes = {**LEARNING, "optimizer.lr": 1e-2, "lora.rank": 32, "lora.alpha": 32.0, "optimizer.schedule": "cosine"}
+    changes = {**LEARNING, "optimizer.lr": 1e-2, "lora.rank": 32, "lora.alpha": 64.0, "optimizer.schedule": "cosine"}
     return learn(run_command(folder / "run", model_folder, cache, steps=300, **changes))
 
 
@@ -262,6 +265,13 @@ def test_a_model_learns_four_clips_by_heart(learned_in_full):
     assert after["mse"] < 0.6 * before["mse"]
     assert after["alignment"] < 0.6 * before["alignment"]
     assert after["cosine"] > before["cosine"] + 0.4
+
+
+def test_the_documentation_explains_every_number_of_the_log(learned_in_full):
+    lines = (learned_in_full.command.output / "metrics.jsonl").read_text("utf-8").splitlines()
+    logged = {re.sub(r"\d[\d.-]*", "N", name) for line in lines for name in json.loads(line)} - {"step"}
+    document = (Path(__file__).parents[2] / "docs/training.md").read_text("utf-8")
+    assert set(re.findall(r"^\| `([a-z_/N]+)` \|", document, flags=re.MULTILINE)) == logged
 
 
 @pytest.mark.slow
