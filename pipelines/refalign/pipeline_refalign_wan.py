@@ -100,7 +100,7 @@ class RefAlignWanPipeline(WanPipeline):
         if type(transformer) is WanTransformer3DModel:
             transformer = RefAlignWanTransformer3DModel.from_wan(transformer)
             logging.getLogger(__name__).warning(
-                "This transformer is plain Wan's: it was not trained to follow references, and hardly will."
+                "This transformer is plain Wan's: without a RefAlign LoRA it hardly follows references."
             )
         self.register_modules(
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, scheduler=scheduler, transformer=transformer

@@ -259,7 +259,6 @@ def test_what_two_did_until_a_signal_to_one_is_saved(stopped):
     assert read_state(find_checkpoint(command.output))["step"] == max(logged) < command.steps
 
 
-@pytest.mark.xfail(strict=True, reason="Trainer._finish asks for the process's own signal only: others end with 0")
 def test_all_processes_stop_if_one_is_told_to(stopped):
     assert stopped[1] == [143, 143]
 

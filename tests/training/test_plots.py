@@ -61,7 +61,7 @@ def assert_shows_curves(pixels):
         logged(10),
         without(logged(500), "loss/alignment", "alignment/cosine"),
         without(logged(500), "alignment/cosine"),
-        [*logged(500), {"step": 500, "validation/loss": 0.4}],
+        [*logged(500), {"step": 500, "validation/mse": 0.4}],
         [{"step": 500, "validation/mse": 0.4}],
         [{"step": 10, "loss": 0.0, "loss/diffusion": 0.0, "loss/mse": 0.0, "loss/alignment": 0.0}],
         [{**line, "loss": None} if line["step"] % 20 else line for line in logged(200)],

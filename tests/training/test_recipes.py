@@ -39,7 +39,7 @@ def test_it_passes_a_dry_run(recipe, training_world, first_stage, tmp_path, caps
     stage = ["--model.start", str(first_stage)] if "stage2" in recipe else []
     assert main([*arguments(recipe, training_world, tmp_path / "run"), *stage, "--dry-run"]) == 0
     told = capsys.readouterr().out
-    assert "memory" in told and "8 samples" in told
+    assert "memory" in told and "8 samples and 0 held out" in told
     assert not (tmp_path / "run").exists()
 
 

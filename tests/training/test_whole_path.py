@@ -81,7 +81,7 @@ def train(*words: object) -> str:
     return call("refalign_training.cli", *words)
 
 
-def generate(output: str, *words: object) -> object:
+def generate(output: str, *words: object) -> np.ndarray:
     prompt = ["--prompt", "A ball and a brick.", "--reference", "pet.png", "--steps", 2, *SIZE]
     call("refalign.cli", "generate", *prompt, "--output", output, *words)
     return read_video(output)

@@ -229,7 +229,7 @@ def load_tensors(checkpoint: Path, tensors: Mapping[str, torch.Tensor], is_paral
     }
     if any(problems.values()):
         told = "; ".join(f"{what} ({len(names)}): {', '.join(names[:3])}" for what, names in problems.items() if names)
-        raise ValueError(f"{checkpoint} does not fit this run: {told}. Check model, training and alignment options.")
+        raise ValueError(f"{checkpoint} does not fit this run: {told}. Check model, lora, alignment and ema_decay.")
     with _plain():
         dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=not is_parallel)
 

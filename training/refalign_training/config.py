@@ -26,7 +26,7 @@ class ModelOptions:
     """Of the base on the Hub."""
     start: Path | None = None
     """Weights to start from instead of the base's, with the projectors that come with them: an earlier run or one of
-    its checkpoints, a folder that `refalign-train export` wrote, or a native safetensors file."""
+    its checkpoints, a folder that `refalign-train export` wrote of full training, or a native safetensors file."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """What is computed in. Trained weights, gradients and optimiser are always in float32; what is frozen is not."""
     gradient_checkpointing: bool = True

@@ -145,15 +145,22 @@ def dry_run(command: RunCommand) -> int:
     import numpy as np
     import torch
 
-    from refalign_training.networks import find_start, transformer_config
+    from refalign_training.batches import Order, hold_out, read_first
+    from refalign_training.networks import find_start, make_alignment, transformer_config
     from refalign_training.samples import open_samples
     from refalign_training.tracking import check_tracker
 
-    find_start(command)
+    start = find_start(command)
     config, needs_teacher = transformer_config(command.model), bool(command.alignment.weight)
     samples = open_samples(command.data, command.model, needs_teacher, torch.device("cpu"))
     buckets = [tuple(bucket) for bucket in np.unique(samples.buckets, axis=0).tolist()]
     bucket = max(buckets, key=lambda bucket: _Shape(config, bucket, 0).tokens["all"])
+    rows, held_out = hold_out(len(samples.buckets), 0 if command.validation.cache else command.validation.samples)
+    teacher_dim = 1024  # of online encoders it is not known before they are loaded
+    if needs_teacher and command.data.cache is not None:
+        order = Order(samples.buckets, rows, command.batch.size, command.batch.micro, command.seed)
+        teacher_dim = read_first(samples, order)["teacher_features"].shape[-1]
+        make_alignment(command.alignment, config, teacher_dim, start, command.seed)  # does it fit?
     check_tracker(command.log.tracker)
     world_size, is_fsdp = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("ACCELERATE_USE_FSDP") == "true"
     sharded = world_size > 1 and (command.parallel == "fsdp2" or (command.parallel == "auto" and is_fsdp))
@@ -161,8 +168,9 @@ def dry_run(command: RunCommand) -> int:
     if int(os.environ.get("RANK", 0)) == 0:
         taken = f"{micro_batches} x {command.batch.micro} on each of {world_size}"
         print(f"{command.output}: {command.training}, {command.steps:,} steps of {command.batch.size} ({taken}).")
-        print(f"{samples.name}: {len(samples.buckets):,} samples of {len(buckets)} shapes. Of the largest:")
-        print("\n".join(estimate(command, config, bucket, world_size, sharded=sharded).lines()))
+        print(f"{samples.name}: {len(rows):,} samples and {len(held_out)} held out, of {len(buckets)} shapes. Largest:")
+        found = estimate(command, config, bucket, world_size, sharded=sharded, teacher_dim=teacher_dim)
+        print("\n".join(found.lines()))
     return 0
 
 

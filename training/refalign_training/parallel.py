@@ -24,8 +24,13 @@ class Parallel:
     """
 
     def __init__(self, mode: Literal["auto", "ddp", "fsdp2"] = "auto", device: str = "auto") -> None:
-        state = PartialState(cpu=True) if device == "cpu" else PartialState()
+        # Without an accelerator it has to be told: else each process takes itself for the only one
+        is_cpu = device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
+        state = PartialState(cpu=is_cpu)
         self.rank, self.world_size = state.process_index, state.num_processes
+        launched = int(os.environ.get("WORLD_SIZE", 1))
+        if self.world_size != launched:
+            raise ValueError(f"{launched} processes were started, but {device} lets {self.world_size} work together.")
         self.device = state.device if device in ("auto", state.device.type) else torch.device(device)
         if mode == "auto":
             mode = "fsdp2" if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" else "ddp"
@@ -77,12 +82,13 @@ class Parallel:
             dist.all_reduce(tensor)
         return tensor
 
-    def any(self, *flags: bool) -> list[bool]:
-        """For each flag, whether it is true in any process."""
+    def most(self, *values: int) -> list[int]:
+        """The largest of each value over all processes."""
         if self.world_size == 1:
-            return list(flags)
-        counts = self.sum(torch.tensor(flags, dtype=torch.float32, device=self.device))
-        return [count > 0 for count in counts.tolist()]
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.int32, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.tolist()
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all processes, in all of them."""
@@ -105,11 +111,6 @@ def _move(module: nn.Module, device: torch.device, dtype: torch.dtype | None) ->
     for child in module.modules():
         for name, buffer in child.named_buffers(recurse=False):
             setattr(child, name, buffer.to(device))
-
-
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside a wrapper."""
-    return module.module if isinstance(module, DistributedDataParallel) else module
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter], max_norm: float = 0.0) -> torch.Tensor:

@@ -21,7 +21,6 @@ TRAINING_LOSSES = {
     "loss/mse": ("MSE", GREEN),
 }
 VALIDATION_LOSSES = {
-    "validation/loss": ("validation: w(t) · MSE", BLUE),
     "validation/mse": ("validation: MSE", GREEN),
 }
 BINS = 50

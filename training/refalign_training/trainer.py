@@ -107,7 +107,7 @@ class Trainer:
                     taken.append((batch.ids, losses.total.detach()))
                 norm = self.state.clip_gradients()
                 is_finite = math.isfinite(norm) and all(total.isfinite().all() for _, total in taken)
-                stops, is_bad = parallel.any(stopping.signal is not None, not is_finite)
+                stop_signal, is_bad = parallel.most(stopping.signal, not is_finite)
                 if is_bad:
                     self._skip(step, norm, taken)
                 else:
@@ -115,15 +115,15 @@ class Trainer:
                 self.state.optimizer.zero_grad()
                 self.step = step + 1
                 bar.update(command.batch.size)
-                is_last = stops or self.step == command.steps
+                is_last = bool(stop_signal) or self.step == command.steps
                 self._log(bar, is_last)
                 if is_last or _is_due(self.step, command.checkpoints.every):
                     self._save()
-                if stops:
-                    break
+                if stop_signal:
+                    return self._finish(stop_signal)
                 if is_last or _is_due(self.step, command.validation.every):
                     self._validate()
-        return self._finish(stopping)
+        return self._finish()
 
     # -- Setting up ------------------------------------------------------------------------------------------------
 
@@ -358,21 +358,21 @@ class Trainer:
             smoothing=0.05,
         )
 
-    def _finish(self, stopping: "Stopping") -> int:
+    def _finish(self, stop_signal: int = 0) -> int:
         del self.batches  # ends the workers
         if self.log is not None:
             self.log.finish()
-        if stopping.signal is None:
+        if not stop_signal:
             return 0
         logger.info("Stopped after step %d. Go on with: --resume latest", self.step)
-        return 128 + stopping.signal
+        return 128 + stop_signal
 
 
 class Stopping:
-    """Within it, SIGTERM and the first Ctrl-C only leave a note in `signal`, so that the step ends and is saved."""
+    """Within it, SIGTERM and the first Ctrl-C only leave their number in `signal`: the step ends and is saved."""
 
     def __init__(self) -> None:
-        self.signal: int | None = None
+        self.signal = 0
 
     def __enter__(self) -> "Stopping":
         self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -383,7 +383,7 @@ class Stopping:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
+        if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
         logger.warning("Asked to stop: the step is finished and saved first.")
