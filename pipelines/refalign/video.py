@@ -50,7 +50,8 @@ def write_video(
         with av.open(str(file), "w", format="mp4", options={"movflags": "+faststart"}) as container:
             if settings is not None:
                 container.metadata["comment"] = json.dumps(settings, ensure_ascii=False)
-            stream = container.add_stream("libx264", rate=fps, options={"crf": "17", "threads": "1"})  # with more, equal frames give other files
+            # With more threads, equal frames give other files
+            stream = container.add_stream("libx264", rate=fps, options={"crf": "17", "threads": "1"})
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             for frame in frames:
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))

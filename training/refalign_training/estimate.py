@@ -168,7 +168,8 @@ def dry_run(command: RunCommand) -> int:
     if int(os.environ.get("RANK", 0)) == 0:
         taken = f"{micro_batches} x {command.batch.micro} on each of {world_size}"
         print(f"{command.output}: {command.training}, {command.steps:,} steps of {command.batch.size} ({taken}).")
-        print(f"{samples.name}: {len(rows):,} samples and {len(held_out)} held out, of {len(buckets)} shapes. Largest:")
+        counts = f"{len(rows):,} samples and {len(held_out)} held out, of {len(buckets)} shapes"
+        print(f"{samples.name}: {counts}. Of the largest:")
         found = estimate(command, config, bucket, world_size, sharded=sharded, teacher_dim=teacher_dim)
         print("\n".join(found.lines()))
     return 0
