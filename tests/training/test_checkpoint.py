@@ -436,3 +436,13 @@ def test_weights_and_projectors_have_their_own_names(tmp_path):
 def test_a_run_without_an_average_has_none_to_read(one):
     with pytest.raises(ValueError, match=r"holds no average: its run had no optimizer.ema_decay"):
         read_weights(one, average=True)
+
+
+def test_large_states_go_into_several_files(tmp_path, monkeypatch):
+    """Each is made in memory before it is written."""
+    monkeypatch.setattr(checkpoints, "FILE_BYTES", 100)
+    tensors = {f"weights.{number}": torch.randn(20) for number in range(3)}
+    written = save_checkpoint(tmp_path, tensors, {"step": 1}, Parallel(device="cpu"))
+    assert len(list(written.glob("*.safetensors"))) == 3
+    read = read_tensors(written, "")
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())

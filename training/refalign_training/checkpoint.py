@@ -36,6 +36,7 @@ SCHEMA = 1
 STATE = "state.json"
 LATEST = "latest"
 PATTERN = "step-[0-9]*"
+FILE_BYTES = 1 << 28  # torch makes a whole file in memory before it writes it
 NAME = re.compile(r"step-\d+|\.step-\d+\.(partial|replaced|removed)")
 
 
@@ -65,7 +66,9 @@ def save_checkpoint(
         partial.mkdir()
     parallel.barrier()
     with _plain():
-        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        writer = HuggingFaceStorageWriter(
+            str(partial), save_distributed=True, fqn_to_index_mapping=_file_numbers(tensors)
+        )
         dcp.save(dict(tensors), storage_writer=writer, no_dist=parallel.world_size == 1)
     if parallel.is_main:
         files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
@@ -82,6 +85,17 @@ def save_checkpoint(
         _clear(folder)
     parallel.barrier()
     return target
+
+
+def _file_numbers(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Which file each tensor goes into, from 1 on; the same in all processes."""
+    numbers, number, size = {}, 1, 0
+    for name, tensor in tensors.items():
+        length = tensor.numel() * tensor.element_size()
+        if size and size + length > FILE_BYTES:
+            number, size = number + 1, 0
+        numbers[name], size = number, size + length
+    return numbers
 
 
 def _clear(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """One process or many, behind one seam: each with all weights (DDP), or each with its part (FSDP2)."""
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -56,6 +57,7 @@ class Parallel:
             if self.world_size == 1:
                 return module
             ids = None if self.device.type == "cpu" else [self.device]
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # that it will be as we ask for
             module = DistributedDataParallel(module, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
         else:
             mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.world_size,))
