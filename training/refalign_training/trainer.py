@@ -35,7 +35,7 @@ from refalign_training.checkpoint import (
 )
 from refalign_training.config import RunCommand, accumulation, changed_options, check, flatten, to_yaml
 from refalign_training.frozen_models import fetch_model
-from refalign_training.networks import find_start, load_transformer, make_alignment
+from refalign_training.networks import Start, find_start, load_transformer, make_alignment
 from refalign_training.objective import Objective
 from refalign_training.parallel import Parallel, gradient_norm
 from refalign_training.plots import describe_timesteps, plot_timesteps
@@ -81,7 +81,7 @@ class Trainer:
         self.accumulation = accumulation(command, self.parallel.world_size)
         self._open_samples()
         self._open_validation()
-        self._make_networks()
+        self._make_networks(resumes=checkpoint is not None)
         self.step, self.skipped_in_a_row = 0, 0
         self.resumed_from = checkpoint
         if checkpoint is not None:
@@ -147,9 +147,10 @@ class Trainer:
             if self.validation is None:
                 logger.warning("There is no validation: none of its %d samples can be read.", len(rows))
 
-    def _make_networks(self) -> None:
+    def _make_networks(self, resumes: bool) -> None:
         command, parallel = self.command, self.parallel
-        start = find_start(command)
+        # All weights come from the checkpoint then; adapters still need what they were trained on
+        start = Start() if resumes and command.training == "full" else find_start(command)
         transformer = load_transformer(command, start)
         modules = {"transformer": transformer}
         if command.alignment.weight:
@@ -165,7 +166,7 @@ class Trainer:
         precision = getattr(torch, command.model.precision)
         self.objective = Objective(wrapped["transformer"], wrapped.get("alignment"), command.alignment, precision)
         self.state = TrainState(modules, command.optimizer, command.steps)
-        if start.checkpoint is not None:
+        if start.checkpoint is not None and not resumes:
             self.state.load_weights(start.checkpoint, parallel.world_size > 1)
 
     def _resume(self, checkpoint: Path) -> None:
@@ -362,10 +363,13 @@ class Trainer:
         del self.batches  # ends the workers
         if self.log is not None:
             self.log.finish()
-        if not stop_signal:
-            return 0
-        logger.info("Stopped after step %d. Go on with: --resume latest", self.step)
-        return 128 + stop_signal
+        if stop_signal:
+            logger.info("Stopped after step %d. Go on with: --resume latest", self.step)
+            return 128 + stop_signal
+        logger.info(
+            "All %d steps are done. Write the weights: refalign-train export %s", self.step, self.command.output
+        )
+        return 0
 
 
 class Stopping:
