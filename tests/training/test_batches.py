@@ -358,10 +358,18 @@ def test_each_place_of_a_step_has_its_own_substitutes():
     assert len(set(substitutes)) == 4
 
 
-def test_a_bucket_that_cannot_be_read_ends_the_run():
+def test_a_bucket_that_cannot_be_read_is_left_for_another():
     samples = SmallSamples(6, broken=(1, 3, 5))
-    with pytest.raises(ValueError, match=r"None of 3 samples could be read; the last one, sample[135]: row [135] is"):
-        load(samples)
+    batches = list(load(samples))
+    assert {name for batch in batches for name in batch.ids} == {"sample0", "sample2", "sample4"}
+    assert {name for batch in batches for name, _ in batch.unusable} == {"sample1", "sample3", "sample5"}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_samples_that_cannot_be_read_at_all_end_the_run_in_one_line(workers):
+    samples = SmallSamples(6, broken=range(6))
+    with pytest.raises(ValueError, match=r"^None of \d+ samples could be read; the last one, sample\d: row \d is[^\n]*$"):
+        list(load(samples, workers=workers))
 
 
 def test_a_fault_of_the_program_is_not_taken_for_one_of_a_sample():

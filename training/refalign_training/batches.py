@@ -143,9 +143,17 @@ class Order:
             parts.append(np.resize(generator.permutation(members), length).reshape(-1, self.micro_batch_size))
         return generator.permutation(np.concatenate(parts))
 
+    def another(self, micro_batch: MicroBatch, attempt: int) -> MicroBatch:
+        """A micro-batch of any bucket, for when nothing of that one's can be read."""
+        generator = numpy_generator("another", self.seed, micro_batch.step, micro_batch.number, attempt)
+        members = self._members[generator.integers(len(self._members))]
+        return dataclasses.replace(
+            micro_batch, rows=tuple(np.resize(generator.permutation(members), self.micro_batch_size).tolist())
+        )
+
     def substitutes(self, row: int, step: int, place: int) -> list[int]:
         """Other samples of the same bucket, each once, for when that one cannot be read."""
-        members = next(members for members in self._members if row in members)
+        members = self._members[self._bucket_of[row]]
         others = members[members != row]
         generator = numpy_generator("substitute", self.seed, step, place)
         return generator.choice(others, min(MAX_SUBSTITUTES, len(others)), replace=False).tolist()
@@ -164,32 +172,42 @@ class _Turns(Sampler):
                 yield self.order(step, number)
 
 
+# The micro-batch as it was read, what was read, and the samples that could not be, with the reason
+Read = tuple[MicroBatch, list[Any], list[tuple[str, str]]]
+
+
 class _Reading(Dataset):
     """Reads micro-batches, in worker processes if there are some."""
 
     def __init__(self, samples: SampleReader, order: Order) -> None:
         self.samples, self.order = samples, order
 
-    def __getitem__(self, micro_batch: MicroBatch) -> tuple[MicroBatch, list[Any], list[tuple[str, str]]]:
+    def __getitem__(self, micro_batch: MicroBatch) -> Read:
         unusable: list[tuple[str, str]] = []
-        rows, values = [], []
-        for i, row in enumerate(micro_batch.rows):
-            place = micro_batch.number * len(micro_batch.rows) + i
-            row, value = self._read(row, micro_batch, place, unusable)
-            rows.append(row)
-            values.append(value)
-        return dataclasses.replace(micro_batch, rows=tuple(rows)), values, unusable
+        for attempt in range(1 + MAX_SUBSTITUTES):
+            chosen = self.order.another(micro_batch, attempt) if attempt else micro_batch
+            places = enumerate(chosen.rows, chosen.number * len(chosen.rows))
+            read = [self._read(row, chosen, place, unusable) for place, row in places]
+            if None not in read:
+                rows, values = zip(*read, strict=True)
+                return dataclasses.replace(chosen, rows=rows), list(values), unusable
+        raise ValueError(
+            f"None of {len(unusable)} samples could be read; the last one, {unusable[-1][0]}: {unusable[-1][1]}"
+        )
 
-    def _read(self, row: int, micro_batch: MicroBatch, place: int, unusable: list[tuple[str, str]]) -> tuple[int, Any]:
-        candidates = (row, *self.order.substitutes(row, micro_batch.step, place))
-        for candidate in candidates:
+    def _read(
+        self, row: int, micro_batch: MicroBatch, place: int, unusable: list[tuple[str, str]]
+    ) -> tuple[int, Any] | None:
+        """A sample that can be read: of that row, else of its bucket, and which; None if none can."""
+        candidates = [row]
+        for tried, candidate in enumerate(candidates):
             try:
                 return candidate, self.samples.read(candidate, self.order.seed, micro_batch.epoch)
             except (ValueError, OSError) as error:
                 unusable.append((self.samples.id(candidate), str(error)))
-        raise ValueError(
-            f"None of {len(candidates)} samples could be read; the last one, {unusable[-1][0]}: {unusable[-1][1]}"
-        )
+            if tried == 0:
+                candidates += self.order.substitutes(row, micro_batch.step, place)
+        return None
 
 
 class _Encoding(Dataset):
@@ -201,7 +219,7 @@ class _Encoding(Dataset):
     def __getitem__(self, micro_batch: MicroBatch) -> Batch:
         return self.finish(self.reading[micro_batch])
 
-    def finish(self, read: tuple[MicroBatch, list[Any], list[tuple[str, str]]]) -> Batch:
+    def finish(self, read: Read) -> Batch:
         micro_batch, values, unusable = read
         samples, order = self.reading.samples, self.reading.order
         values = [samples.encode(value) for value in values]
@@ -290,7 +308,7 @@ def load_batches(
     """
     encoding = _Encoding(_Reading(samples, order), options)
     loader = DataLoader(
-        encoding.reading if encodes else encoding,
+        _Told(encoding.reading if encodes else encoding),
         batch_size=None,
         sampler=_Turns(order, rank, world_size, first_step, steps),
         num_workers=workers,
@@ -298,7 +316,33 @@ def load_batches(
         pin_memory=pin_memory and not encodes,
         worker_init_fn=_outlive_signals,
     )
-    return map(encoding.finish, loader) if encodes else iter(loader)
+    read = _told(iter(loader))
+    return map(encoding.finish, read) if encodes else read
+
+
+class _Told(Dataset):
+    """Gives a ValueError instead of raising it: torch would wrap a worker's in a traceback."""
+
+    def __init__(self, inner: Dataset) -> None:
+        self.inner = inner
+
+    def __getitem__(self, micro_batch: MicroBatch) -> Any:
+        try:
+            return self.inner[micro_batch]
+        except ValueError as error:
+            return error
+
+
+def _told(values: Iterator[Any]) -> Iterator[Any]:
+    try:
+        for value in values:
+            if isinstance(value, ValueError):
+                raise value
+            yield value
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise ValueError(f"A process that reads has died, of memory perhaps ({error}). Lower data.workers.") from error
 
 
 def _as_it_is(value: Any) -> Any:

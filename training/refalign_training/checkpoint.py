@@ -26,6 +26,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
 
 from refalign.atomic import new_file
 from refalign.checkpoints import read_json
@@ -88,10 +89,11 @@ def save_checkpoint(
 
 
 def _file_numbers(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
-    """Which file each tensor goes into, from 1 on; the same in all processes."""
+    """Which file each tensor's part goes into, from 1 on, by the parts of the main process."""
     numbers, number, size = {}, 1, 0
     for name, tensor in tensors.items():
-        length = tensor.numel() * tensor.element_size()
+        part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        length = part.numel() * part.element_size()
         if size and size + length > FILE_BYTES:
             number, size = number + 1, 0
         numbers[name], size = number, size + length

@@ -26,7 +26,8 @@ class ModelOptions:
     """Of the base on the Hub."""
     start: Path | None = None
     """Weights to start from instead of the base's, with the projectors that come with them: an earlier run or one of
-    its checkpoints, a folder that `refalign-train export` wrote of full training, or a native safetensors file."""
+    its checkpoints (of its last step, not the average), a folder that `refalign-train export` wrote of full training,
+    or a native safetensors file."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """What is computed in. Trained weights, gradients and optimiser are always in float32; what is frozen is not."""
     gradient_checkpointing: bool = True
@@ -170,7 +171,7 @@ class LogOptions:
     project: str = "refalign"
     """The tracker's name for a group of runs."""
     gradients_every: int = 100
-    """Steps between measurements of the two losses' own gradients, which take an extra pass; 0: none."""
+    """Steps between measurements of the two losses' own gradients, which take two extra passes; 0: none."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ class ValidationOptions:
     samples: int = 16
     """So many samples of the dataset are held out, always the same ones and a tenth of it at most; 0: none."""
     cache: Path | None = None
-    """A cache of other samples to validate on; the dataset's own are all trained on then."""
+    """A cache whose first `samples` are validated on; the dataset's own are all trained on then."""
     videos: int = 2
     """Of so many of them videos are made, with the references beside them."""
     video_steps: int = 30
@@ -281,6 +282,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
     try:
         content = yaml.safe_load(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
@@ -397,7 +400,8 @@ def check(command: RunCommand) -> None:
         "steps": 1, "max_skipped_steps": 1, "batch.size": 1, "batch.micro": 1, "lora.rank": 1, "data.workers": 0,
         "checkpoints.every": 1, "checkpoints.keep_last": 1, "checkpoints.keep_every": 1, "log.every": 1,
         "log.gradients_every": 0, "validation.every": 0, "validation.samples": 0, "validation.videos": 0,
-        "validation.video_steps": 1, "optimizer.warmup_steps": 0, "optimizer.lr": 0, "optimizer.projector_lr": 0,
+        "validation.video_steps": 1, "validation.guidance_scale": 0, "validation.image_guidance_scale": 0,
+        "optimizer.warmup_steps": 0, "optimizer.lr": 0, "optimizer.projector_lr": 0,
         "optimizer.weight_decay": 0, "optimizer.max_grad_norm": 0, "alignment.weight": 0, "alignment.decay_steps": 0,
         "alignment.decay_start": 0, "alignment.stop_step": 0, "alignment.gate_power": 0,
         "alignment.negative_weight": 0, "objective.no_text": 0, "objective.no_references": 0, "objective.neither": 0,
@@ -422,6 +426,10 @@ def check(command: RunCommand) -> None:
         raise ValueError("alignment.decay_start and decay_steps go together. To end at once, pass stop_step.")
     if command.lora.dropout >= 1:
         raise ValueError(f"lora.dropout is {command.lora.dropout}: it has to be below 1.")
+    if optimizer.name == "adamw8bit" and command.parallel == "fsdp2":
+        raise ValueError("optimizer.name adamw8bit does not work with fsdp2. Choose adamw, or parallel ddp.")
+    if command.data.cache is not None and command.data.source.data is not None:
+        raise ValueError("data.cache and data.source.data are both set. --data.cache None leaves the cache out.")
     if (command.data.cache is None) == (command.data.source.data is None):
         raise ValueError(
             "Pass either data.cache, a folder of `refalign-train cache`, or a dataset as data.source.data."

@@ -147,12 +147,15 @@ def dry_run(command: RunCommand) -> int:
 
     from refalign_training.batches import Order, hold_out, read_first
     from refalign_training.networks import find_start, make_alignment, transformer_config
+    from refalign_training.parallel import wants_shards
     from refalign_training.samples import open_samples
     from refalign_training.tracking import check_tracker
+    from refalign_training.trainer import checkpoint_to_resume
 
-    start = find_start(command)
+    resumes = checkpoint_to_resume(command) is not None
+    start = find_start(command, resumes)
     config, needs_teacher = transformer_config(command.model), bool(command.alignment.weight)
-    samples = open_samples(command.data, command.model, needs_teacher, torch.device("cpu"))
+    samples = open_samples(command.data, command.model, needs_teacher, torch.device("cpu"), fetches=False)
     buckets = [tuple(bucket) for bucket in np.unique(samples.buckets, axis=0).tolist()]
     bucket = max(buckets, key=lambda bucket: _Shape(config, bucket, 0).tokens["all"])
     rows, held_out = hold_out(len(samples.buckets), 0 if command.validation.cache else command.validation.samples)
@@ -162,8 +165,8 @@ def dry_run(command: RunCommand) -> int:
         teacher_dim = read_first(samples, order)["teacher_features"].shape[-1]
         make_alignment(command.alignment, config, teacher_dim, start, command.seed)  # does it fit?
     check_tracker(command.log.tracker)
-    world_size, is_fsdp = int(os.environ.get("WORLD_SIZE", 1)), os.environ.get("ACCELERATE_USE_FSDP") == "true"
-    sharded = world_size > 1 and (command.parallel == "fsdp2" or (command.parallel == "auto" and is_fsdp))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    sharded = world_size > 1 and wants_shards(command.parallel)
     micro_batches = accumulation(command, world_size)
     if int(os.environ.get("RANK", 0)) == 0:
         taken = f"{micro_batches} x {command.batch.micro} on each of {world_size}"
@@ -172,6 +175,8 @@ def dry_run(command: RunCommand) -> int:
         print(f"{samples.name}: {counts}. Of the largest:")
         found = estimate(command, config, bucket, world_size, sharded=sharded, teacher_dim=teacher_dim)
         print("\n".join(found.lines()))
+        if len(rows) < command.batch.size:
+            print(f"{len(rows)} samples are fewer than a batch: some come twice a step.")
     return 0
 
 

@@ -1,5 +1,6 @@
 """The networks of a run: the transformer with what of it is trained, and the alignment's projectors."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,15 +40,16 @@ class Start:
     projectors: Mapping[str, Any] = field(default_factory=dict)
 
 
-def find_start(command: RunCommand) -> Start:
+def find_start(command: RunCommand, resumes: bool = False) -> Start:
     """
-    What `model.start` names.
+    What `model.start` names. A run that `resumes` has what it took of a checkpoint in its own: it needs but the whole
+    weights that adapters belong to.
 
     Raises:
         ValueError: if it is nothing to start from, or of another kind of training.
     """
     path = command.model.start
-    if path is None:
+    if path is None or (resumes and (command.training == "full" or not path.exists())):
         return Start()
     if not path.exists():
         raise ValueError(f"model.start is {path}, which does not exist.")
@@ -63,6 +65,8 @@ def find_start(command: RunCommand) -> Start:
         checkpoint = path
     else:
         return Start(None, *native_to_diffusers(read_headers(find_safetensors(path))))
+    if resumes:
+        return Start()
     training = read_state(checkpoint)["options"]["training"]
     if training != command.training:
         remedy = {
@@ -97,23 +101,22 @@ def transformer_config(options: ModelOptions) -> dict[str, Any]:
     return config
 
 
-def load_transformer(command: RunCommand, start: Start) -> RefAlignWanTransformer3DModel:
+def load_transformer(command: RunCommand, start: Start, resumes: bool = False) -> RefAlignWanTransformer3DModel:
     """
     The transformer on the CPU, its weights mapped from the files as they are stored; of a LoRA, cast, frozen and with
-    its adapters, which are the same for a seed.
+    its adapters, which are the same for a seed. A full run that `resumes` reads no file: the checkpoint fills it.
 
     Raises:
         ValueError: if the files do not fit the base's configuration.
     """
     options, config = command.model, transformer_config(command.model)
-    tensors, source = start.transformer, options.start
-    if not tensors:
-        folder = fetch_model(options.base, options.revision, ["transformer/*.json", "transformer/*.safetensors"])
-        tensors, source = read_headers(find_safetensors(folder / "transformer")), options.base
-    check_shapes(tensors, config, source)
     with init_empty_weights():
         transformer = RefAlignWanTransformer3DModel.from_config(config)
-    transformer.load_state_dict(read(tensors), assign=True)
+    if resumes and command.training == "full":
+        shapes = transformer.state_dict()
+        transformer.load_state_dict({n: torch.empty_like(t, device="cpu") for n, t in shapes.items()}, assign=True)
+    else:
+        transformer.load_state_dict(_stored_weights(options, config, start), assign=True)
     if command.training == "lora":
         transformer.cast_weights(getattr(torch, options.precision)).requires_grad_(False)
         _add_lora(transformer, command.lora, command.seed)
@@ -121,6 +124,27 @@ def load_transformer(command: RunCommand, start: Start) -> RefAlignWanTransforme
     if options.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     return transformer.train()
+
+
+def _stored_weights(options: ModelOptions, config: Mapping[str, Any], start: Start) -> dict[str, torch.Tensor]:
+    """The weights to start from, mapped from their files."""
+    tensors, source = start.transformer, options.start
+    if not tensors:
+        folder = fetch_model(options.base, options.revision, ["transformer/*.json", "transformer/*.safetensors"])
+        tensors, source = read_headers(find_safetensors(folder / "transformer")), options.base
+    check_shapes(tensors, config, source)
+    return read(tensors)
+
+
+def frozen_fingerprint(transformer: RefAlignWanTransformer3DModel) -> str:
+    """A digest of some values of every frozen weight: other weights, another digest. Empty if none is frozen."""
+    total, is_any = hashlib.sha256(), False
+    for name, parameter in transformer.named_parameters():
+        if not parameter.requires_grad:
+            is_any, values = True, parameter.detach().flatten()
+            places = torch.linspace(0, len(values) - 1, 64, dtype=torch.float64).long()
+            total.update(f"{name} {tuple(parameter.shape)}".encode() + values[places].float().numpy().tobytes())
+    return f"sha256:{total.hexdigest()}" if is_any else ""
 
 
 def _add_lora(transformer: RefAlignWanTransformer3DModel, options: LoraOptions, seed: int) -> None:

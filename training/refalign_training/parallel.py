@@ -25,6 +25,7 @@ class Parallel:
     """
 
     def __init__(self, mode: Literal["auto", "ddp", "fsdp2"] = "auto", device: str = "auto") -> None:
+        _check_device(device)
         # Without an accelerator it has to be told: else each process takes itself for the only one
         is_cpu = device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
         state = PartialState(cpu=is_cpu)
@@ -33,9 +34,7 @@ class Parallel:
         if self.world_size != launched:
             raise ValueError(f"{launched} processes were started, but {device} lets {self.world_size} work together.")
         self.device = state.device if device in ("auto", state.device.type) else torch.device(device)
-        if mode == "auto":
-            mode = "fsdp2" if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" else "ddp"
-        self.is_sharded = mode == "fsdp2" and self.world_size > 1
+        self.is_sharded = wants_shards(mode) and self.world_size > 1
         self._wrapped: list[nn.Module] = []
 
     @property
@@ -58,8 +57,14 @@ class Parallel:
                 return module
             ids = None if self.device.type == "cpu" else [self.device]
             warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # that it will be as we ask for
-            module = DistributedDataParallel(module, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+            # `find_unused_parameters` keeps the buckets as they are: else they are made anew after the first backward
+            # pass of a process, and three of them that went on would add in another order than those that did not stop
+            module = DistributedDataParallel(
+                module, ids, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
+            )
         else:
+            # Of tokens that are returned beside the velocity; nothing changes them in place
+            warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
             mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.world_size,))
             for part in (*parts, module):
                 _move(part, self.device, dtype)
@@ -103,6 +108,32 @@ class Parallel:
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
+
+    def close(self) -> None:
+        """Ends the processes' work together."""
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+
+def wants_shards(mode: str) -> bool:
+    """Whether `parallel` asks for FSDP2: itself, or by accelerate's file."""
+    is_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    return mode == "fsdp2" or (mode == "auto" and is_fsdp)
+
+
+def _check_device(name: str) -> None:
+    """Raises ValueError for a device that is none, or not here."""
+    if name == "auto":
+        return
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name} is no device: {error}") from None
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device.type != "cpu" and (here is None or here.type != device.type):
+        raise ValueError(f"--device {name} cannot be used: this machine has {here.type if here else 'a CPU alone'}.")
+    if device.index is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"--device {name} is one device for all processes. Pass {device.type}.")
 
 
 def _move(module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from refalign_training.data.randomness import numpy_generator
 from refalign_training.data.recipe import Recipe
 from refalign_training.data.sample import Sample, Unusable, usable
 from refalign_training.data.source import read_source
-from refalign_training.encoders import TeacherEncoder, TextEncoder, VaeEncoder, fetch_models, vae_config
+from refalign_training.encoders import Models, TeacherEncoder, TextEncoder, VaeEncoder, fetch_models, vae_config
 
 
 class CachedSamples:
@@ -59,7 +60,14 @@ class OnlineSamples:
         ValueError: if the dataset has no usable sample, or a model cannot be had.
     """
 
-    def __init__(self, options: DataOptions, model: ModelOptions, needs_teacher: bool, device: torch.device) -> None:
+    def __init__(
+        self,
+        options: DataOptions,
+        model: ModelOptions,
+        needs_teacher: bool,
+        device: torch.device,
+        fetches: bool = True,
+    ) -> None:
         self.recipe, self.device = options.recipe, device
         self.recipe.check()
         self.samples = [sample for sample in usable(read_source(options.source)) if sample.prompts]
@@ -71,11 +79,17 @@ class OnlineSamples:
         self.buckets = np.array([(*video, len(sample.references)) for sample in self.samples], np.int32)
         self.name = options.source.data
         self.fingerprint = hash_of(self.samples, self.recipe)
-        families = ("video", "references", "text", *(("teacher",) if needs_teacher else ()))
-        self._models = fetch_models(families, model.base, options.teacher, model.revision, options.teacher_revision)
-        self._vae_config = vae_config(self._models.pipeline)
+        self._families = ("video", "references", "text", *(("teacher",) if needs_teacher else ()))
+        self._names = (model.base, options.teacher, model.revision, options.teacher_revision)
         self._dtype = getattr(torch, model.precision)
         self._encoders: dict[str, Any] = {}
+        if fetches:
+            vae_config(self._models.pipeline)
+
+    @cached_property
+    def _models(self) -> Models:
+        """Downloaded, if they have to be: a dry run does not ask for them."""
+        return fetch_models(self._families, *self._names)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_encoders": {}}  # workers that are spawned need none, and each would get 11 GB
@@ -105,7 +119,8 @@ class OnlineSamples:
         return value
 
     def _latents(self, family: str, read: dict[str, Decoded]) -> torch.Tensor:
-        return normalize_latents(self._encoder(family)([read[family]])[0]["latents"], self._vae_config)
+        latents = self._encoder(family)([read[family]])[0]["latents"]
+        return normalize_latents(latents, vae_config(self._models.pipeline))
 
     def empty_prompt_embeds(self) -> torch.Tensor:
         if "empty" not in self._encoders:
@@ -137,9 +152,9 @@ def hash_of(samples: Sequence[Sample], recipe: Recipe) -> str:
 
 
 def open_samples(
-    options: DataOptions, model: ModelOptions, needs_teacher: bool, device: torch.device
+    options: DataOptions, model: ModelOptions, needs_teacher: bool, device: torch.device, fetches: bool = True
 ) -> CachedSamples | OnlineSamples:
-    """The samples that a run is to be trained on."""
+    """The samples that a run is to be trained on; without `fetches`, only to look at how many of which size."""
     if options.cache is not None:
         return CachedSamples(options.cache, needs_teacher)
-    return OnlineSamples(options, model, needs_teacher, device)
+    return OnlineSamples(options, model, needs_teacher, device, fetches)

@@ -12,11 +12,11 @@ import importlib.metadata
 import logging
 import math
 import resource
-import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,13 +34,15 @@ from refalign_training.checkpoint import (
     save_checkpoint,
 )
 from refalign_training.config import RunCommand, accumulation, changed_options, check, flatten, to_yaml
+from refalign_training.encoders import vae_config
 from refalign_training.frozen_models import fetch_model
-from refalign_training.networks import Start, find_start, load_transformer, make_alignment
+from refalign_training.networks import find_start, frozen_fingerprint, load_transformer, make_alignment
 from refalign_training.objective import Objective
 from refalign_training.parallel import Parallel, gradient_norm
 from refalign_training.plots import describe_timesteps, plot_timesteps
 from refalign_training.samples import CachedSamples, open_samples
 from refalign_training.state import TrainState, learning_rate_factor
+from refalign_training.stopping import Stopping
 from refalign_training.tracking import Metrics, RunLog, append_skipped, check_tracker
 from refalign_training.validation import Validation
 
@@ -63,7 +65,10 @@ def run(command: RunCommand) -> int:
         from refalign_training.estimate import dry_run
 
         return dry_run(command)
-    return Trainer(command).train()
+    trainer = Trainer(command)
+    code = trainer.train()
+    trainer.parallel.close()
+    return code
 
 
 class Trainer:
@@ -75,9 +80,7 @@ class Trainer:
         check_tracker(command.log.tracker)
         if not self.parallel.is_main:
             logging.getLogger("refalign_training").setLevel(logging.ERROR)
-        if command.optimizer.name == "adamw8bit" and self.parallel.is_sharded:
-            raise ValueError("optimizer.name adamw8bit does not work with fsdp2. Choose adamw, or parallel ddp.")
-        checkpoint = _checkpoint_to_resume(command)
+        checkpoint = checkpoint_to_resume(command)
         self.accumulation = accumulation(command, self.parallel.world_size)
         self._open_samples()
         self._open_validation()
@@ -132,6 +135,10 @@ class Trainer:
         self.samples = open_samples(command.data, command.model, bool(command.alignment.weight), self.parallel.device)
         wanted = command.validation.samples if command.validation.cache is None else 0
         self.rows, self.held_out = hold_out(len(self.samples.buckets), wanted)
+        if len(self.rows) < command.batch.size:
+            logger.warning(
+                "Only %d samples for batches of %d: some come twice a step.", len(self.rows), command.batch.size
+            )
         batch = command.batch
         self.order = Order(self.samples.buckets, self.rows, batch.size, batch.micro, command.seed)
 
@@ -139,39 +146,59 @@ class Trainer:
         options, samples, rows = self.command.validation, self.samples, self.held_out
         if options.every and options.cache is not None:
             samples = CachedSamples(options.cache, bool(self.command.alignment.weight))
-            rows = np.arange(len(samples.buckets))
+            rows = np.arange(len(samples.buckets))[: options.samples]
         self.validation = None
         if options.every and len(rows):
             validation = Validation(samples, rows, options, self.command.objective, self.parallel)
             self.validation = validation if validation.values else None
             if self.validation is None:
                 logger.warning("There is no validation: none of its %d samples can be read.", len(rows))
+        if self.validation is not None and options.videos and self.parallel.is_main:
+            # Now, and not when the first videos are due
+            self.vae_folder = fetch_model(self.command.model.base, self.command.model.revision, ["vae/*"])
+            vae_config(self.vae_folder)
 
     def _make_networks(self, resumes: bool) -> None:
         command, parallel = self.command, self.parallel
-        # All weights come from the checkpoint then; adapters still need what they were trained on
-        start = Start() if resumes and command.training == "full" else find_start(command)
-        transformer = load_transformer(command, start)
+        start = find_start(command, resumes)
+        transformer = load_transformer(command, start, resumes)
+        self.frozen = frozen_fingerprint(transformer)
+        self.base = command.model.start if start.transformer and self.frozen else command.model.base
         modules = {"transformer": transformer}
         if command.alignment.weight:
             value = read_first(self.samples, self.order)
             config, teacher_dim = transformer.config, value["teacher_features"].shape[-1]
             modules["alignment"] = make_alignment(command.alignment, config, teacher_dim, start, command.seed)
         dtype = torch.float32 if command.training == "full" else None
-        wrapped = {
-            "transformer": parallel.wrap(transformer, transformer.blocks, dtype),
-            **{name: parallel.wrap(module) for name, module in modules.items() if name == "alignment"},
-        }
+        wrapped = {"transformer": parallel.wrap(transformer, transformer.blocks, dtype)}
+        if "alignment" in modules:
+            wrapped["alignment"] = parallel.wrap(modules["alignment"])
         self.transformer = transformer
         precision = getattr(torch, command.model.precision)
         self.objective = Objective(wrapped["transformer"], wrapped.get("alignment"), command.alignment, precision)
         self.state = TrainState(modules, command.optimizer, command.steps)
-        if start.checkpoint is not None and not resumes:
+        if start.checkpoint is not None:
+            self._check_start(read_state(start.checkpoint), start.checkpoint)
             self.state.load_weights(start.checkpoint, parallel.world_size > 1)
+
+    def _check_start(self, state: Mapping[str, Any], checkpoint: Path) -> None:
+        """Adapters mean something only on the weights, and at the scale, that they were trained with."""
+        if state["frozen"] != self.frozen:
+            raise ValueError(f"The adapters of {checkpoint} were trained on other weights than this run's model.base.")
+        scales = [
+            options["lora.alpha"] / options["lora.rank"] for options in (state["options"], flatten(self.command))
+        ]
+        if self.frozen and scales[0] != scales[1]:
+            raise ValueError(
+                f"The adapters of {checkpoint} have a scale (alpha / rank) of {scales[0]:g}: pass the same."
+            )
 
     def _resume(self, checkpoint: Path) -> None:
         state = read_state(checkpoint)
         changes = changed_options(state["options"], flatten(self.command))
+        is_told = any(change.startswith(("training:", "model.")) for change in changes)
+        if state["frozen"] != self.frozen and not is_told:
+            changes.append("the weights that the adapters were trained on")
         if state["dataset"]["fingerprint"] != self.samples.fingerprint:
             changes.append(
                 f"the dataset: {state['dataset']['name']} of {state['dataset']['samples']} samples -> "
@@ -255,7 +282,8 @@ class Trainer:
                 part.mean().backward()
             norms[name] = gradient_norm(list(self.state.parameters.values())).item()
             self.state.optimizer.zero_grad()
-        if not all(map(math.isfinite, norms.values())):  # the step is about to be skipped
+        is_measured = all(map(math.isfinite, norms.values())) and bool(batch.keeps_references.any())
+        if not is_measured:  # the step is about to be skipped, or there is nothing to align
             return
         self.extra |= {f"gradients/{name}": norm for name, norm in norms.items()}
         self.extra["gradients/ratio"] = norms["alignment"] / max(norms["diffusion"], 1e-12)
@@ -311,6 +339,8 @@ class Trainer:
             "samples": self.step * command.batch.size,
             "skipped_in_a_row": self.skipped_in_a_row,
             "options": flatten(command),
+            "base": str(Path(self.base).resolve()) if Path(self.base).exists() else str(self.base),
+            "frozen": self.frozen,
             "dataset": {
                 "name": self.samples.name,
                 "samples": len(self.samples.buckets),
@@ -339,8 +369,7 @@ class Trainer:
             pictures = {}
             if options.videos:
                 folder = self.command.output / "samples" / checkpoint_name(self.step)
-                model = fetch_model(self.command.model.base, self.command.model.revision, ["vae/*"])
-                pictures = self.validation.write_videos(self.objective, self.transformer, model, folder)
+                pictures = self.validation.write_videos(self.objective, self.transformer, self.vae_folder, folder)
         logger.info("Step %d: held-out loss %.4f", self.step, values["validation/mse"])
         if self.log is not None:
             self.log.log(values, self.step)
@@ -366,39 +395,19 @@ class Trainer:
         if stop_signal:
             logger.info("Stopped after step %d. Go on with: --resume latest", self.step)
             return 128 + stop_signal
-        logger.info(
-            "All %d steps are done. Write the weights: refalign-train export %s", self.step, self.command.output
-        )
+        output = self.command.output
+        logger.info("All %d steps are done. Next: refalign-train export %s --output FOLDER", self.step, output)
         return 0
-
-
-class Stopping:
-    """Within it, SIGTERM and the first Ctrl-C only leave their number in `signal`: the step ends and is saved."""
-
-    def __init__(self) -> None:
-        self.signal = 0
-
-    def __enter__(self) -> "Stopping":
-        self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
-        logger.warning("Asked to stop: the step is finished and saved first.")
 
 
 def _is_due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
 
 
-def _checkpoint_to_resume(command: RunCommand) -> Path | None:
+def checkpoint_to_resume(command: RunCommand) -> Path | None:
+    """Where the run goes on; ValueError if there is nothing, or if its folder holds a run that was not asked for."""
     if command.resume == "auto" and not has_checkpoint(command.output):
+        logger.info("There is no checkpoint in %s: the run starts.", command.output)
         return None
     if command.resume is not None:
         return find_checkpoint(command.output if command.resume in ("latest", "auto") else Path(command.resume))

@@ -50,6 +50,9 @@ class Validation:
                 self.values.append((samples.id(row), samples.encode(samples.read(row, seed=0, epoch=0))))
             except (ValueError, OSError) as error:
                 logger.warning("%s cannot be validated on: %s", samples.id(row), error)
+        # One that a single process could not read is left out by all: they compute together
+        common = set.intersection(*(set(ids) for ids in parallel.gather([name for name, _ in self.values])))
+        self.values = [pair for pair in self.values if pair[0] in common]
         self._empty_prompt_embeds = samples.empty_prompt_embeds()
 
     # -- Losses ----------------------------------------------------------------------------------------------------
