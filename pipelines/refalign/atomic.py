@@ -1,5 +1,6 @@
 """Output that is there as a whole or not at all: written beside its place, then renamed."""
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ def new_folder(output: str | Path) -> Iterator[Path]:
     with _beside(output) as folder:
         folder.mkdir()
         yield folder
+        for file in folder.rglob("*"):
+            _open_to_others(file)
         folder.rename(output)
 
 
@@ -33,6 +36,7 @@ def new_file(output: str | Path, overwrite: bool = False) -> Iterator[Path]:
         raise ValueError(f"{output} exists already. Name another output, or move it away.")
     with _beside(output) as file:
         yield file
+        _open_to_others(file)
         file.replace(output)
 
 
@@ -41,6 +45,14 @@ def check_free(output: str | Path) -> None:
     output = Path(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"{output} exists already. Name another output, or move it away.")
+
+
+def _open_to_others(path: Path) -> None:
+    """Gives a file the mode that new files have: safetensors makes its own readable by nobody else."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    if path.is_file() and not path.is_symlink():
+        path.chmod(0o666 & ~umask)
 
 
 @contextmanager

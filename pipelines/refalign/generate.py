@@ -315,6 +315,7 @@ def _load_loras(pipeline, loras: list[tuple[str, float]]) -> None:
         if name not in pipeline.get_list_adapters().get("transformer", ()):
             raise ValueError(f"LoRA {source} holds no weights for Wan's transformer.")
         scales[name] = scale
+        print(f"LoRA {source}, scale {scale:g}")
     if scales:
         pipeline.set_adapters(list(scales), list(scales.values()))
 

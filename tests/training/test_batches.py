@@ -368,7 +368,9 @@ def test_a_bucket_that_cannot_be_read_is_left_for_another():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_samples_that_cannot_be_read_at_all_end_the_run_in_one_line(workers):
     samples = SmallSamples(6, broken=range(6))
-    with pytest.raises(ValueError, match=r"^None of \d+ samples could be read; the last one, sample\d: row \d is[^\n]*$"):
+    with pytest.raises(
+        ValueError, match=r"^None of \d+ samples could be read; the last one, sample\d: row \d is[^\n]*$"
+    ):
         list(load(samples, workers=workers))
 
 

@@ -506,7 +506,7 @@ def test_of_a_path_only_the_last_part_is_shown(name, run_copy):
 
 
 def test_a_token_is_refused_and_nothing_is_left(run_copy):
-    change_state(run_copy, dataset__licence="hf_" + "aBcDeFgHiJ" * 4)
+    change_state(run_copy, dataset__name="hf_" + "aBcDeFgHiJ" * 4)
     with pytest.raises(ValueError, match=r"README\.md holds what looks like a token"):
         export.run(ExportCommand(run_copy, run_copy.parent / "out"))
     assert [path.name for path in run_copy.parent.iterdir()] == ["run"]

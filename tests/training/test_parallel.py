@@ -270,6 +270,16 @@ def test_two_stopped_processes_come_to_the_same_tensors(stopped, tmp_path):
     assert_equal_runs(train(resumed(copy), processes=2), undisturbed)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
+def test_three_killed_processes_come_to_the_same_tensors(training_world, tmp_path, mode):
+    """Of three summands the order counts, unlike of two."""
+    options = {"training": "full", "batch.size": 6, "batch.micro": 1, "parallel": mode}
+    command = run_command(tmp_path / "run", training_world.wan, training_world.cache, **options)
+    undisturbed = train(changed(command, output=tmp_path / "undisturbed"), processes=3)
+    assert_equal_runs(train_with_kills(command, processes=3), undisturbed)
+
+
 # -- An alignment that ends -------------------------------------------------------------------------------------------
 
 

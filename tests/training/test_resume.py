@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from refalign_training.checkpoint import find_checkpoint, read_state
 from refalign_training.config import RunCommand
@@ -247,3 +248,43 @@ def test_an_earlier_checkpoint_is_gone_on_with_beside_later_ones(training_world,
 
 def test_a_lora_checkpoint_holds_nothing_of_the_base(finished):
     assert_holds_no_base(find_checkpoint(finished.output))
+
+
+# -- The weights that adapters belong to ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def other_base(training_world, tmp_path) -> Path:
+    """The world's pipeline with other weights in its transformer."""
+    folder = Path(shutil.copytree(training_world.wan, tmp_path / "other"))
+    file = folder / "transformer/diffusion_pytorch_model.safetensors"
+    save_file({name: 1.5 * tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    return folder
+
+
+def test_other_weights_in_the_place_of_the_base_are_refused(training_world, other_base, tmp_path):
+    wan = Path(shutil.copytree(training_world.wan, tmp_path / "wan"))
+    command = run_command(tmp_path / "run", wan, training_world.cache, steps=1)
+    train(command)
+    shutil.rmtree(wan)
+    other_base.rename(wan)
+    with pytest.raises(ValueError, match="the weights that the adapters were trained on"):
+        Trainer(resumed(command))
+
+
+def test_adapters_do_not_start_on_other_weights_than_their_own(finished, training_world, other_base, tmp_path):
+    options = {"model.start": finished.output, "lora.dropout": 0.2}
+    command = run_command(tmp_path / "run", other_base, training_world.cache, **options)
+    with pytest.raises(ValueError, match="were trained on other weights"):
+        Trainer(command)
+
+
+def test_a_full_run_goes_on_without_the_files_it_started_from(training_world, tmp_path):
+    wan = Path(shutil.copytree(training_world.wan, tmp_path / "wan"))
+    options = {"training": "full", "checkpoints.every": 2, "steps": 4}
+    command = run_command(tmp_path / "run", wan, training_world.cache, **options)
+    undisturbed = Path(shutil.copytree(train(command), tmp_path / "undisturbed"))
+    for weights in (wan / "transformer").glob("*.safetensors"):
+        weights.unlink()
+    early = str(command.output / "checkpoints/step-00000002")
+    assert_equal_runs(train(changed(command, resume=early)), undisturbed)

@@ -52,10 +52,12 @@ def write_card(
     """
     options, dataset = state["options"], state["dataset"]
     is_lora = options["training"] == "lora"
-    datasets = list(datasets) or [name for name in (_dataset(dataset["name"]),) if is_hub_id(name)]
+    # A cache has but its folder's name, which says nothing
+    known = DATASETS.get(dataset["name"]) if options["data.cache"] is None else None
+    datasets = list(datasets) or [known] * (known is not None)
     losses = write_curve(run / METRICS_FILE, state["step"], folder / CURVE)
     num_frames, height, width = (_sizes(state) or [_size(Recipe())])[0]
-    rows = training_facts(state, _linked(base), _named(datasets) or _linked(_dataset(dataset["name"])), weights)
+    rows = training_facts(state, _linked(base), _named(datasets) or f"`{public_name(dataset['name'])}`", weights)
     text = fill_card(
         "trained_lora" if is_lora else "trained",
         base_model=base if is_hub_id(base) else None,
@@ -72,7 +74,6 @@ def write_card(
         losses=losses,
         curve=CURVE if (folder / CURVE).is_file() else None,
         sample=write_sample(run / "samples", state["step"], folder),
-        dataset_licence=dataset.get("licence"),
         native=NATIVE if (folder / NATIVE).is_file() else None,
         projectors=PROJECTORS if (folder / PROJECTORS).is_file() else None,
         height=height,
@@ -100,10 +101,6 @@ def _linked(name: str) -> str:
     return f"[{name}](https://huggingface.co/{name})" if is_hub_id(name) else f"`{name}`"
 
 
-def _dataset(name: str) -> str:
-    return DATASETS.get(name, name)
-
-
 def _named(datasets: Iterable[str]) -> str:
     return ", ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in datasets)
 
@@ -115,6 +112,8 @@ def _base_licence(base: str, folder: Path | None) -> str:
         licence = ModelCard(file.read_text("utf-8"), ignore_metadata_errors=True).data.license
         if isinstance(licence, str):
             return licence
+    if not is_hub_id(base):
+        logger.warning("The card names the base %s, a folder here. Pass --base ORG/NAME.", public_name(base))
     if not base.startswith("Wan-AI/"):
         logger.warning("The licence of %s is not known: the card says Wan's, apache-2.0. Else pass --licence.", base)
     return "apache-2.0"

@@ -67,7 +67,7 @@ def run(command: ExportCommand) -> int:
     if command.push is not None:
         hub.check_repo_id(command.push)
     export(command)
-    print(f"Wrote {command.output}")
+    print(f"Wrote {command.output}. Read its README.md before you publish it.")
     if command.push is not None:
         names = hub.push(command.output, command.push, command.private, command.dry_run)
         print("\n".join(names))
@@ -86,7 +86,7 @@ def export(command: ExportCommand) -> None:
     checkpoint = find_checkpoint(command.checkpoint).resolve()
     state = read_state(checkpoint)
     options = state["options"]
-    base = command.base or options["model.base"]
+    base = command.base or state.get("base", options["model.base"])
     average = command.weights == "average" or (
         command.weights == "auto" and options["optimizer.ema_decay"] is not None
     )
@@ -95,7 +95,7 @@ def export(command: ExportCommand) -> None:
             base_folder = Path(base) if Path(base).is_dir() else None
             _write_lora(folder, checkpoint, options, average, command)
         else:
-            base_folder = _fetch_base(base, None if command.base else options["model.revision"])
+            base_folder = _fetch_base(base, options["model.revision"] if base == options["model.base"] else None)
             _write_pipeline(folder, checkpoint, base_folder, average, command)
         if projectors := read_projectors(checkpoint):
             _save(projectors, folder / PROJECTORS)
