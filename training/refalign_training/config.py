@@ -6,6 +6,7 @@ A file's keys are the options' names: `optimizer: {lr: 5e-5}` is `--optimizer.lr
 import dataclasses
 import difflib
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -393,6 +394,12 @@ def accumulation(command: RunCommand, world_size: int) -> int:
     return count
 
 
+def wants_shards(mode: str) -> bool:
+    """Whether `parallel` asks for FSDP2: itself, or by accelerate's file."""
+    is_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    return mode == "fsdp2" or (mode == "auto" and is_fsdp)
+
+
 def check(command: RunCommand) -> None:
     """Raises ValueError, naming the option, for values that cannot be meant or do not fit each other."""
     values = flatten(command)
@@ -426,7 +433,7 @@ def check(command: RunCommand) -> None:
         raise ValueError("alignment.decay_start and decay_steps go together. To end at once, pass stop_step.")
     if command.lora.dropout >= 1:
         raise ValueError(f"lora.dropout is {command.lora.dropout}: it has to be below 1.")
-    if optimizer.name == "adamw8bit" and command.parallel == "fsdp2":
+    if optimizer.name == "adamw8bit" and wants_shards(command.parallel):
         raise ValueError("optimizer.name adamw8bit does not work with fsdp2. Choose adamw, or parallel ddp.")
     if command.data.cache is not None and command.data.source.data is not None:
         raise ValueError("data.cache and data.source.data are both set. --data.cache None leaves the cache out.")

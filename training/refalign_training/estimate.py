@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from refalign_training.config import AlignmentOptions, OptimizerOptions, RunCommand, accumulation
+from refalign_training.config import AlignmentOptions, OptimizerOptions, RunCommand, accumulation, wants_shards
 
 
 GIB = 2**30
@@ -147,7 +147,6 @@ def dry_run(command: RunCommand) -> int:
 
     from refalign_training.batches import Order, hold_out, read_first
     from refalign_training.networks import find_start, make_alignment, transformer_config
-    from refalign_training.parallel import wants_shards
     from refalign_training.samples import open_samples
     from refalign_training.tracking import check_tracker
     from refalign_training.trainer import checkpoint_to_resume

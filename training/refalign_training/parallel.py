@@ -14,6 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from refalign_training.config import wants_shards
+
 
 class Parallel:
     """
@@ -113,12 +115,6 @@ class Parallel:
         """Ends the processes' work together."""
         if self.world_size > 1:
             dist.destroy_process_group()
-
-
-def wants_shards(mode: str) -> bool:
-    """Whether `parallel` asks for FSDP2: itself, or by accelerate's file."""
-    is_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    return mode == "fsdp2" or (mode == "auto" and is_fsdp)
 
 
 def _check_device(name: str) -> None:
