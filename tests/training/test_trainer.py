@@ -542,3 +542,12 @@ def test_a_start_of_another_size_is_refused(command, tmp_path):
     save_file(diffusers_to_native(transformer.state_dict()), tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="does not fit the base"):
         Trainer(command(training="full", **{"model.start": tmp_path / "other.safetensors"}))
+
+
+def test_a_users_own_file_in_the_runs_folder_stays_as_it_is(training_world, tmp_path):
+    mine = tmp_path / "run/config.yaml"
+    mine.parent.mkdir()
+    mine.write_text("steps: 1  # a comment\n", "utf-8")
+    command = run_command(mine.parent, training_world.wan, training_world.cache, steps=1, config=mine)
+    assert Trainer(command).train() == 0
+    assert mine.read_text("utf-8") == "steps: 1  # a comment\n"

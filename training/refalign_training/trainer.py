@@ -237,8 +237,10 @@ class Trainer:
         self.log = None
         if self.parallel.is_main:
             command.output.mkdir(parents=True, exist_ok=True)
-            with new_file(command.output / "config.yaml", overwrite=True) as file:
-                file.write_text(to_yaml(command), "utf-8")
+            options = command.output / "config.yaml"
+            if command.config is None or command.config.resolve() != options.resolve():  # the user's, with comments
+                with new_file(options, overwrite=True) as file:
+                    file.write_text(to_yaml(command), "utf-8")
             picture = command.output / "timesteps.png"
             plot_timesteps(command.objective.timesteps, picture, command.alignment.gate_power)
             self.log = RunLog(command.output, command.log, flatten(command), self.step)
