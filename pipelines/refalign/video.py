@@ -50,7 +50,7 @@ def write_video(
         with av.open(str(file), "w", format="mp4", options={"movflags": "+faststart"}) as container:
             if settings is not None:
                 container.metadata["comment"] = json.dumps(settings, ensure_ascii=False)
-            # With more threads, equal frames give other files
+            # With more threads, equal frames give other files more often
             stream = container.add_stream("libx264", rate=fps, options={"crf": "17", "threads": "1"})
             stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
             for frame in frames:
