@@ -192,6 +192,7 @@ RUN = {
     "log.gradients_every": 3,  # not where a run goes on: it seeds too
     "validation.every": 1,
     "validation.samples": 1,
+    "validation.videos": 1,
 }
 PAIRS = [
     pytest.param(("ddp", "lora"), id="ddp-lora"),

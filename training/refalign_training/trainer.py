@@ -153,6 +153,7 @@ class Trainer:
             self.validation = validation if validation.values else None
             if self.validation is None:
                 logger.warning("There is no validation: none of its %d samples can be read.", len(rows))
+        self.vae_folder: Path | None = None  # only the main process decodes
         if self.validation is not None and options.videos and self.parallel.is_main:
             # Now, and not when the first videos are due
             self.vae_folder = fetch_model(self.command.model.base, self.command.model.revision, ["vae/*"])

@@ -104,7 +104,7 @@ class Validation:
     # -- Videos ----------------------------------------------------------------------------------------------------
 
     def write_videos(
-        self, objective: Objective, transformer: RefAlignWanTransformer3DModel, model: Path, folder: Path
+        self, objective: Objective, transformer: RefAlignWanTransformer3DModel, model: Path | None, folder: Path
     ) -> dict[str, Image.Image]:
         """
         Writes for the first samples `<id>.mp4`, the video beside its references, and `<id>.png`, frames of it. All
@@ -112,7 +112,7 @@ class Validation:
 
         Args:
             transformer ([`RefAlignWanTransformer3DModel`]): the objective's own, not wrapped.
-            model (`Path`): the pipeline's folder whose VAE decodes.
+            model (`Path`): the pipeline's folder whose VAE decodes; the main process needs it alone.
             folder (`Path`): where to write; existing files are replaced.
 
         Returns:
