@@ -81,12 +81,15 @@ class BatchOptions:
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """AdamW, and how its learning rate goes."""
+    """AdamW or Muon, and how the learning rate goes."""
 
-    name: Literal["adamw", "adamw8bit"] = "adamw"
-    """adamw8bit keeps its state in 8 bits (needs bitsandbytes; not with fsdp2)."""
+    name: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """adamw8bit keeps its state in 8 bits (needs bitsandbytes). muon changes the matrices of the blocks by Muon and
+    all else by AdamW. Neither works with fsdp2."""
     lr: float = 5e-5
-    """Learning rate."""
+    """AdamW's learning rate."""
+    muon_lr: float = 1e-2
+    """Muon's learning rate."""
     projector_lr: float | None = None
     """Of the projectors; by default the same."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -408,7 +411,7 @@ def check(command: RunCommand) -> None:
         "checkpoints.every": 1, "checkpoints.keep_last": 1, "checkpoints.keep_every": 1, "log.every": 1,
         "log.gradients_every": 0, "validation.every": 0, "validation.samples": 0, "validation.videos": 0,
         "validation.video_steps": 1, "validation.guidance_scale": 0, "validation.image_guidance_scale": 0,
-        "optimizer.warmup_steps": 0, "optimizer.lr": 0, "optimizer.projector_lr": 0,
+        "optimizer.warmup_steps": 0, "optimizer.lr": 0, "optimizer.muon_lr": 0, "optimizer.projector_lr": 0,
         "optimizer.weight_decay": 0, "optimizer.max_grad_norm": 0, "alignment.weight": 0, "alignment.decay_steps": 0,
         "alignment.decay_start": 0, "alignment.stop_step": 0, "alignment.gate_power": 0,
         "alignment.negative_weight": 0, "objective.no_text": 0, "objective.no_references": 0, "objective.neither": 0,
@@ -433,8 +436,8 @@ def check(command: RunCommand) -> None:
         raise ValueError("alignment.decay_start and decay_steps go together. To end at once, pass stop_step.")
     if command.lora.dropout >= 1:
         raise ValueError(f"lora.dropout is {command.lora.dropout}: it has to be below 1.")
-    if optimizer.name == "adamw8bit" and wants_shards(command.parallel):
-        raise ValueError("optimizer.name adamw8bit does not work with fsdp2. Choose adamw, or parallel ddp.")
+    if optimizer.name != "adamw" and wants_shards(command.parallel):
+        raise ValueError(f"optimizer.name {optimizer.name} does not work with fsdp2. Choose adamw, or parallel ddp.")
     if command.data.cache is not None and command.data.source.data is not None:
         raise ValueError("data.cache and data.source.data are both set. --data.cache None leaves the cache out.")
     if (command.data.cache is None) == (command.data.source.data is None):

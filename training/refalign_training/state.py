@@ -1,9 +1,8 @@
 """All that changes while a run goes on: trained weights, their average, the optimiser."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from refalign_training.checkpoint import load_tensors, stored_tensors
 from refalign_training.config import OptimizerOptions
+from refalign_training.muon import MuonWithAdamW, is_hidden, is_matrix
 from refalign_training.parallel import gradient_norm
 
 
@@ -42,19 +42,22 @@ class TrainState:
         if options.ema_decay is not None:
             averaged = (name for name in self.parameters if not name.startswith(PROJECTORS))  # they are not exported
             self.averages = {name: self.parameters[name].detach().clone() for name in averaged}
-        self.optimizer = _optimizer_class(options.name)(
-            self._groups(), lr=options.lr, betas=options.betas, eps=options.eps
-        )
+        self.optimizer = _make_optimizer(options, self._groups())
 
     def _groups(self) -> list[dict[str, Any]]:
+        """The parameters of one learning rate and weight decay together; with Muon, those that it changes apart."""
         options, groups = self.options, {}
         for name, parameter in self.parameters.items():
             lr = options.lr
             if name.startswith(PROJECTORS) and options.projector_lr is not None:
                 lr = options.projector_lr
-            is_matrix = parameter.ndim >= 2 and not name.endswith("scale_shift_table")
-            groups.setdefault((lr, options.weight_decay if is_matrix else 0.0), []).append(parameter)
-        return [{"params": p, "full_lr": lr, "weight_decay": decay} for (lr, decay), p in groups.items()]
+            extra = {}
+            if options.name == "muon" and is_hidden(name, parameter):
+                lr, extra = options.muon_lr, {"muon": True}
+            decay = options.weight_decay if is_matrix(name, parameter) else 0.0
+            group = {"full_lr": lr, "lr": lr, "weight_decay": decay, **extra}
+            groups.setdefault(tuple(group.items()), []).append(parameter)
+        return [{"params": parameters, **dict(group)} for group, parameters in groups.items()]
 
     # -- A step ----------------------------------------------------------------------------------------------------
 
@@ -171,11 +174,16 @@ def learning_rate_factor(step: int, steps: int, options: OptimizerOptions) -> fl
     return 1.0
 
 
-def _optimizer_class(name: str) -> Callable[..., torch.optim.Optimizer]:
-    if name == "adamw":
-        return partial(torch.optim.AdamW, fused=True)  # the others take as much memory as the gradients for a moment
+def _make_optimizer(
+    options: OptimizerOptions, groups: list[dict[str, Any]]
+) -> torch.optim.Optimizer | MuonWithAdamW:
+    if options.name == "muon":
+        return MuonWithAdamW(groups, options.betas, options.eps)
+    if options.name == "adamw":
+        # The others than the fused one take as much memory as the gradients for a moment
+        return torch.optim.AdamW(groups, betas=options.betas, eps=options.eps, fused=True)
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as error:
         raise ValueError("optimizer.name adamw8bit needs bitsandbytes: pip install bitsandbytes") from error
-    return AdamW8bit
+    return AdamW8bit(groups, betas=options.betas, eps=options.eps)

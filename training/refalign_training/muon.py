@@ -1,0 +1,70 @@
+"""Muon for the matrices of a network's blocks, AdamW for all else, as one optimiser."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+_HIDDEN = re.compile(r"block|\blayers?\.\d")
+
+
+def is_matrix(name: str, parameter: torch.Tensor) -> bool:
+    """Whether a weight maps features to features: no bias, norm or modulation."""
+    is_vector = parameter.numel() == max(parameter.shape, default=1)
+    return parameter.ndim >= 2 and not is_vector and not name.endswith("scale_shift_table")
+
+
+def is_hidden(name: str, parameter: torch.Tensor) -> bool:
+    """Whether Muon changes it: a matrix or a kernel inside a block, and no embedding or head."""
+    return is_matrix(name, parameter) and _HIDDEN.search(name) is not None
+
+
+class MuonWithAdamW:
+    """
+    `torch.optim.Muon` (https://kellerjordan.github.io/posts/muon/) with the step size of AdamW (Moonlight, arXiv
+    2502.16982), and `torch.optim.AdamW` beside it. A kernel counts as the matrix from its inputs to its outputs.
+
+    Args:
+        groups (`list[dict]`): as optimisers of torch take them; those with `muon=True` are Muon's.
+        betas, eps: AdamW's.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float], eps: float) -> None:
+        # Views that share their memory: Muon takes matrices alone
+        self._flat: dict[nn.Parameter, nn.Parameter] = {}
+        of_muon, of_adamw = [], []
+        for group in groups:
+            if group.pop("muon", False):
+                flat = [nn.Parameter(parameter.detach().flatten(1)) for parameter in group["params"]]
+                self._flat |= zip(group["params"], flat, strict=True)
+                of_muon.append(group | {"params": flat})
+            else:
+                of_adamw.append(group)
+        muon = torch.optim.Muon(of_muon, adjust_lr_fn="match_rms_adamw") if of_muon else None
+        adamw = torch.optim.AdamW(of_adamw, betas=betas, eps=eps, fused=True) if of_adamw else None
+        self._optimizers = [optimizer for optimizer in (muon, adamw) if optimizer is not None]
+        self.param_groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> Mapping[nn.Parameter, dict[str, Any]]:
+        """By the network's own parameters."""
+        by_theirs: dict[nn.Parameter, dict[str, Any]] = {}
+        for optimizer in self._optimizers:
+            by_theirs |= optimizer.state
+        by_ours = {ours: by_theirs.pop(flat) for ours, flat in self._flat.items() if flat in by_theirs}
+        return by_ours | by_theirs
+
+    def step(self) -> None:
+        for ours, flat in self._flat.items():
+            flat.grad = None if ours.grad is None else ours.grad.flatten(1)
+        for optimizer in self._optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.zero_grad()
+        for ours in self._flat:
+            ours.grad = None
