@@ -42,7 +42,11 @@ def add_noise(latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor
 
 
 def flow_matching_loss(
-    velocity: torch.Tensor, noise: torch.Tensor, latents: torch.Tensor, weights: torch.Tensor | None = None
+    velocity: torch.Tensor,
+    noise: torch.Tensor,
+    latents: torch.Tensor,
+    weights: torch.Tensor | None = None,
+    position_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
     w(t) mean (v - (noise - x_0))^2, one value a sample (flow matching, arXiv 2210.02747, on the straight path).
@@ -51,6 +55,8 @@ def flow_matching_loss(
         velocity (`torch.Tensor` of shape `(batch, ...)`): what the model predicts.
         noise, latents (`torch.Tensor` of the same shape): the noise, and the clean latents it was added to.
         weights (`torch.Tensor` of shape `(batch,)`, *optional*): w(t), of [`sample_timesteps`]; 1 without.
+        position_weights (`torch.Tensor` of shape `(batch, 1, frames, h, w)`, *optional*): how much each position
+            counts, relative to the others of its sample; all alike without.
 
     Returns:
         `torch.Tensor` of shape `(batch,)`, float32.
@@ -59,11 +65,30 @@ def flow_matching_loss(
         ValueError: if the shapes do not fit each other.
     """
     _check_same_shape(velocity=velocity, noise=noise, latents=latents)
-    loss = (velocity.float() - (noise.float() - latents.float())).square().flatten(1).mean(1)
+    error = (velocity.float() - (noise.float() - latents.float())).square()
+    if position_weights is not None:
+        error = error * (position_weights / position_weights.flatten(1).mean(1).view(-1, *[1] * (error.ndim - 1)))
+    loss = error.flatten(1).mean(1)
     if weights is None:
         return loss
     _check_a_sample("weights", weights, velocity)
     return loss * weights.float()
+
+
+def detail(latents: torch.Tensor, threshold: float = 0.5) -> torch.Tensor:
+    """
+    Where latents differ from those at their left or right by more than a threshold, on average over the channels: at
+    subjects, where places are smooth along a row.
+
+    Args:
+        latents (`torch.Tensor` of shape `(batch, channels, frames, h, w)`): clean and normalised.
+
+    Returns:
+        Booleans of shape `(batch, 1, frames, h, w)`.
+    """
+    step = latents.float().diff(dim=-1).abs().mean(1, keepdim=True)
+    edges = torch.nn.functional.pad(step, (1, 1))
+    return torch.maximum(edges[..., 1:], edges[..., :-1]) > threshold
 
 
 def timestep_gate(timestep: torch.Tensor, power: float = 3) -> torch.Tensor:
@@ -89,7 +114,8 @@ def timestep_table(preset: str) -> tuple[torch.Tensor, torch.Tensor]:
 
     Args:
         preset (`str`): `"refalign"` (shift 5, bump weights; RefAlign, arXiv 2603.25743: exactly these timesteps are
-            drawn) or `"logit_normal"` (Stable Diffusion 3, arXiv 2403.03206, section 3.1; shift 3, unweighted).
+            drawn), `"logit_normal"` (Stable Diffusion 3, arXiv 2403.03206, section 3.1; shift 3, unweighted) or
+            `"uniform"` (shift 7, unweighted: most steps where layout and identity are decided; for tiny models).
 
     Returns:
         `tuple` of two `torch.Tensor` of shape `(1000,)`, float32: timesteps, falling, and w(t), of mean 1.
@@ -139,6 +165,11 @@ def _logit_normal(quantiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return NUM_TRAIN_TIMESTEPS * sigmas, torch.ones_like(sigmas)
 
 
+def _uniform(quantiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    sigmas = _shift(quantiles, 7)
+    return NUM_TRAIN_TIMESTEPS * sigmas, torch.ones_like(sigmas)
+
+
 def _shift(sigmas: torch.Tensor, shift: float) -> torch.Tensor:
     """Stable Diffusion 3, arXiv 2403.03206, Eq. 23."""
     return shift * sigmas / (1 + (shift - 1) * sigmas)
@@ -147,6 +178,7 @@ def _shift(sigmas: torch.Tensor, shift: float) -> torch.Tensor:
 TIMESTEP_PRESETS: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] = {
     "refalign": _refalign,
     "logit_normal": _logit_normal,
+    "uniform": _uniform,
 }
 
 

@@ -1,5 +1,6 @@
 """From a batch to its losses: the one place that knows what is trained for."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 from refalign_training.alignment import alignment_weight
 from refalign_training.batches import Batch
 from refalign_training.config import AlignmentOptions
-from refalign_training.losses import add_noise, flow_matching_loss, timestep_gate
+from refalign_training.losses import add_noise, detail, flow_matching_loss, timestep_gate
 
 
 class Losses(NamedTuple):
@@ -39,12 +40,19 @@ class Objective:
         alignment (`nn.Module`, *optional*): [`ReferenceAlignment`], so too.
         options ([`AlignmentOptions`]): gate and schedule of the alignment.
         dtype (`torch.dtype`): what is computed in. Losses are in float32.
+        detail_weight (`Callable`, *optional*): by step, how much more positions of [`detail`] count.
     """
 
     def __init__(
-        self, transformer: nn.Module, alignment: nn.Module | None, options: AlignmentOptions, dtype: torch.dtype
+        self,
+        transformer: nn.Module,
+        alignment: nn.Module | None,
+        options: AlignmentOptions,
+        dtype: torch.dtype,
+        detail_weight: Callable[[int], float] = lambda step: 1.0,
     ) -> None:
         self.transformer, self.alignment, self.options, self.dtype = transformer, alignment, options, dtype
+        self.detail_weight = detail_weight
 
     def alignment_weight(self, step: int) -> float:
         """The weight of the alignment at a step; 0 without alignment."""
@@ -76,6 +84,9 @@ class Objective:
                 aligned = self.alignment(output.reference_hidden_states, batch.teacher_features, subjects, keep)
         mse = flow_matching_loss(output.sample, batch.noise, batch.latents)
         diffusion = mse * batch.weights
+        if (more := self.detail_weight(step)) != 1:
+            position_weights = 1 + (more - 1) * detail(batch.latents)
+            diffusion = flow_matching_loss(output.sample, batch.noise, batch.latents, batch.weights, position_weights)
         if aligned is None:
             none = torch.zeros_like(mse)
             return Losses(diffusion, diffusion, mse, none, none.bool(), none.bool(), None, None)

@@ -170,17 +170,26 @@ class Trainer:
             value = read_first(self.samples, self.order)
             config, teacher_dim = transformer.config, value["teacher_features"].shape[-1]
             modules["alignment"] = make_alignment(command.alignment, config, teacher_dim, start, command.seed)
+        if command.model.compile:
+            transformer.compile_repeated_blocks()
         dtype = torch.float32 if command.training == "full" else None
         wrapped = {"transformer": parallel.wrap(transformer, transformer.blocks, dtype)}
         if "alignment" in modules:
             wrapped["alignment"] = parallel.wrap(modules["alignment"])
         self.transformer = transformer
         precision = getattr(torch, command.model.precision)
-        self.objective = Objective(wrapped["transformer"], wrapped.get("alignment"), command.alignment, precision)
+        self.objective = Objective(
+            wrapped["transformer"], wrapped.get("alignment"), command.alignment, precision, self._detail_weight
+        )
         self.state = TrainState(modules, command.optimizer, command.steps)
         if start.checkpoint is not None:
             self._check_start(read_state(start.checkpoint), start.checkpoint)
             self.state.load_weights(start.checkpoint, parallel.world_size > 1)
+
+    def _detail_weight(self, step: int) -> float:
+        options = self.command.objective
+        done = min(step / options.detail_steps, 1.0) if options.detail_steps else 0.0
+        return options.detail_weight + done * (1 - options.detail_weight)
 
     def _check_start(self, state: Mapping[str, Any], checkpoint: Path) -> None:
         """Adapters mean something only on the weights, and at the scale, that they were trained with."""
@@ -369,11 +378,14 @@ class Trainer:
         started, options = time.perf_counter(), self.command.validation
         with self.state.averaged():
             values = self.validation.losses(self.objective, self.step - 1)
+            values |= self.validation.gains(self.objective, self.step - 1)
             pictures = {}
             if options.videos:
                 folder = self.command.output / "samples" / checkpoint_name(self.step)
                 pictures = self.validation.write_videos(self.objective, self.transformer, self.vae_folder, folder)
-        logger.info("Step %d: held-out loss %.4f", self.step, values["validation/mse"])
+        shown = {"validation/mse": "loss", "validation/reference_gain": "gain", "validation/order_gain": "order gain"}
+        told = [f"{name} {values[key]:.4f}" for key, name in shown.items() if key in values]
+        logger.info("Step %d, held out: %s", self.step, ", ".join(told))
         if self.log is not None:
             self.log.log(values, self.step)
             self.log.log_images({f"samples/{name}": picture for name, picture in pictures.items()}, self.step)

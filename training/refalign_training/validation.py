@@ -23,6 +23,7 @@ from refalign_training.parallel import Parallel
 logger = logging.getLogger(__name__)
 
 QUANTILES = tuple(round(0.1 * i, 1) for i in range(1, 10))
+GAIN_QUANTILE = 6  # the place of 0.7: where layout and identity are decided
 
 
 class Validation:
@@ -82,7 +83,41 @@ class Validation:
             values |= {"validation/alignment": alignment, "validation/cosine": cosine}
         return values
 
-    def _batch(self, number: int, quantile: int) -> Batch:
+    def gains(self, objective: Objective, step: int) -> dict[str, float]:
+        """
+        What the loss rises by, at a high t, if a sample gets another one's references (`reference_gain`), or its own in
+        reverse order (`order_gain`): early signs that references are followed, and that each is told from the others.
+        """
+        device, world_size = self.parallel.device, self.parallel.world_size
+        sums = torch.zeros(4, device=device)  # of both gains, and how many samples have them
+        with torch.no_grad(), evaluating(objective):
+            for turn in range(-(-len(self.values) // world_size)):
+                place = turn * world_size + self.parallel.rank
+                number = place % len(self.values)
+                references = self.values[number][1]["reference_latents"]
+                exchanged = (self._references_of_another(number), references.flip(1))
+                losses = []
+                for latents in (references, *exchanged):
+                    batch = self._batch(number, GAIN_QUANTILE, latents[None]).to(device)
+                    losses.append(objective(batch, step).mse[0])
+                is_counted = place < len(self.values)
+                has_gain = (exchanged[0] is not references, references.shape[1] > 1)
+                for index in range(2):
+                    if is_counted and has_gain[index]:
+                        sums[index] += losses[1 + index] - losses[0]
+                        sums[2 + index] += 1
+        reference, order, references, orders = self.parallel.sum(sums).tolist()
+        named = {"reference_gain": (reference, references), "order_gain": (order, orders)}
+        return {f"validation/{name}": total / count for name, (total, count) in named.items() if count}
+
+    def _references_of_another(self, number: int) -> torch.Tensor:
+        """Of the next sample with latents of the same shape; the sample's own if there is none."""
+        own = self.values[number][1]["reference_latents"]
+        others = (*self.values[number + 1 :], *self.values[:number])
+        alike = (value["reference_latents"] for _, value in others)
+        return next((latents for latents in alike if latents.shape == own.shape), own)
+
+    def _batch(self, number: int, quantile: int, reference_latents: torch.Tensor | None = None) -> Batch:
         sample_id, value = self.values[number]
         generator = torch.Generator().manual_seed(seed_of("validation", sample_id, quantile))
         quantiles = torch.tensor([QUANTILES[quantile]], dtype=torch.float64)
@@ -92,7 +127,7 @@ class Validation:
             seed=0,
             latents=value["latents"][None],
             noise=torch.randn(value["latents"].shape, generator=generator)[None],
-            reference_latents=value["reference_latents"][None],
+            reference_latents=value["reference_latents"][None] if reference_latents is None else reference_latents,
             prompt_embeds=pad_prompt_embeds([value["prompt_embeds"]], self.objective_options.max_sequence_length),
             timesteps=timesteps,
             weights=weights,

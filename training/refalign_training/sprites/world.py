@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter
@@ -85,7 +86,7 @@ def _outline(shape: str) -> tuple[tuple[float, float], ...]:
     if shape == "circle":
         return _on_circle(64, 0.95)
     if shape == "square":
-        return ((-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85))
+        return ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9))
     if shape == "triangle":
         return ((0.0, -1.1), (1.1, 0.85), (-1.1, 0.85))
     if shape == "plus":
@@ -368,14 +369,23 @@ def captions(scene: Scene) -> tuple[str, ...]:
     )
 
 
-def all_captions() -> Iterator[str]:
+class Facts(NamedTuple):
+    """What a caption says."""
+
+    place: str
+    first_act: str
+    second_act: str | None
+
+
+def all_captions() -> Iterator[tuple[str, Facts]]:
     """Every caption there is."""
     someone = subjects(held_out=False)[0]
-    for place in PLACES:
-        for act in ACTS:
-            yield from captions(Scene((someone,), (act,), place))
-        for acts in (*itertools.product(ACTS_OF_TWO, repeat=2), (CROSSES, CROSSES)):
-            yield from captions(Scene((someone, someone), acts, place))
+    alone = [(act,) for act in ACTS]
+    together = [*itertools.product(ACTS_OF_TWO, repeat=2), (CROSSES, CROSSES)]
+    for place, acts in itertools.product(PLACES, alone + together):
+        facts = Facts(place, acts[0], acts[1] if len(acts) > 1 else None)
+        for caption in captions(Scene((someone,) * len(acts), acts, place)):
+            yield caption, facts
 
 
 @dataclass(frozen=True)

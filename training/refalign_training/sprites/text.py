@@ -1,0 +1,62 @@
+"""The small world's tokenizer and text encoder: T5's and UMT5's classes at tiny size."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
+
+from refalign_training.config import OptimizerOptions
+from refalign_training.data.randomness import numpy_generator
+from refalign_training.sprites.training import train_part
+from refalign_training.sprites.world import Facts, all_captions
+
+
+MAX_SEQUENCE_LENGTH = 64  # tokens; captions have 20 at most
+CONFIG = {"d_model": 48, "d_kv": 12, "d_ff": 96, "num_layers": 2, "num_heads": 4, "dropout_rate": 0.0}
+STEPS = 800
+OPTIMIZER = OptimizerOptions(lr=3e-3, warmup_steps=20, schedule="linear", weight_decay=0.0)
+
+
+def make_tokenizer() -> T5TokenizerFast:
+    """A piece for each word of the captions, and for each character, so that other words are read too."""
+    words = {word.strip(",.") for caption, _ in all_captions() for word in caption.split()}
+    characters = "▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,!?'-"
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces = [*((f"▁{word}", -2.0) for word in sorted(words)), *((character, -9.0) for character in characters)]
+    return T5TokenizerFast(vocab=special + pieces, extra_ids=0)
+
+
+def train_text_encoder(
+    folder: Path, steps: int = STEPS
+) -> tuple[T5TokenizerFast, UMT5EncoderModel, float]:
+    """
+    Trains the encoder so that each token of a caption tells what the whole caption says; returns tokenizer, encoder
+    and the share of captions that are told entirely right.
+    """
+    captions, facts = zip(*all_captions(), strict=True)
+    tokenizer = make_tokenizer()
+    tokens = tokenizer(list(captions), padding=True, return_tensors="pt")
+    names = [sorted({str(fact[i]) for fact in facts}) for i in range(len(Facts._fields))]
+    targets = torch.tensor([[names[i].index(str(fact[i])) for i in range(len(names))] for fact in facts])
+    torch.manual_seed(0)
+    encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **CONFIG))
+    heads = nn.ModuleList(nn.Linear(CONFIG["d_model"], len(values)) for values in names)
+
+    def logits(rows: torch.Tensor) -> list[torch.Tensor]:
+        mask = tokens.attention_mask[rows]
+        hidden_states = encoder(tokens.input_ids[rows], mask).last_hidden_state[mask.bool()]
+        return [head(hidden_states) for head in heads]
+
+    def loss(step: int, half: int) -> torch.Tensor:
+        rows = torch.from_numpy(numpy_generator("text batch", step, half).integers(len(captions), size=32))
+        repeated = targets[rows].repeat_interleave(tokens.attention_mask[rows].sum(1), 0)
+        return sum(F.cross_entropy(value, repeated[:, i]) for i, value in enumerate(logits(rows)))
+
+    train_part(folder, {"text_encoder": encoder, "heads": heads}, loss, OPTIMIZER, steps)
+    with torch.no_grad():
+        lengths = tokens.attention_mask.sum(1).tolist()
+        told = [value.argmax(1).split(lengths) for value in logits(torch.arange(len(captions)))]
+    is_right = [[(told[i][row] == targets[row, i]).all().item() for i in range(len(names))] for row in range(len(facts))]
+    return tokenizer, encoder.eval(), sum(all(row) for row in is_right) / len(is_right)
