@@ -1,4 +1,4 @@
-"""Installs `refalign` and `refalign_training` from their source roots. `pip install .` is light; extras add more."""
+"""Installs `refalign`, `refalign_training` and `refalign_evaluation` from their source roots. `pip install .` is light; extras add more."""
 
 import re
 from pathlib import Path
@@ -41,18 +41,32 @@ setup(
         "refalign": "pipelines/refalign",
         "refalign.model_cards": "model_cards",
         "refalign_training": "training/refalign_training",
+        "refalign_training.configs": "training/configs",
+        "refalign_evaluation": "evaluation/refalign_evaluation",
     },
     packages=[
         "refalign",
         "refalign.model_cards",
+        "refalign.sprites",
+        "refalign_evaluation",
         "refalign_training",
         "refalign_training.cache",
+        "refalign_training.configs",
         "refalign_training.data",
+        "refalign_training.sprites",
     ],
-    package_data={"refalign.model_cards": ["*.md"]},
+    package_data={
+        "refalign.model_cards": ["*.md"],
+        "refalign_training.configs": ["*.yaml"],
+        "refalign.sprites": ["subjects/*.png", "model/*", "model/*/*"],
+    },
     install_requires=INSTALL,
     extras_require={"background": BACKGROUND, "train": TRAIN, "test": TEST},
     entry_points={
-        "console_scripts": ["refalign=refalign.cli:main", "refalign-train=refalign_training.cli:main"],
+        "console_scripts": [
+            "refalign=refalign.cli:main",
+            "refalign-train=refalign_training.cli:main",
+            "refalign-eval=refalign_evaluation.cli:main",
+        ],
     },
 )

@@ -1,4 +1,4 @@
-"""`refalign generate | convert | export | push | lora`: reference-to-video from the command line.
+"""`refalign demo | generate | convert | export | push | lora`: reference-to-video from the command line.
 
 Nothing heavy is imported before the command line is understood, so that `--help` answers at once.
 """
@@ -13,7 +13,8 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, subcommand
 
-from refalign import generate
+from refalign import demo, generate
+from refalign.demo import Demo
 from refalign.generate import Generate
 
 
@@ -83,7 +84,8 @@ class LoraConvert:
 
 LoraCommand = Annotated[LoraInspect, subcommand("inspect")] | Annotated[LoraConvert, subcommand("convert")]
 Command = (
-    Annotated[Generate, subcommand("generate")]
+    Annotated[Demo, subcommand("demo")]
+    | Annotated[Generate, subcommand("generate")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Export, subcommand("export")]
     | Annotated[Push, subcommand("push")]
@@ -98,6 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of an exception, so that nothing half is left
     runners = {
+        Demo: demo.run,
         Generate: generate.run,
         Convert: convert,
         Export: export,

@@ -17,8 +17,9 @@ from typing import Any, Literal
 class Generate:
     """Make a video of the references' subjects acting out a prompt."""
 
-    model: str
-    """A pipeline folder or Hub id; with --base, a native checkpoint: a file, a folder of shards or a Hub id."""
+    model: str | None = None
+    """A pipeline folder or Hub id; with --base, a native checkpoint: a file, a folder of shards or a Hub id. Without
+    it, the tiny model of drawn figures that comes with this package."""
     prompt: str | None = None
     """What happens in the video."""
     reference: tuple[str, ...] = ()
@@ -29,22 +30,23 @@ class Generate:
     """Many videos: a JSONL file, each line an object with prompt, reference, output and any of the settings below."""
     base: str | None = None
     """The Wan 2.1 pipeline (folder or Hub id) that a native checkpoint lacks: VAE, text encoder, tokenizer."""
-    height: int = 480
-    """In pixels, a multiple of 16."""
-    width: int = 832
-    """In pixels, a multiple of 16."""
-    num_frames: int = 81
-    """4k + 1; shown at 16 a second."""
-    steps: int = 50
-    """Denoising steps."""
+    height: int | None = None
+    """In pixels, a multiple of 16; by default the model's own, 480 for the published ones."""
+    width: int | None = None
+    """In pixels, a multiple of 16; by default the model's own, 832 for the published ones."""
+    num_frames: int | None = None
+    """4k + 1, shown at 16 a second; by default the model's own, 81 for the published ones."""
+    steps: int | None = None
+    """Denoising steps; by default the model's own, 50 for the published ones."""
     seed: int = 0
     """The same seed gives the same video."""
-    guidance_scale: float = 7.5
-    """How closely the prompt is followed."""
-    image_guidance_scale: float = 5.0
-    """How closely the references are followed. With both scales at 1 a step takes one pass (distilled LoRAs)."""
+    guidance_scale: float | None = None
+    """How closely the prompt is followed; by default the model's own, 7.5 for the published ones."""
+    image_guidance_scale: float | None = None
+    """How closely the references are followed; by default the model's own, 5 for the published ones. With both scales
+    at 1 a step takes one pass (distilled LoRAs)."""
     negative_prompt: str | None = None
-    """What should not be seen; by default Wan's own negative prompt."""
+    """What should not be seen; by default the model's own, Wan's for the published ones."""
     cut_out: tuple[Literal["auto", "true", "false"], ...] = ("auto",)
     """Whether subjects are cut out: one word for all references, or one each. auto: if BiRefNet is on this machine."""
     lora: tuple[str, ...] = ()
@@ -89,9 +91,14 @@ class Job:
 
 def run(command: Generate) -> int:
     """Makes the videos and returns the exit code. Of a batch, a job that fails is told and the others go on."""
+    if command.model is None:
+        command = _take_sprites(command)
     jobs = _jobs(command)
     for job in jobs:
         _check_job(job)
+    defaults = _read_defaults(command)
+    command = _filled(command, defaults)
+    jobs = [replace(job, command=_filled(job.command, defaults)) for job in jobs]
     if command.batch is None:
         references = _prepare_references(command)  # first of all, so that a mistake shows before the model is loaded
         _generate_one(_load_pipeline(command), command, references)
@@ -101,6 +108,32 @@ def run(command: Generate) -> int:
             print(f"{job.name}: {job.command.output} exists, passed over (--overwrite makes it again)")
     jobs = [job for job in jobs if command.overwrite or not job.command.output.exists()]
     return _run_batch(command, jobs) if jobs else 0
+
+
+def _take_sprites(command: Generate) -> Generate:
+    from refalign.sprites import FOLDER
+
+    if command.base is not None:
+        raise ValueError("--base goes with --model, a native checkpoint.")
+    print("No --model: taking the tiny model that comes with this package. It knows drawn figures alone (refalign demo).")
+    return replace(command, model=str(FOLDER))
+
+
+def _read_defaults(command: Generate) -> dict[str, Any]:
+    """What the model's repo, or else the published models, take for settings that are not given."""
+    from refalign.pipeline_refalign_wan import CALL_DEFAULTS, RefAlignWanPipeline
+
+    name = command.model if command.base is None else command.base
+    if command.base is None and not Path(name).is_dir() and not HUB_ID.fullmatch(name):
+        return CALL_DEFAULTS  # that it is no model is told when it is loaded
+    return CALL_DEFAULTS | (RefAlignWanPipeline.load_config(name).get("call_defaults") or {})
+
+
+def _filled(command: Generate, defaults: dict[str, Any]) -> Generate:
+    """The command with defaults where it says nothing."""
+    named = {field.name: "num_inference_steps" if field.name == "steps" else field.name for field in fields(command)}
+    missing = [name for name, default in named.items() if getattr(command, name) is None and default in defaults]
+    return replace(command, **{name: defaults[named[name]] for name in missing})
 
 
 def _run_batch(command: Generate, jobs: list[Job]) -> int:
@@ -326,12 +359,11 @@ def _load_loras(pipeline, loras: list[tuple[str, float]]) -> None:
 def _generate_one(pipeline, command: Generate, references: list) -> None:
     import torch
 
-    from refalign.pipeline_refalign_wan import DEFAULT_NEGATIVE_PROMPT
     from refalign.video import write_video
 
     arguments = {
         "prompt": command.prompt,
-        "negative_prompt": DEFAULT_NEGATIVE_PROMPT if command.negative_prompt is None else command.negative_prompt,
+        "negative_prompt": command.negative_prompt,
         "reference_images": references or None,
         "height": command.height,
         "width": command.width,

@@ -38,6 +38,19 @@ DEFAULT_NEGATIVE_PROMPT = (
 )
 
 
+# Of a call, where neither it nor the model's repo says otherwise: what the published models were trained and shown with
+CALL_DEFAULTS = {
+    "negative_prompt": DEFAULT_NEGATIVE_PROMPT,
+    "height": 480,
+    "width": 832,
+    "num_frames": 81,
+    "num_inference_steps": 50,
+    "guidance_scale": 7.5,
+    "image_guidance_scale": 5.0,
+    "max_sequence_length": 512,
+}
+
+
 def guidance_passes(
     guidance_scale: float, image_guidance_scale: float, has_references: bool = True
 ) -> list[tuple[str, float]]:
@@ -81,6 +94,8 @@ class RefAlignWanPipeline(WanPipeline):
             for flow matching work too, such as [`UniPCMultistepScheduler`].
         transformer ([`RefAlignWanTransformer3DModel`]): a plain [`WanTransformer3DModel`] is given the reference
             branch, sharing its weights.
+        call_defaults (`dict`, *optional*): arguments of a call that suit this model better than the published models'
+            ([`CALL_DEFAULTS`]); kept in `model_index.json`.
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -94,7 +109,10 @@ class RefAlignWanPipeline(WanPipeline):
         vae: AutoencoderKLWan,
         scheduler: FlowMatchEulerDiscreteScheduler,
         transformer: WanTransformer3DModel,
+        call_defaults: dict[str, Any] | None = None,
     ):
+        if unknown := sorted((call_defaults or {}).keys() - CALL_DEFAULTS.keys()):
+            raise ValueError(f"`call_defaults` names {unknown}; it can name {sorted(CALL_DEFAULTS)}.")
         DiffusionPipeline.__init__(self)  # not WanPipeline's: it registers Wan 2.2's second transformer
         # `type is`, not `isinstance`: RefAlign's own class is one too, and each load from the Hub makes a new one
         if type(transformer) is WanTransformer3DModel:
@@ -105,6 +123,7 @@ class RefAlignWanPipeline(WanPipeline):
         self.register_modules(
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, scheduler=scheduler, transformer=transformer
         )
+        self.register_to_config(call_defaults=call_defaults)
         self.vae_scale_factor_temporal = vae.config.scale_factor_temporal if vae is not None else 4
         self.vae_scale_factor_spatial = vae.config.scale_factor_spatial if vae is not None else 8
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
@@ -135,6 +154,11 @@ class RefAlignWanPipeline(WanPipeline):
         if isinstance(transformer, WanTransformer3DModel):  # diffusers hands on only the very class of the annotation
             kwargs.setdefault("transformer", transformer)
         return super().from_pipe(pipeline, **kwargs)
+
+    @property
+    def call_defaults(self) -> dict[str, Any]:
+        """What a call of this model takes for arguments that are not given."""
+        return CALL_DEFAULTS | (self.config.get("call_defaults") or {})
 
     @property
     def image_guidance_scale(self) -> float:
@@ -205,7 +229,7 @@ class RefAlignWanPipeline(WanPipeline):
             is_list = isinstance(value, list) and len(value) > 0 and all(isinstance(text, str) for text in value)
             if value is not None and not isinstance(value, str) and not is_list:
                 raise ValueError(f"`{name}` has to be a string or a list of strings, but is {value!r}.")
-        if negative_prompt_embeds is not None and negative_prompt not in (None, DEFAULT_NEGATIVE_PROMPT):
+        if negative_prompt_embeds is not None and negative_prompt not in (None, self.call_defaults["negative_prompt"]):
             raise ValueError("Pass either `negative_prompt` or `negative_prompt_embeds`, not both.")
         for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
             if embeds is not None:
@@ -236,8 +260,8 @@ class RefAlignWanPipeline(WanPipeline):
             )
 
     def _default_size(self, latents, reference_latents) -> tuple[int, int, int]:
-        """(height, width, frames) of given latents, else what the models were trained at"""
-        height, width, num_frames = 480, 832, 81
+        """(height, width, frames) of given latents, else what the model was trained at"""
+        height, width, num_frames = (self.call_defaults[name] for name in ("height", "width", "num_frames"))
         for tensor in (reference_latents, latents):
             if isinstance(tensor, torch.Tensor) and tensor.ndim == 5:
                 height, width = (side * self.vae_scale_factor_spatial for side in tensor.shape[3:])
@@ -333,9 +357,9 @@ class RefAlignWanPipeline(WanPipeline):
         height: int | None = None,
         width: int | None = None,
         num_frames: int | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 7.5,
-        image_guidance_scale: float = 5.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        image_guidance_scale: float | None = None,
         num_videos_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -347,10 +371,12 @@ class RefAlignWanPipeline(WanPipeline):
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (diffusers' own signature)
-        max_sequence_length: int = 512,
+        max_sequence_length: int | None = None,
     ) -> WanPipelineOutput | tuple:
         r"""
         Makes a video of the references' subjects acting out the prompt.
+
+        Defaults are the published models'; a repo's own `call_defaults` go before them.
 
         Args:
             prompt (`str` or `list[str]`, *optional*):
@@ -420,7 +446,19 @@ class RefAlignWanPipeline(WanPipeline):
         if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
 
-        # 1. Check inputs
+        # 1. Defaults of the model, and checks
+        defaults = self.call_defaults
+        if negative_prompt == DEFAULT_NEGATIVE_PROMPT:
+            negative_prompt = defaults["negative_prompt"]
+        num_inference_steps, guidance_scale, image_guidance_scale, max_sequence_length = (
+            defaults[name] if given is None else given
+            for name, given in (
+                ("num_inference_steps", num_inference_steps),
+                ("guidance_scale", guidance_scale),
+                ("image_guidance_scale", image_guidance_scale),
+                ("max_sequence_length", max_sequence_length),
+            )
+        )
         size = self._default_size(latents, reference_latents)
         height, width, num_frames = (
             default if given is None else given

@@ -1,4 +1,4 @@
-"""`refalign-train check | cache | run | export`: training from the command line.
+"""`refalign-train check | cache | run | export | sprites`: training from the command line.
 
 Nothing heavy is imported before the command line is understood, so that `--help` answers at once.
 """
@@ -16,6 +16,8 @@ from refalign_training.cache import CacheCommand
 from refalign_training.check import Check
 from refalign_training.config import RunCommand, expand_config
 from refalign_training.export import ExportCommand
+from refalign_training.sprites import recipe
+from refalign_training.sprites.recipe import SpritesCommand
 
 
 Command = (
@@ -23,6 +25,7 @@ Command = (
     | Annotated[CacheCommand, subcommand("cache")]
     | Annotated[RunCommand, subcommand("run")]
     | Annotated[ExportCommand, subcommand("export")]
+    | Annotated[SpritesCommand, subcommand("sprites")]
 )
 
 
@@ -34,7 +37,13 @@ def main(arguments: list[str] | None = None) -> int:
         command = tyro.cli(Command, args=arguments, prog="refalign-train", description="Training for RefAlign.")
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         logging.getLogger("httpx").setLevel(logging.WARNING)
-        runners = {Check: check.run, CacheCommand: cache.run, RunCommand: _train, ExportCommand: export.run}
+        runners = {
+            Check: check.run,
+            CacheCommand: cache.run,
+            RunCommand: _train,
+            ExportCommand: export.run,
+            SpritesCommand: recipe.run,
+        }
         return runners[type(command)](command)
     except (ValueError, OSError, ImportError) as error:
         print(f"refalign-train: {error}", file=sys.stderr)

@@ -267,6 +267,14 @@ def _posed(sprite: Image.Image, pose: Pose, side: int) -> Image.Image:
     return sprite.transform((side, side), Transform.AFFINE, matrix, Resampling.BILINEAR)
 
 
+def draw_act(subject: Subject, act: str, spot: str, tilt: float = 0.0, side: int = SIDE) -> list[np.ndarray]:
+    """The subject alone in an act, turned by `tilt` degrees more than that: RGBA frames on nothing."""
+    sprite = draw_subject(subject)
+    times = [number / (NUM_FRAMES - 1) for number in range(NUM_FRAMES)]
+    poses = [pose(act, spot, time) for time in times]
+    return [np.asarray(_posed(sprite, replace(posed, tilt=posed.tilt + tilt), side)) for posed in poses]
+
+
 # -- Places -----------------------------------------------------------------------------------------------------------
 
 # In words, the sky's colours from above, the ground's colour

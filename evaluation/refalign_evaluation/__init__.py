@@ -1,0 +1,1 @@
+"""Evaluation: what a model makes of references, in numbers."""

@@ -1,0 +1,107 @@
+"""`refalign demo`: a video by the tiny model that comes with the package, offline, and a picture of how it came about.
+
+Nothing heavy is imported before it is needed, so that `--help` answers at once.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from refalign.atomic import new_file
+from refalign.sprites import FOLDER, SUBJECTS, subject_names
+
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SHOWN_FRAMES = 6
+SIDE = 192  # pixels of a frame in the picture
+GAP = 8
+VIDEO_SIDE = 384
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Make a video of drawn figures, offline and in seconds, with the tiny model that comes with this package."""
+
+    output: Path = Path("demo")
+    """A folder for `demo.mp4` and `demo.png`, the references beside frames of the video."""
+    prompt: str = "On the left one hops up and down, on the right one spins around, in a meadow."
+    """What happens: "it", or "the left one" and "the right one", hops up and down, spins around, grows, rises or
+    falls; "it" also slides to the right or to the left; "the two change places". And where: in a meadow, on a beach, in
+    the snow, at night, in a desert, in a city."""
+    subjects: tuple[str, ...] = ("bonnie", "clyde")
+    """One or two, from the left to the right: names that --list shows, or pictures of your own."""
+    seed: int = 0
+    """Another seed, another video."""
+    list: bool = False
+    """Only show the names of the subjects."""
+
+
+def run(command: Demo) -> int:
+    """
+    Makes the video and the picture, over those of an earlier call, and returns the exit code.
+
+    Raises:
+        ValueError: if a subject is neither a name nor a file.
+    """
+    if command.list:
+        print("\n".join(subject_names()))
+        return 0
+    from refalign.video import write_video
+
+    if not 1 <= len(command.subjects) <= 2:
+        raise ValueError(f"{len(command.subjects)} subjects are named; the tiny model was trained with one or two.")
+    references = [_picture_of(subject) for subject in command.subjects]
+    frames = _generate(command, references)
+    command.output.mkdir(parents=True, exist_ok=True)
+    picture, video = command.output / "demo.png", command.output / "demo.mp4"
+    with new_file(picture, overwrite=True) as file:
+        draw_sheet(references, frames).save(file)
+    # Sixty-four pixels are a stamp on a screen
+    large = [frame.resize((VIDEO_SIDE, VIDEO_SIDE)) for frame in frames]
+    settings = {"prompt": command.prompt, "subjects": command.subjects, "seed": command.seed}
+    write_video(large, video, settings=settings, overwrite=True)
+    print(f"{command.prompt}\nWrote {video} and {picture}, the references beside frames of it.")
+    return 0
+
+
+def _picture_of(subject: str) -> "Image.Image":
+    """A subject by its name, or a picture of the user's own."""
+    from refalign.reference_images import load_reference_image
+
+    if subject in subject_names():
+        return load_reference_image(SUBJECTS / f"{subject}.png")
+    if not Path(subject).is_file():
+        raise ValueError(f"{subject} is neither a file nor one of the subjects: {', '.join(subject_names())}.")
+    return load_reference_image(subject)
+
+
+def _generate(command: Demo, references: "list[Image.Image]") -> "list[Image.Image]":
+    import torch
+
+    from refalign import RefAlignWanPipeline
+
+    pipeline = RefAlignWanPipeline.from_pretrained(FOLDER)
+    generator = torch.Generator().manual_seed(command.seed)
+    return pipeline(command.prompt, reference_images=references, generator=generator, output_type="pil").frames[0]
+
+
+def draw_sheet(references: "list[Image.Image]", frames: "list[Image.Image]") -> "Image.Image":
+    """One picture: the references as the model sees them, one below the other, beside frames of the video."""
+    from PIL import Image
+
+    from refalign.reference_images import prepare_reference_image
+
+    rows, columns = (2, SHOWN_FRAMES // 2) if len(references) > 1 else (1, SHOWN_FRAMES // 2)
+    places = [round(i * (len(frames) - 1) / (rows * columns - 1)) for i in range(rows * columns)]
+    step = SIDE + GAP
+    sheet = Image.new("RGB", ((1 + columns) * step + GAP, rows * step - GAP), "white")
+    for row, reference in enumerate(references):
+        seen = prepare_reference_image(reference, SIDE, SIDE, cut_out=False)
+        sheet.paste(seen, (0, row * step))
+    for number, place in enumerate(places):
+        row, column = divmod(number, columns)
+        frame = frames[place].resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        sheet.paste(frame, ((1 + column) * step + GAP, row * step))
+    return sheet

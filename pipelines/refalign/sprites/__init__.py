@@ -1,0 +1,12 @@
+"""The tiny model that comes with this package, a Hub repo's folder as any other, and pictures of its subjects."""
+
+from pathlib import Path
+
+
+FOLDER = Path(__file__).parent / "model"
+SUBJECTS = Path(__file__).parent / "subjects"  # that it was not trained on
+
+
+def subject_names() -> list[str]:
+    """The subjects that there are pictures of."""
+    return sorted(file.stem for file in SUBJECTS.glob("*.png"))

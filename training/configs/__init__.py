@@ -1,0 +1,1 @@
+"""Recipes of `refalign-train run`, a YAML file each."""

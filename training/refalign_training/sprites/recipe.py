@@ -1,0 +1,257 @@
+"""
+`refalign-train sprites`: the small world's models from nothing, stage by stage.
+
+    refalign-train sprites --output sprites
+    refalign-train sprites --output sprites --ablation
+
+Killed, the same command goes on: a stage that is done leaves a folder, and each long one has checkpoints of its own.
+Nothing heavy is imported before it is needed, so that `--help` answers at once.
+"""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Literal, get_args
+
+from refalign.atomic import new_folder
+
+
+logger = logging.getLogger(__name__)
+
+Stage = Literal["vae", "text", "teacher", "base", "data", "cache", "run", "model"]
+
+TRANSFORMER = {
+    "num_attention_heads": 6,
+    "attention_head_dim": 24,
+    "ffn_dim": 432,
+    "num_layers": 6,
+    "text_dim": 48,
+    "freq_dim": 64,
+}
+PIXELS = ["--height", "64", "--width", "64", "--num-frames", "17", "--stride", "1.5625"]  # in real time
+# References are drawn from other clips as often as there is one: each shows another pose
+VIEWS = ["--cross-probability", "0.75", "--variants", "2"]
+HELD_OUT_CLIPS = 128
+# What a call takes by default; the scales are measured (docs/sprites.md)
+CALL_DEFAULTS = {
+    "negative_prompt": "",
+    "height": 64,
+    "width": 64,
+    "num_frames": 17,
+    "num_inference_steps": 16,
+    "guidance_scale": 2.0,
+    "image_guidance_scale": 2.0,
+    "max_sequence_length": 64,
+}
+SHIFT = 7.0  # of the scheduler, as in training
+# Held-out subjects that `refalign demo` can be asked for
+CAST = {
+    "bonnie": 3,
+    "clyde": 402,
+    "dot": 611,
+    "echo": 873,
+    "fig": 1010,
+    "gus": 1199,
+    "hazel": 1344,
+    "iggy": 1620,
+}
+
+
+@dataclass(frozen=True)
+class SpritesCommand:
+    """Make the tiny model of drawn figures anew: VAE, text encoder, teacher, data, cache, training. Goes on if killed."""
+
+    output: Path = Path("sprites")
+    """The folder for all of it; `model` in it is the pipeline."""
+    clips: int = 10_000
+    """Clips of the dataset."""
+    processes: int = 2
+    """Processes that train and encode together."""
+    only: Stage | None = None
+    """Only this stage, in this process."""
+    until: Stage = "model"
+    """The last stage."""
+    steps: int | None = None
+    """Training steps of the transformer; by default the recipe's."""
+    ablation: bool = False
+    """Train the arms of the ablation instead, one after the other, and write `ablation.json` and pictures."""
+
+
+def run(command: SpritesCommand) -> int:
+    """
+    Makes what is missing and returns the exit code.
+
+    Raises:
+        ValueError: if an option is wrong, or a stage fails.
+    """
+    if command.clips < 1 or command.processes < 1:
+        raise ValueError(f"--clips is {command.clips} and --processes {command.processes}: pass 1 or more.")
+    if command.only is not None:
+        STAGES[command.only](command)
+        return 0
+    if command.ablation:
+        from refalign_training.sprites import ablation
+
+        _make(command, "cache")
+        return ablation.run(command)
+    _make(command, command.until)
+    return 0
+
+
+def _make(command: SpritesCommand, until: Stage) -> None:
+    for stage in get_args(Stage):
+        if not _is_done(command, stage):
+            logger.info("Stage %s", stage)
+            if stage in ("vae", "text", "teacher"):
+                arguments = ["--output", str(command.output), "--only", stage, "--clips", str(command.clips)]
+                launch(["sprites", *arguments], command.processes)
+            else:
+                STAGES[stage](command)
+        if stage == until:
+            return
+
+
+def _is_done(command: SpritesCommand, stage: Stage) -> bool:
+    """Whether a stage has left its folder. Data, cache and run find out for themselves what is missing."""
+    return stage not in ("data", "cache", "run") and (command.output / PRODUCTS[stage]).is_dir()
+
+
+PRODUCTS = {"vae": "vae", "text": "text_encoder", "teacher": "teacher", "base": "base", "model": "model"}
+
+
+def launch(arguments: list[str], processes: int) -> None:
+    """
+    Runs `refalign-train` in so many processes that work together, one thread each.
+
+    Raises:
+        ValueError: if it fails.
+    """
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        command += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+    command += ["refalign_training.cli", *arguments]
+    code = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+    if code:
+        raise ValueError(f"refalign-train {arguments[0]} ended with exit code {code}. The same command goes on.")
+
+
+# -- Stages -----------------------------------------------------------------------------------------------------------
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def _make_vae(command: SpritesCommand) -> None:
+    from refalign_training.sprites.vae import draw_many, train_vae, vae_psnr
+
+    vae = train_vae(command.output / "vae-run")
+    if _is_main():
+        videos, _ = draw_many(64, held_out=True, purpose="held-out VAE")
+        measured = {"psnr": vae_psnr(vae, videos), "clips": len(videos)}
+        logger.info("VAE: %.1f dB on %d clips of held-out subjects", measured["psnr"], measured["clips"])
+        with new_folder(command.output / PRODUCTS["vae"]) as folder:
+            vae.half().save_pretrained(folder)
+            _write_measured(folder, measured)
+
+
+def _make_text(command: SpritesCommand) -> None:
+    from refalign_training.sprites.text import train_text_encoder
+
+    tokenizer, encoder, right = train_text_encoder(command.output / "text-run")
+    if _is_main():
+        logger.info("Text encoder: %.1f %% of the captions are told whole by each of their tokens", 100 * right)
+        tokenizer.save_pretrained(command.output / "tokenizer")
+        with new_folder(command.output / PRODUCTS["text"]) as folder:
+            encoder.save_pretrained(folder)
+            _write_measured(folder, {"captions": right})
+
+
+def _make_teacher(command: SpritesCommand) -> None:
+    from refalign_training.sprites.teacher import train_teacher
+
+    teacher, top_1 = train_teacher(command.output / "teacher-run")
+    if _is_main():
+        logger.info("Teacher: of 300 held-out subjects, %.1f %% are found by another picture", 100 * top_1)
+        with new_folder(command.output / PRODUCTS["teacher"]) as folder:
+            teacher.save_pretrained(folder)
+            _write_measured(folder, {"top_1": top_1})
+
+
+def _write_measured(folder: Path, figures: dict[str, float]) -> None:
+    (folder / "measured.json").write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
+
+
+def _make_base(command: SpritesCommand) -> None:
+    """A pipeline of the parts with an untrained transformer."""
+    import torch
+    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    from refalign import RefAlignWanPipeline, RefAlignWanTransformer3DModel
+
+    torch.manual_seed(0)
+    pipeline = RefAlignWanPipeline(
+        AutoTokenizer.from_pretrained(command.output / "tokenizer"),
+        UMT5EncoderModel.from_pretrained(command.output / PRODUCTS["text"]),
+        AutoencoderKLWan.from_pretrained(command.output / PRODUCTS["vae"], torch_dtype=torch.float16),
+        FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        RefAlignWanTransformer3DModel(**TRANSFORMER),
+        call_defaults=CALL_DEFAULTS,
+    )
+    with new_folder(command.output / PRODUCTS["base"]) as folder:
+        pipeline.save_pretrained(folder)
+
+
+def _make_data(command: SpritesCommand) -> None:
+    from refalign_training.sprites.dataset import write_dataset
+
+    write_dataset(command.output / "data", command.clips)
+    write_dataset(command.output / "data-held-out", HELD_OUT_CLIPS, seed=1, held_out=True)
+
+
+def _make_cache(command: SpritesCommand) -> None:
+    for name in ("", "-held-out"):
+        data = command.output / f"data{name}"
+        arguments = ["--data", "opens2v", "--videos", data / "Videos"]
+        arguments += ["--annotations", data / "Jsons/mask_and_bbox/total_part1.json"]
+        arguments += ["--cross-pairs", data / "Jsons/cross_video_pairs/pairs.json"]
+        arguments += ["--model", command.output / PRODUCTS["base"], "--teacher", command.output / PRODUCTS["teacher"]]
+        arguments += ["--output", command.output / f"cache{name}", "--dtype", "float32", "--workers", "0"]
+        launch(["cache", *map(str, arguments), *PIXELS, *VIEWS], command.processes)
+
+
+def _train(command: SpritesCommand) -> None:
+    train(command, command.output / "run", ["--steps", str(command.steps)] if command.steps else [])
+
+
+def train(command: SpritesCommand, output: Path, options: list[str]) -> None:
+    """Trains a transformer by the recipe and what differs from it, or goes on with it."""
+    with as_file(files("refalign_training.configs") / "sprites.yaml") as config:
+        arguments = ["--config", config, "--output", output, "--resume", "auto"]
+        arguments += ["--model.base", command.output / PRODUCTS["base"], "--data.cache", command.output / "cache"]
+        arguments += ["--validation.cache", command.output / "cache-held-out"]
+        launch(["run", *map(str, arguments), *options], command.processes)
+
+
+def _make_model(command: SpritesCommand) -> None:
+    """The Hub repo that `refalign` carries."""
+    make_model(command, command.output / "run", command.output / PRODUCTS["model"])
+
+
+STAGES: dict[Stage, Callable[[SpritesCommand], None]] = {
+    "vae": _make_vae,
+    "text": _make_text,
+    "teacher": _make_teacher,
+    "base": _make_base,
+    "data": _make_data,
+    "cache": _make_cache,
+    "run": _train,
+    "model": _make_model,
+}
