@@ -1,4 +1,7 @@
-"""Installs `refalign`, `refalign_training` and `refalign_evaluation` from their source roots. `pip install .` is light; extras add more."""
+"""Installs the packages `refalign`, `refalign_training` and `refalign_evaluation` from their source roots.
+
+`pip install .` is light; extras add more.
+"""
 
 import re
 from pathlib import Path

@@ -14,7 +14,10 @@ from refalign_evaluation.sprites import Sprites
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit code. Errors of users are told in one line, without a traceback."""
     command = tyro.extras.subcommand_cli_from_dict(
-        {"sprites": Sprites}, args=arguments, prog="refalign-eval", description="Evaluation of reference-to-video models."
+        {"sprites": Sprites},
+        args=arguments,
+        prog="refalign-eval",
+        description="Evaluation of reference-to-video models.",
     )
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

@@ -131,9 +131,7 @@ class Judge:
     def __init__(self) -> None:
         self._drawn: dict[Any, torch.Tensor] = {}
 
-    def error(
-        self, clip: "torch.Tensor", subject: "Subject | None", act: str, spot: str, tilt: float = 0.0
-    ) -> float:
+    def error(self, clip: "torch.Tensor", subject: "Subject | None", act: str, spot: str, tilt: float = 0.0) -> float:
         """
         The mean squared error, in a place's part of a clip, of a subject in an act before what stands still; the best
         of some shifts. Without a subject, of what stands still alone.
@@ -179,7 +177,7 @@ class Judge:
         return self._drawn[key]
 
 
-SHIFTS = (-3, 0, 3)  # pixels of 128
+SHIFTS = (-2, 0, 2)  # pixels of 128
 FRAME_STEP = 2
 
 
@@ -193,7 +191,7 @@ def _columns(act: str, spot: str) -> slice:
 
 
 def _residual(clip: "torch.Tensor", drawn: "torch.Tensor") -> "torch.Tensor":
-    """What a drawn subject (premultiplied RGBA), in the light that suits it, before the best still background leaves."""
+    """What a drawn subject (premultiplied RGBA), in the light that suits it, before the best still place leaves."""
     colours, alpha = drawn[..., :3], drawn[..., 3:]
     uncovered = 1 - alpha
     background = (uncovered * clip).sum(0) / uncovered.sum(0).clamp(min=1e-3)
@@ -248,7 +246,7 @@ def _judge_two(case: Case, clip: "torch.Tensor", judged: Judge) -> Verdict:
         }
         # Errors of the whole frame and of a half are of different size: each is told by its share of what moves
         moving = {act: judged.error(clip, None, act, spot) for act in (*ACTS_OF_TWO, CROSSES)}
-        subject, act = min(tries, key=lambda key: tries[key] / max(moving[key[1]], 1e-9))
+        _, act = min(tries, key=lambda key: tries[key] / max(moving[key[1]], 1e-9))
         errors = {who: judged.error(clip, who, act, spot) for who in (own, other, *case.others, None)}
         found.append(min(errors, key=errors.get))
         motions.append(act == scene.acts[index])
@@ -379,9 +377,7 @@ def generate(command: Sprites, cases: Sequence[Case]) -> "Iterator[np.ndarray]":
     yield from generate_by(pipeline, cases, command.seed, **settings)
 
 
-def generate_by(
-    pipeline: Callable, cases: Sequence[Case], seed: int, **settings: Any
-) -> "Iterator[np.ndarray]":
+def generate_by(pipeline: Callable, cases: Sequence[Case], seed: int, **settings: Any) -> "Iterator[np.ndarray]":
     """As [`generate`], by a pipeline that is loaded."""
     import torch
     from tqdm import tqdm

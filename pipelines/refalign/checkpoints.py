@@ -305,7 +305,7 @@ def convert(
         output (`str` or `Path`): a folder that does not exist yet.
         max_shard_size (`int` or `str`, defaults to `"5GB"`): in bytes, or with a unit.
         keep_scheduler (`bool`, defaults to `False`): take the base's scheduler too, instead of the one RefAlign's
-            results were made with (Euler, shift 5).
+            results were made with (Euler, shift 5). A base with `call_defaults` of its own always keeps its scheduler.
         card (`str`, defaults to `"template"`): the model card, of `model_cards/`.
 
     Returns:
@@ -331,8 +331,10 @@ def convert(
         for component in BASE_COMPONENTS:
             _copy_component(base / component, folder / component)
         index = read_json(base / "model_index.json")
-        index = {name: index[name] for name in ("_diffusers_version", *BASE_COMPONENTS) if name in index}
-        if not keep_scheduler:
+        kept = ("_diffusers_version", "call_defaults", *BASE_COMPONENTS)
+        index = {name: index[name] for name in kept if name in index}
+        # A base with settings of its own is not to be sampled as the published models are
+        if not keep_scheduler and not index.get("call_defaults"):
             index["scheduler"] = _write_paper_scheduler(folder / "scheduler")
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
         complete_repo(folder, card)

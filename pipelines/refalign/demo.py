@@ -3,7 +3,7 @@
 Nothing heavy is imported before it is needed, so that `--help` answers at once.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,8 +28,8 @@ class Demo:
     """A folder for `demo.mp4` and `demo.png`, the references beside frames of the video."""
     prompt: str = "On the left one hops up and down, on the right one spins around, in a meadow."
     """What happens: "it", or "the left one" and "the right one", hops up and down, spins around, grows, rises or
-    falls; "it" also slides to the right or to the left; "the two change places". And where: in a meadow, on a beach, in
-    the snow, at night, in a desert, in a city."""
+    falls; "it" also slides to the right or to the left; "the two change places". And where: in a meadow, on a beach,
+    in the snow, at night, in a desert, in a city."""
     subjects: tuple[str, ...] = ("bonnie", "clyde")
     """One or two, from the left to the right: names that --list shows, or pictures of your own."""
     seed: int = 0

@@ -115,7 +115,9 @@ def _take_sprites(command: Generate) -> Generate:
 
     if command.base is not None:
         raise ValueError("--base goes with --model, a native checkpoint.")
-    print("No --model: taking the tiny model that comes with this package. It knows drawn figures alone (refalign demo).")
+    print(
+        "No --model: taking the tiny model that comes with this package. It knows drawn figures alone (refalign demo)."
+    )
     return replace(command, model=str(FOLDER))
 
 

@@ -46,7 +46,7 @@ ASSET_FILES = ("*.png", "*.jpg", "*.webp", "*.gif", "*.mp4")
 BINARY_SUFFIXES = (".model", *(pattern[1:] for pattern in ASSET_FILES))
 COMPONENT_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", f"{TRANSFORMER_CODE}.py")
 REPO_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "README.md", "LICENSE*", "assets/*")  # no code
-FILLED_CARDS = ("trained", "trained_lora")  # by [`fill_card`], with what a run was
+FILLED_CARDS = ("trained", "trained_lora", "sprites")  # by [`fill_card`], with what a run was
 TRAINING_STATE = ("*optim*", "*ema_state*", "*random_states*", "trainer_state*")
 SECRET = re.compile(
     r"hf_[A-Za-z0-9]{30,}"

@@ -38,7 +38,7 @@ DEFAULT_NEGATIVE_PROMPT = (
 )
 
 
-# Of a call, where neither it nor the model's repo says otherwise: what the published models were trained and shown with
+# Of a call, where neither it nor the model's repo says otherwise: what the published models were trained with
 CALL_DEFAULTS = {
     "negative_prompt": DEFAULT_NEGATIVE_PROMPT,
     "height": 480,

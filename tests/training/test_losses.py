@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from refalign_training import losses
 from refalign_training.losses import (
     add_noise,
+    detail,
     flow_matching_loss,
     reference_alignment_loss,
     sample_timesteps,
@@ -294,7 +295,38 @@ def test_any_quantile_gives_a_timestep_in_range(preset, quantiles):
 
 
 def test_wrong_presets_and_quantiles_are_named():
-    with pytest.raises(ValueError, match="'uniform'; known are refalign, logit_normal"):
-        timestep_table("uniform")
+    with pytest.raises(ValueError, match="'even'; known are refalign, logit_normal, uniform"):
+        timestep_table("even")
     with pytest.raises(ValueError, match=r"from 0\.5 to 1,"):
         sample_timesteps("refalign", torch.tensor([0.5, 1.0]))
+
+
+# -- Where a loss counts ----------------------------------------------------------------------------------------------
+
+
+def test_uniform_timesteps_are_unweighted_and_mostly_high():
+    timesteps, weights = timestep_table("uniform")
+    assert weights.eq(1).all()
+    assert 0.42 < (timesteps > 900).float().mean() < 0.46
+
+
+def test_detail_is_where_neighbours_in_a_row_differ():
+    latents = torch.zeros(1, 2, 1, 3, 6)
+    latents[:, :, :, 1, 2:4] = 2.0
+    latents[:, :, :, 2] = 5.0  # a row of its own is no detail
+    expected = torch.zeros(3, 6, dtype=torch.bool)
+    expected[1, 1:5] = True
+    assert torch.equal(detail(latents)[0, 0, 0], expected)
+
+
+def test_position_weights_count_relative_to_each_other():
+    velocity = torch.zeros(1, 1, 1, 1, 4)
+    noise, latents = torch.zeros_like(velocity), torch.zeros_like(velocity)
+    latents[..., 0] = 2.0
+    weights = torch.tensor([7.0, 1.0, 1.0, 1.0]).view(1, 1, 1, 1, 4)
+    loss = flow_matching_loss(velocity, noise, latents, position_weights=weights)
+    assert loss.item() == pytest.approx(4 * 7 / 10)
+    assert torch.equal(
+        flow_matching_loss(velocity, noise, latents, position_weights=torch.full_like(weights, 3.0)),
+        flow_matching_loss(velocity, noise, latents),
+    )

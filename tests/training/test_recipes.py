@@ -10,7 +10,7 @@ from tests.training.small_run import World
 
 
 CONFIGS = Path(__file__).parents[2] / "training/configs"
-RECIPES = sorted(path.name for path in CONFIGS.glob("*.yaml"))
+RECIPES = sorted(path.name for path in CONFIGS.glob("*.yaml") if path.stem != "sprites")  # that one is trained whole
 FIRST_STAGE = "refalign-1.3b-stage1.yaml"
 
 

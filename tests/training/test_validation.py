@@ -218,3 +218,17 @@ def test_a_strip_holds_the_first_middle_and_last_frame():
     frames = [flat(color, (4, 2)) for color in ("red", "black", "blue", "black", "white")]
     picture = strip(frames)
     assert [picture.getpixel((1, y)) for y in (1, 3, 5)] == [(255, 0, 0), (0, 0, 255), (255, 255, 255)]
+
+
+# -- Gains ------------------------------------------------------------------------------------------------------------
+
+
+def test_gains_are_what_the_loss_rises_by(trainer):
+    gains = trainer.validation.gains(trainer.objective, 0)
+    assert gains == trainer.validation.gains(trainer.objective, 0)
+    assert all(0 < abs(gains[f"validation/{name}"]) < 1 for name in ("reference_gain", "order_gain"))
+
+
+def test_one_sample_alone_has_no_reference_gain(trainer):
+    row = int(np.flatnonzero(trainer.samples.buckets[:, 3] == 1)[0])
+    assert validation_of(trainer, [row]).gains(trainer.objective, 0) == {}

@@ -115,7 +115,8 @@ class ObjectiveOptions:
     """What is predicted under which conditions (RefAlign, arXiv 2603.25743, section 4)."""
 
     timesteps: Literal["refalign", "logit_normal", "uniform"] = "refalign"
-    """refalign: shift 5, bump weights, the paper's. logit_normal: shift 3, unweighted. uniform: shift 7, unweighted."""
+    """refalign: shift 5, bump weights, the paper's. logit_normal: shift 3, unweighted. uniform: shift 7, unweighted,
+    for tiny models."""
     detail_weight: float = 1.0
     """How much more than others those positions count at first whose latents differ from their neighbours'."""
     detail_steps: int = 0
@@ -422,7 +423,8 @@ def check(command: RunCommand) -> None:
         "optimizer.weight_decay": 0, "optimizer.max_grad_norm": 0, "alignment.weight": 0, "alignment.decay_steps": 0,
         "alignment.decay_start": 0, "alignment.stop_step": 0, "alignment.gate_power": 0,
         "alignment.negative_weight": 0, "objective.no_text": 0, "objective.no_references": 0, "objective.neither": 0,
-        "objective.max_sequence_length": 1, "objective.detail_weight": 0, "objective.detail_steps": 0, "lora.alpha": 0, "lora.dropout": 0,
+        "objective.max_sequence_length": 1, "objective.detail_weight": 0, "objective.detail_steps": 0,
+        "lora.alpha": 0, "lora.dropout": 0,
     }  # fmt: skip
     for name, minimum in least.items():
         if values[name] is not None and not minimum <= values[name] < math.inf:  # NaN is not

@@ -174,9 +174,7 @@ def learning_rate_factor(step: int, steps: int, options: OptimizerOptions) -> fl
     return 1.0
 
 
-def _make_optimizer(
-    options: OptimizerOptions, groups: list[dict[str, Any]]
-) -> torch.optim.Optimizer | MuonWithAdamW:
+def _make_optimizer(options: OptimizerOptions, groups: list[dict[str, Any]]) -> torch.optim.Optimizer | MuonWithAdamW:
     if options.name == "muon":
         return MuonWithAdamW(groups, options.betas, options.eps)
     if options.name == "adamw":

@@ -85,8 +85,8 @@ class Validation:
 
     def gains(self, objective: Objective, step: int) -> dict[str, float]:
         """
-        What the loss rises by, at a high t, if a sample gets another one's references (`reference_gain`), or its own in
-        reverse order (`order_gain`): early signs that references are followed, and that each is told from the others.
+        What the loss rises by, at a high t, if a sample gets another one's references (`reference_gain`), or its own
+        in reverse order (`order_gain`): early signs that references are followed, and are told from each other.
         """
         device, world_size = self.parallel.device, self.parallel.world_size
         sums = torch.zeros(4, device=device)  # of both gains, and how many samples have them

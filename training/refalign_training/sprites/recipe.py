@@ -13,11 +13,11 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from refalign.atomic import new_folder
 
@@ -65,7 +65,7 @@ CAST = {
 
 @dataclass(frozen=True)
 class SpritesCommand:
-    """Make the tiny model of drawn figures anew: VAE, text encoder, teacher, data, cache, training. Goes on if killed."""
+    """Make the tiny model of drawn figures anew, from nothing. Goes on if it was killed."""
 
     output: Path = Path("sprites")
     """The folder for all of it; `model` in it is the pipeline."""
@@ -79,6 +79,8 @@ class SpritesCommand:
     """The last stage."""
     steps: int | None = None
     """Training steps of the transformer; by default the recipe's."""
+    samples: int = 96
+    """Clips of one subject, and as many of two, that the finished model is measured on."""
     ablation: bool = False
     """Train the arms of the ablation instead, one after the other, and write `ablation.json` and pictures."""
 
@@ -122,6 +124,7 @@ def _is_done(command: SpritesCommand, stage: Stage) -> bool:
     return stage not in ("data", "cache", "run") and (command.output / PRODUCTS[stage]).is_dir()
 
 
+MEASURED = "measured.json"
 PRODUCTS = {"vae": "vae", "text": "text_encoder", "teacher": "teacher", "base": "base", "model": "model"}
 
 
@@ -185,7 +188,7 @@ def _make_teacher(command: SpritesCommand) -> None:
 
 
 def _write_measured(folder: Path, figures: dict[str, float]) -> None:
-    (folder / "measured.json").write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
+    (folder / MEASURED).write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
 
 
 def _make_base(command: SpritesCommand) -> None:
@@ -241,8 +244,77 @@ def train(command: SpritesCommand, output: Path, options: list[str]) -> None:
 
 
 def _make_model(command: SpritesCommand) -> None:
-    """The Hub repo that `refalign` carries."""
+    """The Hub repo that `refalign` carries, with the average of the weights."""
     make_model(command, command.output / "run", command.output / PRODUCTS["model"])
+
+
+def make_model(command: SpritesCommand, run: Path, output: Path) -> None:
+    """
+    A run's weights as a Hub repo, measured.
+
+    Args:
+        run (`Path`): the run's folder; its latest checkpoint is taken.
+        output (`Path`): a new folder.
+    """
+    from refalign import RefAlignWanPipeline
+    from refalign.hub import complete_repo, fill_card
+    from refalign_training.checkpoint import find_checkpoint, read_state, read_weights
+
+    checkpoint = find_checkpoint(run)
+    state = read_state(checkpoint)
+    pipeline = RefAlignWanPipeline.from_pretrained(command.output / PRODUCTS["base"])
+    pipeline.transformer.load_state_dict(read_weights(checkpoint, average=True))
+    pipeline.vae.half()
+    with new_folder(output) as folder:
+        pipeline.save_pretrained(folder)
+        figures = measure(folder, output.with_name(f"{output.name}.json"), command.samples)
+        parts = {name: _read_measured(command.output / PRODUCTS[name]) for name in ("vae", "text", "teacher")}
+        seen = state["step"] * state["options"]["batch.size"]
+        weights = sum(parameter.numel() for parameter in pipeline.transformer.parameters())
+        rows = [(name, *_shown(name, figures)) for name in figures["intervals"]]
+        card = fill_card(
+            "sprites",
+            None,
+            None,
+            rows=rows,
+            figures=figures,
+            parts=parts,
+            steps=state["step"],
+            seen=seen,
+            weights=weights,
+        )
+        (folder / "README.md").write_text(card, "utf-8")
+        complete_repo(folder)
+
+
+def measure(model: Path, output: Path, samples: int, options: Sequence[str] = ()) -> dict[str, Any]:
+    """The figures of `refalign-eval sprites` for a pipeline folder, which the file `output` then holds."""
+    command = [
+        sys.executable,
+        "-m",
+        "refalign_evaluation.cli",
+        "sprites",
+        "--model",
+        str(model),
+        "--json",
+        str(output),
+    ]
+    code = subprocess.run([*command, "--samples", str(samples), *options]).returncode
+    if code:
+        raise ValueError(f"refalign-eval ended with exit code {code}.")
+    return json.loads(output.read_text("utf-8"))
+
+
+def _shown(name: str, figures: dict[str, Any]) -> tuple[str, str]:
+    """A figure and its interval as a card shows them."""
+    value, (low, high) = figures[name], figures["intervals"][name]
+    if name == "psnr":
+        return f"{value:.1f} dB", f"{low:.1f} to {high:.1f}"
+    return f"{100 * value:.0f} %", f"{100 * low:.0f} to {100 * high:.0f}"
+
+
+def _read_measured(folder: Path) -> dict[str, float]:
+    return json.loads((folder / MEASURED).read_text("utf-8"))
 
 
 STAGES: dict[Stage, Callable[[SpritesCommand], None]] = {

@@ -28,9 +28,7 @@ def make_tokenizer() -> T5TokenizerFast:
     return T5TokenizerFast(vocab=special + pieces, extra_ids=0)
 
 
-def train_text_encoder(
-    folder: Path, steps: int = STEPS
-) -> tuple[T5TokenizerFast, UMT5EncoderModel, float]:
+def train_text_encoder(folder: Path, steps: int = STEPS) -> tuple[T5TokenizerFast, UMT5EncoderModel, float]:
     """
     Trains the encoder so that each token of a caption tells what the whole caption says; returns tokenizer, encoder
     and the share of captions that are told entirely right.
@@ -58,5 +56,7 @@ def train_text_encoder(
     with torch.no_grad():
         lengths = tokens.attention_mask.sum(1).tolist()
         told = [value.argmax(1).split(lengths) for value in logits(torch.arange(len(captions)))]
-    is_right = [[(told[i][row] == targets[row, i]).all().item() for i in range(len(names))] for row in range(len(facts))]
+    is_right = [
+        [(told[i][row] == targets[row, i]).all().item() for i in range(len(names))] for row in range(len(facts))
+    ]
     return tokenizer, encoder.eval(), sum(all(row) for row in is_right) / len(is_right)
