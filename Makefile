@@ -1,4 +1,4 @@
-# make demo: references to video, offline, with a tiny model of random weights. make test: every test.
+# make demo: two drawn figures become a video, offline, by the tiny model that comes along. make test: every test.
 # Both make .venv on a fresh machine; later runs find it.
 
 PYTHON ?= python3
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-slow lint clean
 
 demo: $(VENV)/installed
-	$(BIN)/python -m tests.demo demo
+	$(BIN)/refalign demo --output demo
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile

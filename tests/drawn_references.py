@@ -1,4 +1,4 @@
-"""Reference sets drawn by code: a face, a pet and a place each, so that tests and `make demo` need no photographs.
+"""Reference sets drawn by code: a face, a pet and a place each, so that tests need no photographs.
 
 `python -m tests.drawn_references FOLDER` writes them as FOLDER/set1, FOLDER/set2, ...
 """

@@ -1,6 +1,6 @@
 """A whole Wan 2.1 pipeline folder of real classes at tiny size with random weights, made in a second without network.
 
-`python -m tests.tiny_pipeline FOLDER` writes it. Until a trained tiny model is shipped, `make demo` runs on it too.
+`python -m tests.tiny_pipeline FOLDER` writes it.
 """
 
 import sys

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 CANDIDATES = 8  # subjects to tell apart
 REFERENCE_TILT = (12.0, 30.0)  # degrees to one side or the other
 BATCH = 16
+SHIFTS = (-1, 0, 1)  # pixels to each side that an explanation may be moved by
+FRAME_STEP = 2  # every second frame is looked at
+KEPT = 400  # drawings
 
 
 @dataclass(frozen=True)
@@ -162,23 +165,19 @@ class Judge:
         import numpy as np
         import torch
 
-        from refalign_training.sprites.world import SIDE, draw_act
+        from refalign_training.sprites.world import draw_act
 
         key = (subject, act, spot, tilt)
         if key not in self._drawn:
-            frames = np.stack(draw_act(subject, act, spot, tilt, SIDE))[::FRAME_STEP]
+            frames = np.stack(draw_act(subject, act, spot, tilt, FRAME_STEP))
             values = torch.from_numpy(frames).float() / 255
             values = torch.cat([values[..., :3] * values[..., 3:], values[..., 3:]], -1)
-            moved = [values.roll((y, x), (1, 2)) for y in SHIFTS for x in SHIFTS]
-            small = torch.stack(moved).unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean((3, 5))
-            if len(self._drawn) > 400:
+            small = values.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).mean((2, 4))
+            moved = [small.roll((y, x), (1, 2))[:, :, _columns(act, spot)] for y in SHIFTS for x in SHIFTS]
+            if len(self._drawn) > KEPT:
                 self._drawn.clear()
-            self._drawn[key] = small[:, :, :, _columns(act, spot)]
+            self._drawn[key] = torch.stack(moved)
         return self._drawn[key]
-
-
-SHIFTS = (-2, 0, 2)  # pixels of 128
-FRAME_STEP = 2
 
 
 def _columns(act: str, spot: str) -> slice:

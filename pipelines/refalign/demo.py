@@ -30,7 +30,7 @@ class Demo:
     """What happens: "it", or "the left one" and "the right one", hops up and down, spins around, grows, rises or
     falls; "it" also slides to the right or to the left; "the two change places". And where: in a meadow, on a beach,
     in the snow, at night, in a desert, in a city."""
-    subjects: tuple[str, ...] = ("bonnie", "clyde")
+    subjects: tuple[str, ...] = ("crowned-star", "yellow-heart")
     """One or two, from the left to the right: names that --list shows, or pictures of your own."""
     seed: int = 0
     """Another seed, another video."""

@@ -115,9 +115,7 @@ def _take_sprites(command: Generate) -> Generate:
 
     if command.base is not None:
         raise ValueError("--base goes with --model, a native checkpoint.")
-    print(
-        "No --model: taking the tiny model that comes with this package. It knows drawn figures alone (refalign demo)."
-    )
+    print("No --model: taking the tiny one of this package, which knows drawn figures alone (see refalign demo).")
     return replace(command, model=str(FOLDER))
 
 

@@ -22,8 +22,14 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from refalign import RefAlignWanPipeline, RefAlignWanTransformer3DModel
-from refalign.checkpoints import native_key
-from refalign.pipeline_refalign_wan import DEFAULT_NEGATIVE_PROMPT, check_size, combine_passes, guidance_passes
+from refalign.checkpoints import convert, native_key
+from refalign.pipeline_refalign_wan import (
+    CALL_DEFAULTS,
+    DEFAULT_NEGATIVE_PROMPT,
+    check_size,
+    combine_passes,
+    guidance_passes,
+)
 from refalign.reference_images import prepare_reference_image
 from tests.drawn_references import draw_face, draw_pet, draw_place
 
@@ -646,3 +652,56 @@ def test_loras_combine_and_fuse(pipeline, lora_folder):
     pipeline.unfuse_lora()
     pipeline.disable_lora()
     torch.testing.assert_close(run(pipeline), base, atol=1e-3, rtol=1e-3)
+
+
+# -- A model's own defaults -------------------------------------------------------------------------------------------
+
+
+OWN = {
+    "height": 32,
+    "width": 48,
+    "num_frames": 5,
+    "num_inference_steps": 2,
+    "guidance_scale": 1.0,
+    "negative_prompt": "",
+}
+
+
+def test_a_models_own_defaults_are_stored_and_taken(pipeline, tmp_path):
+    own = RefAlignWanPipeline(**pipeline.components, call_defaults=OWN)
+    own.save_pretrained(tmp_path / "own")
+    loaded = RefAlignWanPipeline.from_pretrained(tmp_path / "own")
+    loaded.set_progress_bar_config(disable=True)
+    assert loaded.call_defaults == CALL_DEFAULTS | OWN
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    short = loaded("a cat", reference_images=draw_pet(0.4), generator=generators[0]).frames
+    values = {**OWN, "image_guidance_scale": 5.0, "max_sequence_length": 512}
+    whole = pipeline("a cat", reference_images=draw_pet(0.4), generator=generators[1], **values).frames
+    assert short.shape == (1, 5, 32, 48, 3)
+    assert np.abs(short - whole).max() < 1e-4
+
+
+def test_what_a_call_says_goes_before_a_models_own_defaults(pipeline):
+    own = RefAlignWanPipeline(**pipeline.components, call_defaults=OWN)
+    own.set_progress_bar_config(disable=True)
+    assert own("a cat", num_frames=1, num_inference_steps=1).frames.shape == (1, 1, 32, 48, 3)
+
+
+def test_without_own_defaults_they_are_the_published_models(pipeline):
+    assert pipeline.call_defaults == CALL_DEFAULTS
+    assert (CALL_DEFAULTS["guidance_scale"], CALL_DEFAULTS["image_guidance_scale"]) == (7.5, 5.0)
+
+
+def test_defaults_of_no_argument_are_refused(pipeline):
+    with pytest.raises(ValueError, match=r"names \['fps'\]"):
+        RefAlignWanPipeline(**pipeline.components, call_defaults={"fps": 8})
+
+
+def test_a_converted_checkpoint_keeps_its_bases_defaults_and_schedule(pipeline, native_file, tmp_path):
+    base = RefAlignWanPipeline(**pipeline.components, call_defaults=OWN)
+    base.scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
+    base.save_pretrained(tmp_path / "base")
+    convert(native_file, tmp_path / "base", tmp_path / "converted")
+    converted = RefAlignWanPipeline.from_pretrained(tmp_path / "converted")
+    assert converted.call_defaults == CALL_DEFAULTS | OWN
+    assert converted.scheduler.config.shift == 7.0

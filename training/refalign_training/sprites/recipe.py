@@ -50,16 +50,16 @@ CALL_DEFAULTS = {
     "max_sequence_length": 64,
 }
 SHIFT = 7.0  # of the scheduler, as in training
-# Held-out subjects that `refalign demo` can be asked for
+# Held-out subjects that `refalign demo` can be asked for, and how their pictures are turned, in degrees
 CAST = {
-    "bonnie": 3,
-    "clyde": 402,
-    "dot": 611,
-    "echo": 873,
-    "fig": 1010,
-    "gus": 1199,
-    "hazel": 1344,
-    "iggy": 1620,
+    "crowned-plus": (("plus", "pink", "red", "half", "two eyes", "crown"), -14),
+    "crowned-star": (("star", "cyan", "purple", "spots", "two eyes", "crown"), 12),
+    "dotted-ball": (("circle", "blue", "yellow", "spots", "glasses", "antennae"), -10),
+    "green-square": (("square", "yellow", "green", "rim", "two eyes", "nothing"), 18),
+    "hatted-triangle": (("triangle", "cyan", "yellow", "rim", "one eye", "hat"), 15),
+    "red-square": (("square", "purple", "red", "rim", "glasses", "hat"), -12),
+    "striped-ball": (("circle", "yellow", "purple", "stripes", "one eye", "nothing"), -16),
+    "yellow-heart": (("heart", "yellow", "orange", "half", "two eyes", "nothing"), 14),
 }
 
 
@@ -245,6 +245,12 @@ def train(command: SpritesCommand, output: Path, options: list[str]) -> None:
 
 def _make_model(command: SpritesCommand) -> None:
     """The Hub repo that `refalign` carries, with the average of the weights."""
+    from refalign_training.sprites.world import Subject, draw_reference
+
+    folder = command.output / "subjects"
+    folder.mkdir(exist_ok=True)
+    for name, (who, tilt) in CAST.items():
+        draw_reference(Subject(*who), tilt).save(folder / f"{name}.png")
     make_model(command, command.output / "run", command.output / PRODUCTS["model"])
 
 

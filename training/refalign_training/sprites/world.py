@@ -267,12 +267,12 @@ def _posed(sprite: Image.Image, pose: Pose, side: int) -> Image.Image:
     return sprite.transform((side, side), Transform.AFFINE, matrix, Resampling.BILINEAR)
 
 
-def draw_act(subject: Subject, act: str, spot: str, tilt: float = 0.0, side: int = SIDE) -> list[np.ndarray]:
-    """The subject alone in an act, turned by `tilt` degrees more than that: RGBA frames on nothing."""
+def draw_act(subject: Subject, act: str, spot: str, tilt: float = 0.0, every: int = 1) -> list[np.ndarray]:
+    """The subject alone in an act, turned by `tilt` degrees more than that: RGBA on nothing, every so many frames."""
     sprite = draw_subject(subject)
-    times = [number / (NUM_FRAMES - 1) for number in range(NUM_FRAMES)]
+    times = [number / (NUM_FRAMES - 1) for number in range(0, NUM_FRAMES, every)]
     poses = [pose(act, spot, time) for time in times]
-    return [np.asarray(_posed(sprite, replace(posed, tilt=posed.tilt + tilt), side)) for posed in poses]
+    return [np.asarray(_posed(sprite, replace(posed, tilt=posed.tilt + tilt), SIDE)) for posed in poses]
 
 
 # -- Places -----------------------------------------------------------------------------------------------------------
