@@ -1,4 +1,4 @@
-"""README and docs/training.md are true: README's Python runs, and commands are understood by their programs."""
+"""README and the guides are true: README's Python runs, and commands are understood by their programs."""
 
 import re
 import shlex
@@ -11,6 +11,7 @@ from torch.distributed.run import get_args_parser
 
 from refalign.cli import Command
 from refalign.video import read_video
+from refalign_evaluation.sprites import Sprites
 from refalign_training.cli import Command as TrainingCommand
 from refalign_training.config import RunCommand, check, expand_config, flatten
 from tests.drawn_references import draw_face, draw_pet, draw_place
@@ -19,6 +20,7 @@ from tests.drawn_references import draw_face, draw_pet, draw_place
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 TRAINING = (ROOT / "docs/training.md").read_text("utf-8")
+SPRITES = (ROOT / "docs/sprites.md").read_text("utf-8")
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -50,8 +52,8 @@ def test_the_snippet_about_references_runs(images):
 
 
 def commands() -> list[str]:
-    lines = "".join(blocks("bash", README + TRAINING)).replace("\\\n", " ").splitlines()
-    programs = ("refalign ", "refalign-train ", "accelerate ", "torchrun ")
+    lines = "".join(blocks("bash", README + TRAINING + SPRITES)).replace("\\\n", " ").splitlines()
+    programs = ("refalign ", "refalign-train ", "refalign-eval ", "accelerate ", "torchrun ")
     return [line for line in dict.fromkeys(map(" ".join, map(str.split, lines))) if line.startswith(programs)]
 
 
@@ -59,6 +61,8 @@ def understand(program: str, arguments: list[str]) -> object:
     """What a program makes of its arguments; SystemExit or ValueError if it does not understand them."""
     if program == "refalign":
         return tyro.cli(Command, args=arguments)
+    if program == "refalign-eval":
+        return tyro.cli(Sprites, args=arguments[1:])
     if program == "refalign-train":
         command = tyro.cli(TrainingCommand, args=expand_config(arguments))
         if isinstance(command, RunCommand):
