@@ -75,7 +75,7 @@ def flow_matching_loss(
     return loss * weights.float()
 
 
-def detail(latents: torch.Tensor, threshold: float = 0.5) -> torch.Tensor:
+def detail(latents: torch.Tensor, threshold: float = 0.7) -> torch.Tensor:
     """
     Where latents differ from those at their left or right by more than a threshold, on average over the channels: at
     subjects, where places are smooth along a row.
