@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -174,6 +178,21 @@ def test_a_stage_that_fails_ends_the_command_in_a_line(tmp_path, capsys):
     arguments = ["sprites", "--output", str(tmp_path), "--only", "base"]
     assert main(arguments) == 1
     assert capsys.readouterr().err.startswith("refalign-train: ")
+
+
+def test_a_folder_that_another_works_in_is_left_alone(tmp_path, capsys):
+    """Also if that other was killed: what it had started holds the folder as long as it lives."""
+    code = "import sys, pathlib, subprocess, refalign_training.sprites.recipe as recipe\n"
+    code += "with recipe._owned(pathlib.Path(sys.argv[1])):\n"
+    code += "    child = subprocess.Popen(['sleep', '600'], close_fds=False); print(child.pid, flush=True)\n"
+    code += "    child.wait()"
+    owner = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    child = int(owner.stdout.readline())
+    owner.kill()
+    owner.wait()
+    assert main(["sprites", "--output", str(tmp_path), "--until", "vae"]) == 1
+    assert f"{tmp_path} is in use by another" in capsys.readouterr().err
+    os.kill(child, signal.SIGKILL)
 
 
 def test_wrong_numbers_are_refused(tmp_path, capsys):

@@ -213,7 +213,7 @@ class Lock:
     """An open file whose lock this process holds until [`release`], or until it ends in whatever way."""
 
     def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+        self.descriptor = descriptor
 
     @classmethod
     def take(cls, path: Path, shared: bool = False, wait: bool = False) -> "Lock | None":
@@ -231,7 +231,7 @@ class Lock:
         return cls(descriptor)
 
     def release(self) -> None:
-        os.close(self._descriptor)
+        os.close(self.descriptor)
 
     def __enter__(self) -> "Lock":
         return self

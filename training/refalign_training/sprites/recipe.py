@@ -13,7 +13,8 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -97,13 +98,34 @@ def run(command: SpritesCommand) -> int:
     if command.only is not None:
         STAGES[command.only](command)
         return 0
-    if command.ablation:
-        from refalign_training.sprites import ablation
+    with _owned(command.output):
+        _make(command, "cache" if command.ablation else command.until)
+        if command.ablation:
+            from refalign_training.sprites import ablation
 
-        _make(command, "cache")
-        return ablation.run(command)
-    _make(command, command.until)
+            return ablation.run(command)
     return 0
+
+
+@contextmanager
+def _owned(folder: Path) -> Iterator[None]:
+    """
+    Within it, the folder is this command's alone.
+
+    Raises:
+        ValueError: if it is another one's.
+    """
+    from refalign_training.cache.files import Lock
+
+    lock = Lock.take(folder / "lock")
+    if lock is None:
+        raise ValueError(
+            f"{folder} is in use by another refalign-train sprites, or by processes that one which was killed has "
+            "left. Wait for them, or end them."
+        )
+    with lock:
+        os.set_inheritable(lock.descriptor, True)  # held as long as a process lives that this one has started
+        yield
 
 
 def _make(command: SpritesCommand, until: Stage) -> None:
@@ -139,7 +161,7 @@ def launch(arguments: list[str], processes: int) -> None:
     if processes > 1:
         command += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
     command += ["refalign_training.cli", *arguments]
-    code = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+    code = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, close_fds=False).returncode
     if code:
         raise ValueError(f"refalign-train {arguments[0]} ended with exit code {code}. The same command goes on.")
 

@@ -2,7 +2,6 @@
 
 import functools
 import os
-from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -179,7 +178,7 @@ def _draw_batch(
 @torch.no_grad()
 def measure_latents(vae: AutoencoderKLWan, videos: np.ndarray, references: np.ndarray) -> None:
     """Stores the latents' mean and standard deviation in the configuration: what the pipelines normalise by."""
-    batches: Sequence[np.ndarray] = [*np.array_split(videos, 20), *np.array_split(references[:, None], 4)]
+    batches = [*videos[:, None], *references[:, None, None]]
     latents = [vae.encode(to_model(batch)).latent_dist.mode().transpose(0, 1).flatten(1) for batch in batches]
     values = torch.cat(latents, 1)
     vae.register_to_config(latents_mean=values.mean(1).tolist(), latents_std=values.std(1).tolist())
