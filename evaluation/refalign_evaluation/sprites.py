@@ -333,7 +333,7 @@ def run(command: Sprites) -> int:
     clips = list(map(drawn_clip, cases)) if command.drawn else list(generate(command, cases))
     if command.swapped:
         cases = list(map(swapped, cases))
-    figures = evaluate(cases, clips, "drawn clips" if command.drawn else command.model or "the embedded model")
+    figures = evaluate(cases, clips, "drawn clips" if command.drawn else _name(command.model))
     print(describe(figures))
     if command.json is not None:
         with new_file(command.json, overwrite=True) as file:
@@ -343,6 +343,13 @@ def run(command: Sprites) -> int:
         with new_file(command.sheet, overwrite=True) as file:
             draw_sheet([(cases[i], clips[i]) for i in shown if i < len(clips)]).save(file)
     return 0
+
+
+def _name(model: str | None) -> str:
+    """What to call it in reports: of a folder, its name."""
+    if model is None:
+        return "the embedded model"
+    return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def evaluate(cases: Sequence[Case], clips: "Sequence[np.ndarray]", model: str) -> dict[str, Any]:

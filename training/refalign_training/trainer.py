@@ -171,9 +171,8 @@ class Trainer:
             config, teacher_dim = transformer.config, value["teacher_features"].shape[-1]
             modules["alignment"] = make_alignment(command.alignment, config, teacher_dim, start, command.seed)
         if command.model.compile:
-            transformer.compile_repeated_blocks(
-                dynamic=False
-            )  # each bucket for itself: loops of known length are faster
+            # Each bucket for itself: loops of known length are faster
+            transformer.compile_repeated_blocks(dynamic=False)
         dtype = torch.float32 if command.training == "full" else None
         wrapped = {"transformer": parallel.wrap(transformer, transformer.blocks, dtype)}
         if "alignment" in modules:

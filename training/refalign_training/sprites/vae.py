@@ -46,6 +46,8 @@ STEPS = 4500
 # Frames of a clip, clips of half a batch, and the share of the steps until which it is so: most of what there is to
 # learn, pictures teach sooner
 STAGES = ((1, 24, 0.6), (17, 2, 1.0))
+# The share of the steps until which the encoder is trained too. What it gives is then fixed, and the decoder goes on
+ENCODER_UNTIL = 0.85
 NOISE = 0.05  # on latents, so that the decoder is smooth where the transformer is not exact
 PENALTY = 1e-4  # of latents' squares, else they grow until that noise is nothing
 
@@ -153,7 +155,8 @@ def train_vae(folder: Path, steps: int = STEPS, clips: int = 3000) -> Autoencode
         pixels = _draw_batch(videos, references, length, size, numpy_generator("vae batch", step, half))
         generator = torch.Generator().manual_seed(seed_of("vae noise", step, half))
         with torch.autocast("cpu", torch.bfloat16):
-            latents = coder.encode(pixels)
+            with torch.set_grad_enabled(step < ENCODER_UNTIL * steps):
+                latents = coder.encode(pixels)
             noise = torch.randn(latents.shape, generator=generator)
             decoded = coder.decode(latents + NOISE * noise)
         error = (decoded.float() - pixels).square().mean()

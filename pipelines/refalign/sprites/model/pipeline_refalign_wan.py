@@ -1,0 +1,724 @@
+"""RefAlign's pipeline: reference images and a prompt become a video (RefAlign, arXiv 2603.25743).
+
+A Hub repo carries this file at its root, with `reference_images.py` and `transformer_refalign_wan.py` beside it.
+"""
+
+import inspect
+import logging
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKLWan,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
+from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+from diffusers.utils.torch_utils import get_module_execution_device, randn_tensor
+from diffusers.video_processor import VideoProcessor
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+from .reference_images import prepare_reference_image
+from .transformer_refalign_wan import RefAlignWanTransformer3DModel
+
+
+# Wan's own, with which RefAlign's results were made
+DEFAULT_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"  # noqa: RUF001
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"  # noqa: RUF001
+    "杂乱的背景，三条腿，背景人很多，倒着走"  # noqa: RUF001
+)
+
+
+# Of a call, where neither it nor the model's repo says otherwise: what the published models were trained with
+CALL_DEFAULTS = {
+    "negative_prompt": DEFAULT_NEGATIVE_PROMPT,
+    "height": 480,
+    "width": 832,
+    "num_frames": 81,
+    "num_inference_steps": 50,
+    "guidance_scale": 7.5,
+    "image_guidance_scale": 5.0,
+    "max_sequence_length": 512,
+}
+
+
+def guidance_passes(
+    guidance_scale: float, image_guidance_scale: float, has_references: bool = True
+) -> list[tuple[str, float]]:
+    """
+    The forward passes a step needs, in order, each with its weight in [`combine_passes`].
+
+    `"null"` is the negative prompt with null references, `"reference"` the negative prompt with the references,
+    `"full"` the prompt with the references: `v = null + g_ref (reference - null) + g_text (full - reference)`. A pass
+    whose coefficient in that sum is zero is left out. Without references it is Wan's text guidance.
+    """
+    if not has_references:
+        return [("null", 1.0), ("full", guidance_scale)] if guidance_scale > 1 else [("full", 1.0)]
+    passes = [
+        ("null", 1.0, 1 - image_guidance_scale),
+        ("reference", image_guidance_scale, image_guidance_scale - guidance_scale),
+        ("full", guidance_scale, guidance_scale),
+    ]
+    return [(name, weight) for name, weight, coefficient in passes if coefficient != 0]
+
+
+def combine_passes(predictions: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """`p_0 + sum_i w_i (p_i - p_(i-1))` in float32: RefAlign's guidance for the passes of [`guidance_passes`]."""
+    predictions = [prediction.float() for prediction in predictions]
+    velocity = predictions[0]
+    for previous, prediction, weight in zip(predictions, predictions[1:], weights[1:], strict=False):
+        velocity = velocity + weight * (prediction - previous)
+    return velocity
+
+
+class RefAlignWanPipeline(WanPipeline):
+    r"""
+    Reference-to-video generation with RefAlign on Wan 2.1: the subjects of the reference images act out the prompt.
+
+    Without references it is Wan's text-to-video pipeline. LoRAs are loaded as for [`WanPipeline`].
+
+    Args:
+        tokenizer ([`T5TokenizerFast`]): of `google/umt5-xxl`.
+        text_encoder ([`UMT5EncoderModel`]): `google/umt5-xxl`.
+        vae ([`AutoencoderKLWan`]): encodes references and decodes videos.
+        scheduler ([`FlowMatchEulerDiscreteScheduler`]): with shift 5 it is the paper's schedule. Others of diffusers
+            for flow matching work too, such as [`UniPCMultistepScheduler`].
+        transformer ([`RefAlignWanTransformer3DModel`]): a plain [`WanTransformer3DModel`] is given the reference
+            branch, sharing its weights.
+        call_defaults (`dict`, *optional*): arguments of a call that suit this model better than the published models'
+            ([`CALL_DEFAULTS`]); kept in `model_index.json`.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _callback_tensor_inputs = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    _optional_components = []
+
+    def __init__(
+        self,
+        tokenizer: AutoTokenizer,
+        text_encoder: UMT5EncoderModel,
+        vae: AutoencoderKLWan,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        transformer: WanTransformer3DModel,
+        call_defaults: dict[str, Any] | None = None,
+    ):
+        if unknown := sorted((call_defaults or {}).keys() - CALL_DEFAULTS.keys()):
+            raise ValueError(f"`call_defaults` names {unknown}; it can name {sorted(CALL_DEFAULTS)}.")
+        DiffusionPipeline.__init__(self)  # not WanPipeline's: it registers Wan 2.2's second transformer
+        # `type is`, not `isinstance`: RefAlign's own class is one too, and each load from the Hub makes a new one
+        if type(transformer) is WanTransformer3DModel:
+            transformer = RefAlignWanTransformer3DModel.from_wan(transformer)
+            logging.getLogger(__name__).warning(
+                "This transformer is plain Wan's: without a RefAlign LoRA it hardly follows references."
+            )
+        self.register_modules(
+            tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, scheduler=scheduler, transformer=transformer
+        )
+        self.register_to_config(call_defaults=call_defaults)
+        self.vae_scale_factor_temporal = vae.config.scale_factor_temporal if vae is not None else 4
+        self.vae_scale_factor_spatial = vae.config.scale_factor_spatial if vae is not None else 8
+        self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        """Reads `model_index.json`. A Hub repo names classes of the code it carries; the installed package takes its
+        own classes for them, so that it needs no `trust_remote_code`."""
+        config = super()._dict_from_json_file(json_file)
+        if not _is_installed_package(__name__):
+            return config
+        for name, value in config.items():
+            if isinstance(value, list) and value[-1:] == ["RefAlignWanPipeline"]:
+                config[name] = "RefAlignWanPipeline"
+            elif isinstance(value, list) and value[-1:] == ["RefAlignWanTransformer3DModel"]:
+                config[name] = ["refalign", "RefAlignWanTransformer3DModel"]
+        return config
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        # `auto_map` is there for AutoModel; diffusers would warn of it at every load
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        """As diffusers' own; a [`WanPipeline`]'s transformer is given the reference branch, sharing its weights."""
+        transformer = pipeline.components.get("transformer")
+        if isinstance(transformer, WanTransformer3DModel):  # diffusers hands on only the very class of the annotation
+            kwargs.setdefault("transformer", transformer)
+        return super().from_pipe(pipeline, **kwargs)
+
+    @property
+    def call_defaults(self) -> dict[str, Any]:
+        """What a call of this model takes for arguments that are not given."""
+        return CALL_DEFAULTS | (self.config.get("call_defaults") or {})
+
+    @property
+    def image_guidance_scale(self) -> float:
+        return self._image_guidance_scale
+
+    def check_inputs(
+        self,
+        prompt,
+        negative_prompt,
+        height,
+        width,
+        num_frames,
+        num_inference_steps,
+        guidance_scale,
+        image_guidance_scale,
+        num_videos_per_prompt=1,
+        generator=None,
+        latents=None,
+        prompt_embeds=None,
+        negative_prompt_embeds=None,
+        reference_images=None,
+        reference_latents=None,
+        output_type="np",
+        attention_kwargs=None,
+        callback_on_step_end=None,
+        callback_on_step_end_tensor_inputs=(),
+        max_sequence_length=512,
+    ) -> None:
+        """Raises ValueError for the first argument that is wrong, with its value and what would be right."""
+        _, patch_height, patch_width = self.transformer.config.patch_size
+        multiples = (self.vae_scale_factor_spatial * patch_height, self.vae_scale_factor_spatial * patch_width)
+        check_size(height, width, num_frames, multiples, self.vae_scale_factor_temporal)
+        for name, value in (
+            ("num_inference_steps", num_inference_steps),
+            ("num_videos_per_prompt", num_videos_per_prompt),
+            ("max_sequence_length", max_sequence_length),
+        ):
+            _check_whole_number(name, value)
+            if value < 1:
+                raise ValueError(f"`{name}` has to be 1 or more, but is {value}.")
+        for name, value in (("guidance_scale", guidance_scale), ("image_guidance_scale", image_guidance_scale)):
+            is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+            if not is_number or not math.isfinite(value) or value < 0:
+                raise ValueError(f"`{name}` has to be a number from 0 up, but is {value!r}.")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise ValueError(f"`output_type` has to be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
+        if attention_kwargs is not None and not isinstance(attention_kwargs, dict):
+            raise ValueError(
+                f'`attention_kwargs` has to be a dict such as {{"scale": 0.5}}, but is {attention_kwargs!r}.'
+            )
+        self._check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
+        batch_size = _batch_size(prompt, prompt_embeds)
+        self._check_references(reference_images, reference_latents, batch_size, height, width)
+        shape = self._latents_shape(batch_size * num_videos_per_prompt, num_frames, height, width)
+        _check_noise(generator, latents, shape)
+        self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        for name, is_needed in (
+            ("text_encoder", prompt is not None),
+            ("vae", output_type != "latent" or reference_images is not None),
+        ):
+            if is_needed and getattr(self, name) is None:
+                raise ValueError(f"This call needs the pipeline's `{name}`, but it was loaded without one.")
+
+    def _check_prompts(self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds) -> None:
+        if (prompt is None) == (prompt_embeds is None):
+            raise ValueError("Pass exactly one of `prompt` and `prompt_embeds`.")
+        for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            is_list = isinstance(value, list) and len(value) > 0 and all(isinstance(text, str) for text in value)
+            if value is not None and not isinstance(value, str) and not is_list:
+                raise ValueError(f"`{name}` has to be a string or a list of strings, but is {value!r}.")
+        if negative_prompt_embeds is not None and negative_prompt not in (None, self.call_defaults["negative_prompt"]):
+            raise ValueError("Pass either `negative_prompt` or `negative_prompt_embeds`, not both.")
+        for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
+            if embeds is not None:
+                batch_size = len(embeds) if name == "prompt_embeds" else _batch_size(prompt, prompt_embeds)
+                _check_tensor(name, embeds, (batch_size, None, self.transformer.config.text_dim))
+        batch_size = _batch_size(prompt, prompt_embeds)
+        if isinstance(negative_prompt, list) and len(negative_prompt) != batch_size:
+            raise ValueError(
+                f"`negative_prompt` has {len(negative_prompt)} entries for {batch_size} prompts. Pass one string for "
+                "all prompts, or one a prompt."
+            )
+
+    def _check_references(self, reference_images, reference_latents, batch_size: int, height: int, width: int) -> None:
+        if reference_images is not None and reference_latents is not None:
+            raise ValueError("Pass either `reference_images` or `reference_latents`, not both.")
+        split_reference_images(reference_images, batch_size)
+        if reference_latents is not None:
+            _, channels, _, height, width = self._latents_shape(batch_size, 1, height, width)
+            _check_tensor("reference_latents", reference_latents, (batch_size, channels, None, height, width))
+
+    def _check_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs) -> None:
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise ValueError(f"`callback_on_step_end` has to be callable, but is {callback_on_step_end!r}.")
+        unknown = [k for k in callback_on_step_end_tensor_inputs or () if k not in self._callback_tensor_inputs]
+        if unknown:
+            raise ValueError(
+                f"`callback_on_step_end_tensor_inputs` has {unknown}; it can have {self._callback_tensor_inputs}."
+            )
+
+    def _default_size(self, latents, reference_latents) -> tuple[int, int, int]:
+        """(height, width, frames) of given latents, else what the model was trained at"""
+        height, width, num_frames = (self.call_defaults[name] for name in ("height", "width", "num_frames"))
+        for tensor in (reference_latents, latents):
+            if isinstance(tensor, torch.Tensor) and tensor.ndim == 5:
+                height, width = (side * self.vae_scale_factor_spatial for side in tensor.shape[3:])
+        if isinstance(latents, torch.Tensor) and latents.ndim == 5:
+            num_frames = (latents.shape[2] - 1) * self.vae_scale_factor_temporal + 1
+        return height, width, num_frames
+
+    def _latents_shape(self, num_videos: int, num_frames: int, height: int, width: int) -> tuple[int, ...]:
+        """(videos, channels, latent frames, latent height, latent width)"""
+        return (
+            num_videos,
+            self.transformer.config.in_channels,
+            (num_frames - 1) // self.vae_scale_factor_temporal + 1,
+            height // self.vae_scale_factor_spatial,
+            width // self.vae_scale_factor_spatial,
+        )
+
+    def prepare_latents(self, shape, generator, latents, device) -> torch.Tensor:
+        """Noise in float32, drawn on the CPU (so that a seed gives the same video on every device) unless the
+        generator is on another device; or the given `latents`."""
+        if latents is not None:
+            return latents.to(device, torch.float32)
+        first = generator[0] if isinstance(generator, list) else generator
+        noise_device = torch.device("cpu") if first is None else first.device
+        return randn_tensor(shape, generator=generator, device=noise_device, dtype=torch.float32).to(device)
+
+    @torch.no_grad()
+    def encode_reference(self, image, height: int, width: int) -> torch.Tensor:
+        """
+        A reference image as latents of shape `(1, channels, 1, height / 8, width / 8)`, float32, normalised as the
+        video's are: letterboxed on white, encoded as a one-frame video (RefAlign, section 3).
+        """
+        image = prepare_reference_image(image, height, width, cut_out=False)
+        pixels = self.video_processor.preprocess(image)[:, :, None]
+        pixels = pixels.to(get_module_execution_device(self.vae), self.vae.dtype)
+        latents = self.vae.encode(pixels).latent_dist.mode().float()
+        mean, std = self._latents_mean_and_std(latents)
+        return (latents - mean) / std
+
+    def _latents_mean_and_std(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        mean = torch.tensor(self.vae.config.latents_mean, device=latents.device, dtype=latents.dtype)
+        std = torch.tensor(self.vae.config.latents_std, device=latents.device, dtype=latents.dtype)
+        return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
+
+    def prepare_references(
+        self, reference_images, reference_latents, batch_size: int, height: int, width: int
+    ) -> list[torch.Tensor | None]:
+        """One entry a prompt: its references' latents, `(1, channels, references, h, w)` in float32, or `None`."""
+        if reference_latents is not None:
+            return list(reference_latents.float().split(1))
+        references = []
+        for index, images in enumerate(split_reference_images(reference_images, batch_size)):
+            latents = []
+            for number, image in enumerate(images):
+                try:
+                    latents.append(self.encode_reference(image, height, width))
+                except ValueError as error:
+                    raise ValueError(f"Reference {number + 1} of prompt {index + 1}: {error}") from error
+            references.append(torch.cat(latents, dim=2) if latents else None)
+        return references
+
+    def _predict_velocity(
+        self, latents, timestep, prompt_embeds, negative_prompt_embeds, references, context_suffix, context
+    ) -> torch.Tensor:
+        """The guided velocity, float32, for samples with the same number of references."""
+        dtype = self.transformer.dtype
+        passes = guidance_passes(self.guidance_scale, self.image_guidance_scale, references is not None)
+        predictions = []
+        for name, _ in passes:
+            if references is None or name != "null":
+                pass_references = references
+            else:
+                pass_references = torch.zeros_like(references)  # the null reference is zeros, not a blank image
+            # A context of its own for each pass and group of samples, else caches mix them
+            with self.transformer.cache_context(name + context_suffix, **context):
+                prediction = self.transformer(
+                    hidden_states=latents.to(dtype),
+                    timestep=timestep.expand(latents.shape[0]),
+                    encoder_hidden_states=prompt_embeds if name == "full" else negative_prompt_embeds,
+                    attention_kwargs=self.attention_kwargs,
+                    return_dict=False,
+                    reference_hidden_states=pass_references,
+                )[0]
+            predictions.append(prediction)
+        return combine_passes(predictions, [weight for _, weight in passes])
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        negative_prompt: str | list[str] | None = DEFAULT_NEGATIVE_PROMPT,
+        reference_images: Any = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        image_guidance_scale: float | None = None,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        reference_latents: torch.Tensor | None = None,
+        output_type: str = "np",
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (diffusers' own signature)
+        max_sequence_length: int | None = None,
+    ) -> WanPipelineOutput | tuple:
+        r"""
+        Makes a video of the references' subjects acting out the prompt.
+
+        Defaults are the published models'; a repo's own `call_defaults` go before them.
+
+        Args:
+            prompt (`str` or `list[str]`, *optional*):
+                What happens. Or pass `prompt_embeds`.
+            negative_prompt (`str` or `list[str]`, *optional*, defaults to `DEFAULT_NEGATIVE_PROMPT`):
+                What should not be seen. The default is Wan's, in Chinese; `None` or `""` stands for an empty one.
+            reference_images (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str`, `list`, *optional*):
+                One image, or a list of them, each a PIL image, an array `(height, width, channels)`, a tensor
+                `(channels, height, width)`, a path or a URL. For a list of prompts, a list with one such list a
+                prompt; their lengths may differ. Letterboxed on white to the video's size. `None`: text-to-video.
+            height (`int`, *optional*, defaults to that of `latents` or `reference_latents`, else to `480`):
+                Of the video, in pixels, a multiple of 16.
+            width (`int`, *optional*, defaults to that of `latents` or `reference_latents`, else to `832`):
+                Of the video, in pixels, a multiple of 16.
+            num_frames (`int`, *optional*, defaults to that of `latents`, else to `81`):
+                4k + 1. The model was trained on 81 frames at 16 a second.
+            num_inference_steps (`int`, defaults to `50`):
+                Denoising steps.
+            guidance_scale (`float`, defaults to `7.5`):
+                How closely the prompt is followed: `g_text` of [`guidance_passes`]. With references, 0 leaves the
+                prompt out; without them, anything up to 1 is Wan's "no guidance".
+            image_guidance_scale (`float`, defaults to `5.0`):
+                How closely the references are followed: `g_ref` of [`guidance_passes`]. With both scales at 1 a step
+                takes one forward pass (for distilled LoRAs), else two or three.
+            num_videos_per_prompt (`int`, defaults to `1`):
+                Videos of each prompt.
+            generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
+                For repeatable noise; a list has one a video.
+            latents (`torch.Tensor` of shape `(batch, channels, frames, height / 8, width / 8)`, *optional*):
+                The noise to start from.
+            prompt_embeds (`torch.Tensor` of shape `(batch, text_tokens, text_dim)`, *optional*):
+                In place of `prompt`.
+            negative_prompt_embeds (`torch.Tensor` of shape `(batch, text_tokens, text_dim)`, *optional*):
+                In place of `negative_prompt`.
+            reference_latents (`torch.Tensor`, *optional*):
+                Of shape `(batch, channels, references, height / 8, width / 8)`, in place of `reference_images`:
+                normalised as by [`~RefAlignWanPipeline.encode_reference`].
+            output_type (`str`, defaults to `"np"`):
+                `"pil"`, `"np"`, `"pt"` or `"latent"`.
+            return_dict (`bool`, defaults to `True`):
+                Whether to return a [`WanPipelineOutput`] instead of a tuple.
+            attention_kwargs (`dict`, *optional*):
+                `{"scale": s}` scales the LoRAs.
+            callback_on_step_end (`Callable`, *optional*):
+                Called after each step as `callback(pipeline, step, timestep, callback_kwargs)`.
+            callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
+                Which tensors `callback_kwargs` holds: of `latents`, `prompt_embeds`, `negative_prompt_embeds`.
+            max_sequence_length (`int`, defaults to `512`):
+                Text tokens; Wan was trained with 512.
+
+        Returns:
+            [`WanPipelineOutput`] or `tuple`: the videos, as `frames`.
+
+        Raises:
+            ValueError: for a wrong argument, before anything is computed.
+
+        Examples:
+            ```python
+            >>> import torch
+            >>> from refalign import RefAlignWanPipeline, write_video
+
+            >>> pipe = RefAlignWanPipeline.from_pretrained("ORG/NAME", dtype=torch.bfloat16).to("cuda")
+            >>> video = pipe("A woman walks her dog on a beach.", reference_images=["woman.png", "dog.png"]).frames[0]
+            >>> write_video(video, "walk.mp4")
+            ```
+        """
+        if isinstance(callback_on_step_end, (PipelineCallback, MultiPipelineCallbacks)):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+
+        # 1. Defaults of the model, and checks
+        defaults = self.call_defaults
+        if negative_prompt == DEFAULT_NEGATIVE_PROMPT:
+            negative_prompt = defaults["negative_prompt"]
+        num_inference_steps, guidance_scale, image_guidance_scale, max_sequence_length = (
+            defaults[name] if given is None else given
+            for name, given in (
+                ("num_inference_steps", num_inference_steps),
+                ("guidance_scale", guidance_scale),
+                ("image_guidance_scale", image_guidance_scale),
+                ("max_sequence_length", max_sequence_length),
+            )
+        )
+        size = self._default_size(latents, reference_latents)
+        height, width, num_frames = (
+            default if given is None else given
+            for given, default in zip((height, width, num_frames), size, strict=True)
+        )
+        self.check_inputs(
+            prompt,
+            negative_prompt,
+            height,
+            width,
+            num_frames,
+            num_inference_steps,
+            guidance_scale,
+            image_guidance_scale,
+            num_videos_per_prompt,
+            generator,
+            latents,
+            prompt_embeds,
+            negative_prompt_embeds,
+            reference_images,
+            reference_latents,
+            output_type,
+            attention_kwargs,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+            max_sequence_length,
+        )
+        self._guidance_scale = guidance_scale
+        self._image_guidance_scale = image_guidance_scale
+        self._attention_kwargs = attention_kwargs
+        self._current_timestep = None
+        self._interrupt = False
+        device = self._execution_device
+        batch_size = _batch_size(prompt, prompt_embeds)
+
+        # 2. References, and the samples that have the same number of them
+        references = self.prepare_references(reference_images, reference_latents, batch_size, height, width)
+        groups = group_by_references(references, num_videos_per_prompt, device, self.transformer.dtype)
+
+        # 3. Prompts
+        needs_negative = any(
+            name != "full"
+            for _, group in groups
+            for name, _ in guidance_passes(guidance_scale, image_guidance_scale, group is not None)
+        )
+        if callback_on_step_end is not None and self.text_encoder is not None:
+            needs_negative = True  # the callback may raise the guidance
+        prompt_embeds, negative_prompt_embeds = self.encode_prompt(
+            prompt=prompt,
+            negative_prompt=negative_prompt if negative_prompt_embeds is None else None,
+            do_classifier_free_guidance=needs_negative,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            max_sequence_length=max_sequence_length,
+            device=device,
+        )
+        prompt_embeds, negative_prompt_embeds = (
+            embeds if embeds is None else _repeat(embeds.to(device, self.transformer.dtype), num_videos_per_prompt)
+            for embeds in (prompt_embeds, negative_prompt_embeds)
+        )
+
+        # 4. Timesteps and noise
+        self._set_timesteps(num_inference_steps, device)
+        shape = self._latents_shape(batch_size * num_videos_per_prompt, num_frames, height, width)
+        latents = self.prepare_latents(shape, generator, latents, device)
+
+        # 5. Denoise
+        callback = callback_on_step_end and partial(callback_on_step_end, self)
+        latents = self._denoise(
+            latents,
+            prompt_embeds,
+            negative_prompt_embeds,
+            groups,
+            generator,
+            callback,
+            callback_on_step_end_tensor_inputs or (),
+        )
+
+        # 6. Decode
+        video = latents if output_type == "latent" else self._decode(latents, output_type)
+        self.maybe_free_model_hooks()
+        if not return_dict:
+            return (video,)
+        return WanPipelineOutput(frames=video)
+
+    def _denoise(
+        self, latents, prompt_embeds, negative_prompt_embeds, groups, generator, callback, callback_tensors
+    ) -> torch.Tensor:
+        """Latents from noise; `groups` as of [`group_by_references`]."""
+        timesteps = self.scheduler.timesteps
+        self._num_timesteps = len(timesteps)
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        step_arguments = {"generator": generator} if takes_generator else {}
+        if hasattr(self.transformer, "_reset_stateful_cache"):
+            self.transformer._reset_stateful_cache()  # a call that was broken off has left its cache behind
+        with self.progress_bar(total=len(timesteps)) as progress_bar:
+            for i, t in enumerate(timesteps):
+                if self.interrupt:
+                    continue
+                self._current_timestep = t
+                velocity = torch.empty_like(latents)
+                for number, (samples, references) in enumerate(groups):
+                    velocity[samples] = self._predict_velocity(
+                        latents[samples],
+                        t,
+                        prompt_embeds[samples],
+                        None if negative_prompt_embeds is None else negative_prompt_embeds[samples],
+                        references,
+                        f"_{number}" if number else "",
+                        {
+                            "step_index": i,
+                            "sigma": float(self.scheduler.sigmas[i]),
+                            "num_inference_steps": len(timesteps),
+                        },
+                    )
+                latents = self.scheduler.step(velocity, t, latents, **step_arguments, return_dict=False)[0]
+                if callback is not None:
+                    tensors = {
+                        "latents": latents,
+                        "prompt_embeds": prompt_embeds,
+                        "negative_prompt_embeds": negative_prompt_embeds,
+                    }
+                    tensors |= callback(i, t, {name: tensors[name] for name in callback_tensors}) or {}
+                    latents, prompt_embeds, negative_prompt_embeds = (
+                        tensors[name] for name in self._callback_tensor_inputs
+                    )
+                progress_bar.update()
+        self._current_timestep = None
+        return latents
+
+    def _set_timesteps(self, num_inference_steps: int, device: torch.device) -> None:
+        if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+            # The paper's schedule (the scheduler applies its shift); the scheduler's own default ends at another sigma
+            sigmas = torch.linspace(1, 0, num_inference_steps + 1)[:-1]
+            self.scheduler.set_timesteps(sigmas=sigmas.numpy(), device=device)
+        else:
+            self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self.scheduler.set_begin_index(0)  # spares a copy from the device at each step
+
+    def _decode(self, latents: torch.Tensor, output_type: str):
+        latents = latents.to(get_module_execution_device(self.vae))
+        mean, std = self._latents_mean_and_std(latents)
+        video = self.vae.decode((latents * std + mean).to(self.vae.dtype), return_dict=False)[0]
+        return self.video_processor.postprocess_video(video, output_type=output_type)
+
+
+def check_size(
+    height: int, width: int, num_frames: int, multiples: tuple[int, int] = (16, 16), frame_step: int = 4
+) -> None:
+    """Raises ValueError, naming the nearest valid number, unless height and width are `multiples` and the number of
+    frames is `frame_step` k + 1. The defaults are Wan 2.1's."""
+    for name, value, multiple in (("height", height, multiples[0]), ("width", width, multiples[1])):
+        _check_whole_number(name, value)
+        if value <= 0 or value % multiple:
+            nearest = max(multiple, round(value / multiple) * multiple)
+            raise ValueError(f"`{name}` has to be divisible by {multiple}, but is {value}. Nearest: {nearest}.")
+    _check_whole_number("num_frames", num_frames)
+    if num_frames < 1 or num_frames % frame_step != 1 % frame_step:
+        nearest = max(1, round((num_frames - 1) / frame_step) * frame_step + 1)
+        raise ValueError(f"`num_frames` has to be {frame_step}k + 1, but is {num_frames}. Nearest: {nearest}.")
+
+
+def split_reference_images(reference_images: Any, batch_size: int) -> list[list[Any]]:
+    """
+    The reference images of each prompt, from any form that [`RefAlignWanPipeline`] takes.
+
+    Raises:
+        ValueError: if the lists do not fit the number of prompts, or could mean two things.
+    """
+    if reference_images is None:
+        return [[]] * batch_size
+    if not isinstance(reference_images, (list, tuple)):
+        return [[reference_images]] * batch_size
+    images = list(reference_images)
+    nested = [entry is None or isinstance(entry, (list, tuple)) for entry in images]
+    if not any(nested):
+        if batch_size > 1 and images:
+            raise ValueError(
+                f"`reference_images` is one list of {len(images)} images for {batch_size} prompts, which could mean "
+                "two things. Pass a list of lists, one a prompt: [[a, b], [c]]. The same for all: [[a, b]] * "
+                f"{batch_size}."
+            )
+        return [images] * batch_size
+    if not all(nested):
+        raise ValueError("`reference_images` mixes images and lists of images. Pass a list of lists, one a prompt.")
+    if len(images) != batch_size:
+        raise ValueError(
+            f"`reference_images` has {len(images)} lists for {batch_size} prompts. Pass one list a prompt, an empty "
+            "one for a prompt without references."
+        )
+    return [list(entry or ()) for entry in images]
+
+
+def group_by_references(
+    references: Sequence[torch.Tensor | None], repeats: int, device: torch.device, dtype: torch.dtype
+) -> list[tuple[torch.Tensor | slice, torch.Tensor | None]]:
+    """
+    Groups samples by their number of references, so that none is padded.
+
+    Args:
+        references (`Sequence[torch.Tensor]`): one entry a prompt, `(1, channels, references, h, w)` or `None`.
+        repeats (`int`): videos of each prompt; they lie next to each other in the batch.
+        device (`torch.device`): of the result.
+        dtype (`torch.dtype`): of the result's references.
+
+    Returns:
+        `list[tuple]`: the samples' places in the batch, and their references, `(samples, channels, references, h, w)`
+        or `None`, in the order in which the numbers first occur.
+    """
+    groups: dict[int, list[int]] = {}
+    for index, latents in enumerate(references):
+        groups.setdefault(0 if latents is None else latents.shape[2], []).append(index)
+    result = []
+    for count, indices in groups.items():
+        samples = torch.tensor([index * repeats + r for index in indices for r in range(repeats)], device=device)
+        latents = torch.cat([references[index] for index in indices]).to(device, dtype) if count else None
+        # The usual single group is the batch as it is: a slice spares copies of it at every step
+        result.append((slice(None) if len(groups) == 1 else samples, _repeat(latents, repeats)))
+    return result
+
+
+def _check_tensor(name: str, tensor: Any, shape: tuple[int | None, ...]) -> None:
+    """Raises ValueError unless it is a tensor of this shape, in which `None` stands for any size but 0."""
+    wanted = f"({', '.join('any' if size is None else str(size) for size in shape)})"
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"`{name}` has to be a tensor of shape {wanted}, but is a {type(tensor).__name__}.")
+    fits = all(size == given or (size is None and given > 0) for size, given in zip(shape, tensor.shape, strict=False))
+    if tensor.ndim != len(shape) or not fits:
+        raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}, but this call needs {wanted}.")
+
+
+def _check_noise(generator: Any, latents: Any, shape: tuple[int, ...]) -> None:
+    generators = generator if isinstance(generator, list) else [generator]
+    if not all(entry is None or isinstance(entry, torch.Generator) for entry in generators):
+        raise ValueError(f"`generator` has to be a torch.Generator or a list of them, but is {generator!r}.")
+    if isinstance(generator, list) and len(generator) != shape[0]:
+        raise ValueError(f"`generator` has {len(generator)} entries for {shape[0]} videos. Pass one, or one each.")
+    if latents is not None:
+        _check_tensor("latents", latents, shape)
+
+
+def _repeat(tensor: torch.Tensor | None, repeats: int) -> torch.Tensor | None:
+    return tensor if tensor is None or repeats == 1 else tensor.repeat_interleave(repeats, dim=0)
+
+
+def _batch_size(prompt, prompt_embeds) -> int:
+    if prompt is None:
+        return prompt_embeds.shape[0]
+    return 1 if isinstance(prompt, str) else len(prompt)
+
+
+def _check_whole_number(name: str, value: Any) -> None:
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        raise ValueError(f"`{name}` has to be a whole number, but is {value!r}.")
+
+
+def _is_installed_package(module: str) -> bool:
+    # This file is also part of Hub repos and of the community script, where there is no package `refalign`
+    return module.partition(".")[0] == "refalign"
+
+
+if _is_installed_package(__name__):
+    LOADABLE_CLASSES["refalign"] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}

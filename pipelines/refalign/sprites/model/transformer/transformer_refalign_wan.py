@@ -1,0 +1,353 @@
+"""RefAlign's diffusion transformer: Wan with a reference branch (RefAlign, arXiv 2603.25743, section 3).
+
+The branch adds no weight. It is a way of running Wan's own: reference latents become extra latent frames behind the
+video's, take part in self-attention and feed-forward, skip the cross-attention to the text, and are dropped before
+the head. This file stands alone: a Hub repo carries it beside the transformer's weights.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from diffusers.hooks import FasterCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from diffusers.utils import apply_lora_scale
+from diffusers.utils.torch_utils import maybe_allow_in_graph
+from torch import nn
+
+
+# The modules whose outputs TaylorSeer extrapolates. Its own defaults match no module of Wan.
+TAYLORSEER_IDENTIFIERS = [r"blocks\.\d+\.(attn1|attn2|ffn)"]
+
+
+@dataclass
+class RefAlignWanTransformerOutput(Transformer2DModelOutput):
+    """
+    Output of [`RefAlignWanTransformer3DModel`].
+
+    Args:
+        sample (`torch.Tensor` of shape `(batch, channels, frames, height, width)`):
+            The velocity of the video's latents; the references are not in it.
+        reference_hidden_states (`tuple[torch.Tensor]`, *optional*):
+            The reference tokens after each block of `output_reference_layers`, in that order, each of shape
+            `(batch, references * tokens, dim)`.
+    """
+
+    reference_hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+@maybe_allow_in_graph
+class RefAlignWanTransformerBlock(WanTransformerBlock):
+    """Wan's block, in which the tokens behind the video's skip the cross-attention to the text."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor],
+        num_video_tokens: int | None = None,
+        token_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, tokens, dim)`): video tokens, then reference tokens.
+            encoder_hidden_states (`torch.Tensor` of shape `(batch, text_tokens, dim)`): the embedded prompt.
+            temb (`torch.Tensor` of shape `(batch, 6, dim)`): one modulation for all tokens of a sample.
+            rotary_emb (`tuple` of two `(1, tokens, 1, head_dim)`): cosines and sines.
+            num_video_tokens (`int`, *optional*): how many tokens are the video's; all of them if `None`.
+            token_mask (`torch.Tensor` of shape `(1, tokens, 1)`, *optional*): 1 for video tokens, 0 for reference
+                tokens. Takes the place of `num_video_tokens` where the tokens are split over ranks.
+        """
+        if num_video_tokens is None and token_mask is None:
+            return super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table + temb.float()).chunk(6, dim=1)
+
+        # 1. Self-attention over video and references
+        norm_hidden_states = (self.norm1(hidden_states.float()) * (1 + scale) + shift).type_as(hidden_states)
+        attn_output = self.attn1(norm_hidden_states, None, None, rotary_emb)
+        hidden_states = (hidden_states.float() + attn_output * gate).type_as(hidden_states)
+
+        # 2. Cross-attention to the text, for the video only
+        if token_mask is None:
+            # The parts have no names, so that none lives on through the feed-forward and adds to the peak of memory
+            hidden_states = torch.cat(
+                [
+                    hidden_states[:, :num_video_tokens]
+                    + self._cross_attention(hidden_states[:, :num_video_tokens], encoder_hidden_states),
+                    hidden_states[:, num_video_tokens:],
+                ],
+                dim=1,
+            )
+        else:
+            hidden_states = hidden_states + self._cross_attention(hidden_states, encoder_hidden_states) * token_mask
+
+        # 3. Feed-forward over video and references
+        norm_hidden_states = (self.norm3(hidden_states.float()) * (1 + ffn_scale) + ffn_shift).type_as(hidden_states)
+        ffn_output = self.ffn(norm_hidden_states)
+        return (hidden_states.float() + ffn_output.float() * ffn_gate).type_as(hidden_states)
+
+    def _cross_attention(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+        norm_hidden_states = self.norm2(hidden_states.float()).type_as(hidden_states)
+        return self.attn2(norm_hidden_states, encoder_hidden_states, None, None)
+
+
+class TokenMask(nn.Module):
+    """1 for video tokens and 0 for reference tokens, `(1, tokens, 1)`: a module, so that context parallelism can split
+    what it returns over the ranks as it splits the tokens."""
+
+    def forward(self, hidden_states: torch.Tensor, num_video_tokens: int) -> torch.Tensor:
+        positions = torch.arange(hidden_states.shape[1], device=hidden_states.device)
+        return (positions < num_video_tokens).to(hidden_states.dtype)[None, :, None]
+
+
+class RefAlignWanTransformer3DModel(WanTransformer3DModel):
+    r"""
+    [`WanTransformer3DModel`] with a reference branch: same configuration, same parameters, same state dict.
+
+    Without `reference_hidden_states` it is exactly [`WanTransformer3DModel`].
+    """
+
+    _no_split_modules = ["RefAlignWanTransformerBlock"]
+    _repeated_blocks = ["RefAlignWanTransformerBlock"]
+    _cp_plan = {
+        # "" splits Wan 2.2's timestep a token, which a Wan 2.1 model never gets, and forbids all outputs but tensors
+        **{name: plan for name, plan in WanTransformer3DModel._cp_plan.items() if name != ""},
+        "token_mask": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
+        "all_tokens": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
+
+    # `wraps` keeps the signature, from which diffusers reads the names of the configuration
+    @functools.wraps(WanTransformer3DModel.__init__)
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        for block in self.blocks:
+            block.__class__ = RefAlignWanTransformerBlock  # same parameters, another forward
+        # Both without parameters: places where context parallelism splits the mask and gathers the tokens
+        self.token_mask = TokenMask()
+        self.all_tokens = nn.Identity()
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        # `auto_map` is there for AutoModel; diffusers would warn of it at every load
+        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
+
+    @classmethod
+    def from_wan(cls, transformer: WanTransformer3DModel) -> "RefAlignWanTransformer3DModel":
+        """
+        A model that shares the weights of `transformer`: no copy is made, and `transformer` stays as it is.
+
+        Raises:
+            ValueError: if `transformer` is quantised or has LoRAs, whose layers cannot be shared.
+        """
+        if getattr(transformer, "hf_quantizer", None) is not None or getattr(transformer, "peft_config", None):
+            raise ValueError(
+                "A Wan transformer that is quantised or has LoRAs cannot be given the reference branch. Load it as "
+                f"{cls.__name__} in the first place (its from_pretrained and from_single_file), and LoRAs after that."
+            )
+        with torch.device("meta"):
+            model = cls.from_config(transformer.config)
+        model.load_state_dict(transformer.state_dict(), assign=True)
+        model.rope = transformer.rope  # its buffers are in no state dict
+        for ours, theirs in zip(model.parameters(), transformer.parameters(), strict=True):
+            ours.requires_grad_(theirs.requires_grad)
+        return model.train(transformer.training)
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path_or_dict=None, *, dtype=None, torch_dtype=None, **kwargs):
+        """
+        As diffusers' own, for native and diffusers checkpoints; with `dtype` it keeps in float32 what
+        [`~RefAlignWanTransformer3DModel.from_pretrained`] keeps (norms, modulation, timestep embedding), which
+        diffusers' own casts.
+        """
+        dtype = torch_dtype if dtype is None else dtype
+        if dtype is None or kwargs.get("quantization_config") is not None:
+            return super().from_single_file(pretrained_model_link_or_path_or_dict, dtype=dtype, **kwargs)
+        model = super().from_single_file(pretrained_model_link_or_path_or_dict, **kwargs)
+        return model.cast_weights(dtype)
+
+    def cast_weights(self, dtype: torch.dtype) -> "RefAlignWanTransformer3DModel":
+        """Casts its weights but those that [`~RefAlignWanTransformer3DModel.from_pretrained`] keeps in float32."""
+        for name, parameter in self.named_parameters():
+            is_kept = any(module in name.split(".") for module in self._keep_in_fp32_modules)
+            parameter.data = parameter.data.to(torch.float32 if is_kept else dtype)
+        return self
+
+    def enable_cache(self, config: Any) -> None:
+        """
+        Enables a cache of diffusers: FirstBlockCache, MagCache, SeaCache or TaylorSeer.
+
+        TaylorSeer without identifiers gets those of this model ([`TAYLORSEER_IDENTIFIERS`]).
+
+        Raises:
+            ValueError: for PyramidAttentionBroadcast and FasterCache.
+        """
+        if isinstance(config, (PyramidAttentionBroadcastConfig, FasterCacheConfig)):
+            # Both keep one state, or one pair of states, for all guidance passes; RefAlign has up to three.
+            raise ValueError(
+                f"{type(config).__name__} mixes RefAlign's guidance passes with each other. Use "
+                "FirstBlockCacheConfig, MagCacheConfig, SeaCacheConfig or TaylorSeerCacheConfig instead."
+            )
+        if isinstance(config, TaylorSeerCacheConfig) and not (
+            config.use_lite_mode or config.cache_identifiers or config.skip_predict_identifiers
+        ):
+            config = dataclasses.replace(config, cache_identifiers=TAYLORSEER_IDENTIFIERS)
+        super().enable_cache(config)
+
+    @apply_lora_scale("attention_kwargs")
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.LongTensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states_image: torch.Tensor | None = None,
+        return_dict: bool = True,
+        attention_kwargs: dict[str, Any] | None = None,
+        *,
+        reference_hidden_states: torch.Tensor | None = None,
+        output_reference_layers: Sequence[int] | None = None,
+    ) -> RefAlignWanTransformerOutput | Transformer2DModelOutput | tuple:
+        """
+        The velocity of the video's latents (RefAlign, arXiv 2603.25743, section 3).
+
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, channels, frames, height, width)`):
+                Noisy video latents.
+            timestep (`torch.Tensor` of shape `(batch,)`):
+                In [0, 1000]. One timestep modulates video and references alike.
+            encoder_hidden_states (`torch.Tensor` of shape `(batch, text_tokens, text_dim)`):
+                The prompt's embeddings.
+            encoder_hidden_states_image (`torch.Tensor`, *optional*):
+                As in [`WanTransformer3DModel`].
+            return_dict (`bool`, *optional*, defaults to `True`):
+                Whether to return an output class instead of a tuple.
+            attention_kwargs (`dict`, *optional*):
+                `{"scale": s}` scales the LoRA layers by `s` for this call.
+            reference_hidden_states (`torch.Tensor`, *optional*):
+                Clean latents of shape `(batch, channels, references, height, width)`: one latent frame a reference,
+                normalised as the video's are. Zeros are the null reference. `None`: exactly [`WanTransformer3DModel`].
+            output_reference_layers (`Sequence[int]`, *optional*):
+                Blocks, counted from 0, after which the reference tokens are returned too.
+
+        Returns:
+            [`RefAlignWanTransformerOutput`], or a tuple of its fields. The second field is there only with
+            `output_reference_layers`.
+
+        Raises:
+            ValueError: if the shapes of video and references do not fit each other, or a layer does not exist.
+        """
+        layers = None if output_reference_layers is None else tuple(output_reference_layers)
+        if reference_hidden_states is None:
+            if layers is not None:
+                raise ValueError(
+                    f"`output_reference_layers` is {layers}, but there are no reference "
+                    "tokens to return. Pass `reference_hidden_states`, or leave `output_reference_layers` out."
+                )
+            # The decorator has taken the LoRA scale out of `attention_kwargs`, so it is not applied twice
+            return super().forward(
+                hidden_states=hidden_states,
+                timestep=timestep,
+                encoder_hidden_states=encoder_hidden_states,
+                encoder_hidden_states_image=encoder_hidden_states_image,
+                return_dict=return_dict,
+                attention_kwargs=attention_kwargs,
+            )
+        self._check_references(hidden_states, timestep, reference_hidden_states, layers)
+
+        # 1. Tokens: references are latent frames behind the video's, in the patches and in the rotary positions
+        batch_size, _, num_frames, height, width = hidden_states.shape
+        _, patch_height, patch_width = self.config.patch_size
+        grid = (num_frames, height // patch_height, width // patch_width)
+        num_video_tokens = grid[0] * grid[1] * grid[2]
+        latents = torch.cat([hidden_states, reference_hidden_states.to(hidden_states.dtype)], dim=2)
+        rotary_emb = self.rope(latents)
+        hidden_states = self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
+        num_tokens = hidden_states.shape[1]
+
+        # 2. Conditions
+        temb, timestep_proj, encoder_hidden_states, encoder_hidden_states_image = self.condition_embedder(
+            timestep, encoder_hidden_states, encoder_hidden_states_image
+        )
+        timestep_proj = timestep_proj.unflatten(1, (6, -1))
+        if encoder_hidden_states_image is not None:
+            encoder_hidden_states = torch.concat([encoder_hidden_states_image, encoder_hidden_states], dim=1)
+
+        # 3. Which tokens are the video's. Only where a rank holds a part of the tokens is the mask shorter than they
+        # are, and only there it is needed: a slice costs less.
+        token_mask = self.token_mask(hidden_states, num_video_tokens)
+        if token_mask.shape[1] == num_tokens:
+            token_mask = None
+
+        # 4. Transformer blocks
+        reference_tokens = {}
+        arguments = (encoder_hidden_states, timestep_proj, rotary_emb, num_video_tokens, token_mask)
+        for index, block in enumerate(self.blocks):
+            if torch.is_grad_enabled() and self.gradient_checkpointing:
+                hidden_states = self._gradient_checkpointing_func(block, hidden_states, *arguments)
+            else:
+                hidden_states = block(hidden_states, *arguments)
+            if index in (layers or ()):
+                reference_tokens[index] = self.all_tokens(hidden_states)[:, num_video_tokens:]
+
+        # 5. Head, for the video alone. Where a rank holds a part of the tokens, `proj_out` gathers them first.
+        if token_mask is None:
+            hidden_states = hidden_states[:, :num_video_tokens]
+        shift, scale = (self.scale_shift_table.to(temb.device) + temb.unsqueeze(1)).chunk(2, dim=1)
+        shift, scale = shift.to(hidden_states.device), scale.to(hidden_states.device)
+        hidden_states = (self.norm_out(hidden_states.float()) * (1 + scale) + shift).type_as(hidden_states)
+        hidden_states = self.proj_out(hidden_states)[:, :num_video_tokens]
+
+        # 6. Unpatchify: (batch, frames * rows * columns, patch_height * patch_width * channels) to latents
+        hidden_states = hidden_states.reshape(batch_size, *grid, patch_height, patch_width, -1)
+        sample = hidden_states.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+
+        references = None if layers is None else tuple(reference_tokens[layer] for layer in layers)
+        if not return_dict:
+            return (sample,) if references is None else (sample, references)
+        return RefAlignWanTransformerOutput(sample=sample, reference_hidden_states=references)
+
+    def _check_references(self, hidden_states, timestep, reference_hidden_states, layers) -> None:
+        video, references = tuple(hidden_states.shape), tuple(reference_hidden_states.shape)
+        if len(references) != 5 or references[:2] != video[:2] or references[3:] != video[3:] or references[2] == 0:
+            raise ValueError(
+                f"`reference_hidden_states` has shape {references}; beside `hidden_states` of shape {video} it has to "
+                f"be (batch, channels, references, height, width) = ({video[0]}, {video[1]}, 1 or more, {video[3]}, "
+                f"{video[4]}). Pass `None` where there are no references."
+            )
+        if timestep.ndim != 1:
+            raise ValueError(
+                f"`timestep` has shape {tuple(timestep.shape)}; with references it has to be (batch,): one timestep "
+                "modulates all tokens of a sample."
+            )
+        if self.config.patch_size[0] != 1:
+            raise ValueError(
+                f"`patch_size` is {tuple(self.config.patch_size)}; with references its first number has to be 1, "
+                "because each reference is one latent frame."
+            )
+        for layer in layers or ():
+            if not 0 <= layer < len(self.blocks):
+                raise ValueError(
+                    f"`output_reference_layers` names block {layer}, but the blocks are 0 to {len(self.blocks) - 1}."
+                )
+
+
+def _register_for_caches() -> None:
+    # diffusers' caches look a block's exact class up. The registry is private, so a later diffusers may move it;
+    # then only the caches are lost, and they say so themselves.
+    try:
+        from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
+    except ImportError:
+        return
+    TransformerBlockRegistry.register(
+        RefAlignWanTransformerBlock,
+        TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
+    )
+
+
+_register_for_caches()
