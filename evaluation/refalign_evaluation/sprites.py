@@ -30,6 +30,7 @@ BATCH = 16
 SHIFTS = (-1, 0, 1)  # pixels to each side that an explanation may be moved by
 FRAME_STEP = 2  # every second frame is looked at
 KEPT = 400  # drawings
+LEAST_PRESENCE = 0.25  # with less movement than this share of a subject's, it is missing
 
 
 @dataclass(frozen=True)
@@ -145,10 +146,20 @@ class Judge:
         import torch
 
         clip = clip[:, :, _columns(act, spot)]
-        if subject is None:
-            return (clip - clip.mean(0)).square().mean().item()
         drawn = self._draw(subject, act, spot, tilt)
         return torch.stack([_residual(clip, moved).square().mean() for moved in drawn]).min().item()
+
+    def movement(self, clip: "torch.Tensor", act: str, spot: str) -> float:
+        """How much changes over time in a place's part of a clip: the mean square of what does not stand still."""
+        return _movement(clip[:, :, _columns(act, spot)])
+
+    def presence(self, clip: "torch.Tensor", subject: "Subject", act: str, spot: str) -> float:
+        """How much changes over time in a place's own half, as a share of what would if the subject were there."""
+        clip = clip[:, :, _columns(act, spot)]
+        residuals = [_residual(clip, moved) for moved in self._draw(subject, act, spot, 0.0)]
+        explained = clip - min(residuals, key=lambda residual: residual.square().mean())
+        half = slice(0, 32) if spot == "left" else slice(-32, None)
+        return _movement(clip[:, :, half]) / max(_movement(explained[:, :, half]), 1e-9)
 
     def psnr(self, clip: "torch.Tensor", subject: "Subject", act: str, spot: str) -> float:
         """Of a clip to the explanation, where the subject is."""
@@ -187,6 +198,10 @@ def _columns(act: str, spot: str) -> slice:
     if spot == "middle" or act == CROSSES:
         return slice(0, 64)
     return slice(0, 32) if spot == "left" else slice(32, 64)
+
+
+def _movement(clip: "torch.Tensor") -> float:
+    return (clip - clip.mean(0)).square().mean().item()
 
 
 def _residual(clip: "torch.Tensor", drawn: "torch.Tensor") -> "torch.Tensor":
@@ -244,10 +259,11 @@ def _judge_two(case: Case, clip: "torch.Tensor", judged: Judge) -> Verdict:
             for act in (*ACTS_OF_TWO, CROSSES)
         }
         # Errors of the whole frame and of a half are of different size: each is told by its share of what moves
-        moving = {act: judged.error(clip, None, act, spot) for act in (*ACTS_OF_TWO, CROSSES)}
+        moving = {act: judged.movement(clip, act, spot) for act in (*ACTS_OF_TWO, CROSSES)}
         _, act = min(tries, key=lambda key: tries[key] / max(moving[key[1]], 1e-9))
-        errors = {who: judged.error(clip, who, act, spot) for who in (own, other, *case.others, None)}
-        found.append(min(errors, key=errors.get))
+        errors = {who: judged.error(clip, who, act, spot) for who in (own, other, *case.others)}
+        who = min(errors, key=errors.get)
+        found.append(who if judged.presence(clip, who, act, spot) > LEAST_PRESENCE else None)
         motions.append(act == scene.acts[index])
         psnrs.append(judged.psnr(clip, own, act, spot))
     return Verdict(confusion=_confusion(found, scene.subjects), motion=all(motions), psnr=sum(psnrs) / 2)

@@ -49,6 +49,13 @@ def test_it_is_small():
     assert sum(file.stat().st_size for file in files) < 16 * MIB
 
 
+def test_its_code_is_this_packages():
+    """After a change of these files: refalign export --model pipelines/refalign/sprites/model --output FOLDER."""
+    names = [name for name in os.listdir(FOLDER) if name.endswith(".py")]
+    assert len(names) == 3
+    assert [name for name in names if (FOLDER / name).read_text() != (FOLDER.parents[1] / name).read_text()] == []
+
+
 def test_it_opens_without_this_package(sprites):
     loaded = DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)
     assert loaded.call_defaults == sprites.call_defaults
