@@ -135,10 +135,10 @@ class Judge:
     def __init__(self) -> None:
         self._drawn: dict[Any, torch.Tensor] = {}
 
-    def error(self, clip: "torch.Tensor", subject: "Subject | None", act: str, spot: str, tilt: float = 0.0) -> float:
+    def error(self, clip: "torch.Tensor", subject: "Subject", act: str, spot: str, tilt: float = 0.0) -> float:
         """
         The mean squared error, in a place's part of a clip, of a subject in an act before what stands still; the best
-        of some shifts. Without a subject, of what stands still alone.
+        of some shifts.
 
         Args:
             clip (`torch.Tensor` of shape `(frames, 64, 64, 3)`): in [0, 1].
@@ -304,7 +304,8 @@ def summarise(verdicts: Sequence[Verdict], model: str) -> dict[str, Any]:
     spread = _mean([(verdict.psnr - figures["psnr"]) ** 2 for verdict in verdicts])
     margin = 1.96 * math.sqrt(spread / max(len(verdicts), 1))
     intervals["psnr"] = [figures["psnr"] - margin, figures["psnr"] + margin]
-    return {**figures, "intervals": intervals, "clips": {"one": len(one), "two": len(two)}, "model": model}
+    counts = {"clips": len(verdicts), "clips_of_one": len(one), "clips_of_two": len(two)}
+    return {**figures, "intervals": intervals, **counts, "model": model}
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -322,7 +323,7 @@ def _wilson(values: Sequence[bool]) -> list[float]:
 
 def describe(figures: dict[str, Any]) -> str:
     """The figures as a table for a terminal."""
-    lines = [f"{figures['model']}: {figures['clips']['one']} clips of one subject, {figures['clips']['two']} of two"]
+    lines = [f"{figures['model']}: {figures['clips_of_one']} clips of one subject, {figures['clips_of_two']} of two"]
     for name, (low, high) in figures["intervals"].items():
         value = figures[name]
         shown = f"{value:6.2f} dB" if name == "psnr" else f"{100 * value:5.1f} %"
