@@ -212,6 +212,7 @@ def test_8_bit_adam_takes_more_than_the_field_plans_by_for_what_is_ours():
         ({}, "gradients", 4),
         ({}, "optimizer", 8),
         ({"optimizer__name": "adamw8bit"}, "optimizer", 2),
+        ({"optimizer__name": "muon"}, "optimizer", 4),
         ({}, "average", 0),
         ({"optimizer__ema_decay": 0.9}, "average", 4),
     ],
