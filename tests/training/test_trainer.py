@@ -551,3 +551,14 @@ def test_a_users_own_file_in_the_runs_folder_stays_as_it_is(training_world, tmp_
     command = run_command(mine.parent, training_world.wan, training_world.cache, steps=1, config=mine)
     assert Trainer(command).train() == 0
     assert mine.read_text("utf-8") == "steps: 1  # a comment\n"
+
+
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same(training_world, tmp_path):
+    """It compiles for half a minute."""
+    losses = []
+    for compiles in (False, True):
+        changes = {"steps": 2, "model.compile": compiles, "log.every": 1}
+        assert run(run_command(tmp_path / str(compiles), training_world.wan, training_world.cache, **changes)) == 0
+        losses.append([line["loss"] for line in read_metrics(tmp_path / str(compiles) / "metrics.jsonl")])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

@@ -46,8 +46,8 @@ CALL_DEFAULTS = {
     "width": 64,
     "num_frames": 17,
     "num_inference_steps": 16,
-    "guidance_scale": 2.0,
-    "image_guidance_scale": 2.0,
+    "guidance_scale": 3.0,
+    "image_guidance_scale": 3.0,
     "max_sequence_length": 64,
 }
 SHIFT = 7.0  # of the scheduler, as in training
@@ -294,6 +294,7 @@ def make_model(command: SpritesCommand, run: Path, output: Path) -> None:
     state = read_state(checkpoint)
     pipeline = RefAlignWanPipeline.from_pretrained(command.output / PRODUCTS["base"])
     pipeline.transformer.load_state_dict(read_weights(checkpoint, average=True))
+    pipeline.register_to_config(call_defaults=CALL_DEFAULTS)
     pipeline.vae.half()
     with new_folder(output) as folder:
         pipeline.save_pretrained(folder)
