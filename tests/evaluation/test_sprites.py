@@ -23,7 +23,7 @@ from refalign_training.sprites.vae import draw_frames
 from refalign_training.sprites.world import ACTS, CROSSES, Scene, subjects
 
 
-SAMPLES = 10
+SAMPLES = 5
 FIGURES = ("identity", "identity_same_colours", "motion", "both_right", "swapped", "doubled", "missing", "confusion")
 
 
@@ -56,7 +56,7 @@ def test_drawn_clips_are_right(cases, clips):
 
 def test_against_other_references_all_is_wrong(cases, clips):
     figures = evaluate(list(map(swapped, cases)), clips, "drawn")
-    assert figures["identity"] <= 0.2 and figures["both_right"] == 0
+    assert figures["identity"] == figures["both_right"] == 0
     assert figures["swapped"] >= 0.9
 
 

@@ -20,8 +20,9 @@ from refalign_evaluation.sprites import Case, evaluate, generate_by, make_cases
 
 
 MIB = 1 << 20
-# Well below what was measured on 96 clips (the model's card), as there are but 12 of each kind here
-FLOORS = {"identity": 0.6, "motion": 0.7, "both_right": 0.4}
+SAMPLES = 8  # of one figure, and as many of two
+# Well below what was measured on 96 clips (the model's card), as there are but a few here
+FLOORS = {"identity": 0.5, "motion": 0.5, "both_right": 0.3}
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_it_opens_without_this_package(sprites):
 
 
 def test_its_transformer_opens_alone(sprites):
-    loaded = AutoModel.from_pretrained(FOLDER, subfolder="transformer", trust_remote_code=True)
+    loaded = AutoModel.from_pretrained(str(FOLDER), subfolder="transformer", trust_remote_code=True)
     assert torch.equal(velocity(loaded), velocity(sprites.transformer))
 
 
@@ -99,7 +100,7 @@ def test_the_subjects_it_is_shown_with_are_held_out():
 @pytest.fixture(scope="module")
 def made(sprites):
     """Cases with a seed of their own, and the model's clips of them."""
-    cases = make_cases(12, seed=7)
+    cases = make_cases(SAMPLES, seed=7)
     return cases, list(generate_by(sprites, cases, seed=7))
 
 
@@ -111,7 +112,7 @@ def test_it_keeps_its_measures(made):
 
 def test_references_that_are_swapped_swap_the_subjects(sprites, made):
     """The same prompts and noise as before, with the two references exchanged."""
-    cases = [swap_references(case) for case in made[0][12:]]
+    cases = [swap_references(case) for case in made[0][SAMPLES:]]
     figures = evaluate(cases, list(generate_by(sprites, cases, seed=7)), "the embedded model")
     assert figures["both_right"] >= FLOORS["both_right"]
     assert figures["swapped"] <= 0.25
