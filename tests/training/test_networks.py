@@ -15,7 +15,14 @@ from refalign.hub import LORA_WEIGHTS
 from refalign_training.alignment import ReferenceAlignment
 from refalign_training.checkpoint import save_checkpoint
 from refalign_training.config import ModelOptions, RunCommand, flatten
-from refalign_training.networks import Start, find_start, load_transformer, make_alignment, transformer_config
+from refalign_training.networks import (
+    Start,
+    find_start,
+    load_transformer,
+    make_alignment,
+    take_plain_attention,
+    transformer_config,
+)
 from refalign_training.parallel import Parallel
 from tests.tiny_pipeline import tiny_transformer
 from tests.training.small_run import run_command
@@ -414,3 +421,15 @@ def test_projectors_that_do_not_fit_are_named(command, exported, changes, teache
     start = find_start(command(**{"model.start": exported}))
     with pytest.raises(ValueError, match="The projectors do not fit layers"):
         make_alignment(command(**changes).alignment, CONFIG, teacher_dim, start, seed=0)
+
+
+def test_plain_attention_computes_the_same_and_is_this_models_alone():
+    ours, theirs = (tiny_transformer(RefAlignWanTransformer3DModel) for _ in range(2))
+    inputs = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    arguments = {"timestep": torch.tensor([500.0]), "encoder_hidden_states": torch.ones(1, 3, 32)}
+    before = ours(inputs, **arguments).sample
+    take_plain_attention(ours)
+    assert (ours(inputs, **arguments).sample - before).abs().max() < 1e-5
+    assert ours.blocks[0].attn1.processor._attention_backend is not None
+    assert theirs.blocks[0].attn1.processor._attention_backend is None
+    assert torch.equal(theirs(inputs, **arguments).sample, before)

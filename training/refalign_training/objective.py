@@ -1,12 +1,10 @@
 """From a batch to its losses: the one place that knows what is trained for."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from refalign_training.alignment import alignment_weight
 from refalign_training.batches import Batch
@@ -63,15 +61,9 @@ class Objective:
         names = ("weight", "decay_start", "decay_steps", "stop_step")
         return alignment_weight(step, **{name: getattr(self.options, name) for name in names})
 
-    @contextmanager
-    def autocast(self, device: torch.device) -> Iterator[None]:
-        """What the networks compute in, and how."""
-        # Each weight is used once, so copies of them are not kept
-        dtype = torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False)
-        # On a CPU, torch's flash attention takes eight times as long backwards as forwards
-        attention = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
-        with dtype, attention:
-            yield
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """What the networks compute in. Each weight is used once, so copies of them are not kept."""
+        return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False)
 
     def __call__(self, batch: Batch, step: int) -> Losses:
         """The losses of a batch, on the device where the batch and the networks are."""

@@ -36,7 +36,13 @@ from refalign_training.checkpoint import (
 from refalign_training.config import RunCommand, accumulation, changed_options, check, flatten, to_yaml
 from refalign_training.encoders import vae_config
 from refalign_training.frozen_models import fetch_model
-from refalign_training.networks import find_start, frozen_fingerprint, load_transformer, make_alignment
+from refalign_training.networks import (
+    find_start,
+    frozen_fingerprint,
+    load_transformer,
+    make_alignment,
+    take_plain_attention,
+)
 from refalign_training.objective import Objective
 from refalign_training.parallel import Parallel, gradient_norm
 from refalign_training.plots import describe_timesteps, plot_timesteps
@@ -170,6 +176,8 @@ class Trainer:
             value = read_first(self.samples, self.order)
             config, teacher_dim = transformer.config, value["teacher_features"].shape[-1]
             modules["alignment"] = make_alignment(command.alignment, config, teacher_dim, start, command.seed)
+        if parallel.device.type == "cpu":
+            take_plain_attention(transformer)
         if command.model.compile:
             # Each bucket for itself: loops of known length are faster
             transformer.compile_repeated_blocks(dynamic=False)
