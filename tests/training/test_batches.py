@@ -399,6 +399,7 @@ def default_handlers():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_workers_outlive_a_signal_to_the_whole_job(number, default_handlers):
+    others = set(multiprocessing.active_children())  # of whatever test was here before
     loaded = load_batches(
         samples := SmallSamples(),
         small_order(samples),
@@ -411,7 +412,7 @@ def test_workers_outlive_a_signal_to_the_whole_job(number, default_handlers):
         encodes=False,
     )
     first = next(loaded)
-    (worker,) = multiprocessing.active_children()
+    (worker,) = set(multiprocessing.active_children()) - others
     other = os.fork()
     if other == 0:  # not this process, which may end its workers
         os.kill(worker.pid, number)
