@@ -42,7 +42,7 @@ class Sprites:
     samples: int = 96
     """Clips of one subject, and as many of two, all of subjects that are never trained on."""
     seed: int = 0
-    """Of scenes, references and noise."""
+    """The seed of scenes, references and noise."""
     json: Path | None = None
     """A file for the figures, replaced if it exists."""
     steps: int | None = None
@@ -65,7 +65,7 @@ class Case:
 
     scene: "Scene"
     tilts: tuple[float, ...]
-    """Of the references, in degrees."""
+    """How the references are turned, in degrees."""
     others: tuple["Subject", ...]
     """Held-out subjects that are not shown."""
     alike: tuple["Subject", ...]
@@ -86,7 +86,7 @@ class Verdict:
     confusion: str | None = None
     """Two subjects: right, swapped, doubled, missing or other."""
     psnr: float = field(default=math.nan)
-    """Of the clip to its best explanation, where the subjects are, in decibels."""
+    """How near the clip is to its best explanation, where the subjects are, in decibels."""
 
 
 # -- Cases ------------------------------------------------------------------------------------------------------------
@@ -162,7 +162,7 @@ class Judge:
         return _movement(clip[:, :, half]) / max(_movement(explained[:, :, half]), 1e-9)
 
     def psnr(self, clip: "torch.Tensor", subject: "Subject", act: str, spot: str) -> float:
-        """Of a clip to the explanation, where the subject is."""
+        """How near a clip is to the explanation, where the subject is, in decibels."""
         import torch
 
         clip, errors = clip[:, :, _columns(act, spot)], []
