@@ -29,7 +29,7 @@ INSTALL = [
 ]
 BACKGROUND = ["rembg[cpu]>=2.0.86"]
 TRAIN = ["matplotlib>=3.9", "pyarrow>=18", "pycocotools>=2.0.8", "pyyaml", "tensorboard>=2.18", "torch>=2.9"]
-TEST = [*TRAIN, "hypothesis", "pytest", "pytest-xdist", "ruff"]
+TEST = [*TRAIN, "hypothesis", "import-linter>=2.17", "pytest", "pytest-xdist", "ruff"]
 
 setup(
     name="refalign",
@@ -56,6 +56,9 @@ setup(
         "refalign_training.cache",
         "refalign_training.configs",
         "refalign_training.data",
+        "refalign_training.method",
+        "refalign_training.publish",
+        "refalign_training.run",
         "refalign_training.sprites",
     ],
     package_data={

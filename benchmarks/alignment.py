@@ -28,7 +28,7 @@ import tyro
 from tqdm.auto import tqdm
 
 from benchmarks.machine import in_fresh_process, machine_line, markdown_table, process_memory, reset_peak_memory
-from refalign_training.losses import reference_alignment_loss
+from refalign_training.method.losses import reference_alignment_loss
 
 
 Side = Literal["plain", "refalign"]

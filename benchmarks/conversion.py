@@ -66,7 +66,7 @@ class Run:
 
 def checkpoint_shapes(model: str, layers: int | None) -> dict[str, list[int]]:
     """The native keys and shapes of a released checkpoint: no projectors, and only the first `layers` blocks."""
-    from refalign.checkpoints import is_projector_key
+    from refalign.keys import is_projector_key
 
     def is_wanted(key: str) -> bool:
         part, _, rest = key.partition(".")
@@ -143,7 +143,7 @@ def run_conversion(checkpoint: Path, base: Path, output: Path, shard_size: str) 
     """One conversion, measured. To be run in a fresh process."""
     import refalign.hub
     import refalign.transformer_refalign_wan  # noqa: F401 (so that no import is measured)
-    from refalign.checkpoints import convert
+    from refalign.convert import convert
 
     samples: list[int] = []
     reset_peak_memory()

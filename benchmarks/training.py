@@ -47,10 +47,10 @@ from tqdm.auto import tqdm
 
 from benchmarks.machine import in_fresh_process, machine_line, markdown_table, process_memory, reset_peak_memory
 from benchmarks.training_inputs import REFERENCES, SIZES, write_cache, write_models
-from refalign_training.cache import Dataset
-from refalign_training.config import RunCommand
 from refalign_training.data.recipe import Recipe
-from refalign_training.trainer import Trainer
+from refalign_training.data.source import Dataset
+from refalign_training.run.config import RunCommand
+from refalign_training.run.trainer import Trainer
 
 
 M_MMAP_THRESHOLD = -3  # glibc's malloc.h: larger blocks are given back to the system when they are freed

@@ -14,8 +14,9 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel, UMT5Config, UMT5Encode
 
 from refalign.video import write_video
 from refalign_training import cache
-from refalign_training.cache import CacheCommand, Dataset
+from refalign_training.cache.command import CacheCommand
 from refalign_training.data.recipe import Recipe
+from refalign_training.data.source import Dataset
 from tests.tiny_pipeline import TRANSFORMER, tiny_tokenizer
 
 

@@ -18,7 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from refalign import RefAlignWanPipeline, RefAlignWanTransformer3DModel
-from refalign.checkpoints import convert, diffusers_to_native, native_to_diffusers
+from refalign.convert import convert
+from refalign.keys import diffusers_to_native, native_to_diffusers
 from tests.tiny_pipeline import tiny_transformer, tiny_wan_pipeline
 
 

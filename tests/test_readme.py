@@ -13,7 +13,7 @@ from refalign.cli import Command
 from refalign.video import read_video
 from refalign_evaluation.sprites import Sprites
 from refalign_training.cli import Command as TrainingCommand
-from refalign_training.config import RunCommand, check, expand_config, flatten
+from refalign_training.run.config import RunCommand, check, expand_config, flatten
 from tests.drawn_references import draw_face, draw_pet, draw_place
 
 

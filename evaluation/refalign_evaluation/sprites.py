@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from refalign.atomic import new_file
+from refalign.files import new_file
 
 
 if TYPE_CHECKING:

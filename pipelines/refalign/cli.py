@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     runners = {
         Demo: demo.run,
         Generate: generate.run,
-        Convert: convert,
+        Convert: run_convert,
         Export: export,
         Push: push,
         LoraInspect: inspect_lora,
@@ -118,19 +118,19 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def convert(command: Convert) -> int:
-    from refalign import checkpoints, hub
+def run_convert(command: Convert) -> int:
+    from refalign import hub
+    from refalign.convert import convert
 
     card = hub.RELEASES.get(command.checkpoint, "template") if command.card == "auto" else command.card
-    checkpoints.convert(
-        command.checkpoint, command.base, command.output, command.max_shard_size, command.keep_scheduler, card
-    )
+    convert(command.checkpoint, command.base, command.output, command.max_shard_size, command.keep_scheduler, card)
     print(f"Wrote {command.output}: RefAlignWanPipeline.from_pretrained({str(command.output)!r})")
     return 0
 
 
 def export(command: Export) -> int:
-    from refalign import checkpoints, hub
+    from refalign import hub
+    from refalign.convert import export_native
 
     if (command.model is None) != (command.output is None) or (command.model is None and command.community is None):
         raise ValueError("Pass --model and --output (FILE.safetensors or a new folder), or --community FILE.")
@@ -138,7 +138,7 @@ def export(command: Export) -> int:
         print(f"Wrote {hub.write_community_script(command.community)}")
     if command.output is not None:
         native = command.output.suffix == ".safetensors"
-        write = checkpoints.export_native if native else hub.export_repo
+        write = export_native if native else hub.export_repo
         print(f"Wrote {write(command.model, command.output)}")
     return 0
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from refalign.atomic import new_file
+from refalign.files import new_file
 from refalign.sprites import FOLDER, SUBJECTS, subject_names
 
 

@@ -249,7 +249,7 @@ def _load_pipeline(command: Generate):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     from refalign import RefAlignWanPipeline
-    from refalign.checkpoints import PICKLES
+    from refalign.files import PICKLES
 
     device = _device(command.device)
     if command.offload == "model" and device.type == "cpu":
@@ -310,19 +310,22 @@ def _device(name: str):
 
 
 def _load_native(command: Generate, dtype):
-    from refalign import RefAlignWanTransformer3DModel, checkpoints
+    from refalign import RefAlignWanTransformer3DModel
+    from refalign.convert import check_shapes
+    from refalign.files import find_safetensors, read, read_headers
+    from refalign.keys import native_to_diffusers
 
-    tensors, _ = checkpoints.native_to_diffusers(checkpoints.read_headers(checkpoints.find_safetensors(command.model)))
+    tensors, _ = native_to_diffusers(read_headers(find_safetensors(command.model)))
     config = RefAlignWanTransformer3DModel.load_config(_folder_or_hub_id(command.base), subfolder="transformer")
-    checkpoints.check_shapes(tensors, config, command.model)
+    check_shapes(tensors, config, command.model)
     return RefAlignWanTransformer3DModel.from_single_file(
-        checkpoints.read(tensors), config=command.base, subfolder="transformer", dtype=dtype
+        read(tensors), config=command.base, subfolder="transformer", dtype=dtype
     )
 
 
 def _read_lora(lora: str) -> tuple[str, float]:
     """A LoRA's file or Hub id, and its scale, of FILE[:SCALE]."""
-    from refalign.checkpoints import PICKLES
+    from refalign.files import PICKLES
 
     source, separator, scale = lora.rpartition(":")
     try:
@@ -422,7 +425,7 @@ def _public_name(source: str) -> str:
 
 
 def _write_previews(references: list, command: Generate) -> None:
-    from refalign.atomic import new_file
+    from refalign.files import new_file
 
     for number, image in enumerate(references):
         with new_file(

@@ -22,8 +22,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from refalign.atomic import new_file, new_folder
-from refalign.checkpoints import PROJECTORS, download, open_safetensors, read_json
+from refalign.files import fetch, new_file, new_folder, open_safetensors, read_json
 
 
 logger = logging.getLogger(__name__)
@@ -35,6 +34,7 @@ AUTO_MAP = {"AutoModel": f"{TRANSFORMER_CODE}.RefAlignWanTransformer3DModel"}
 REPO_PLACEHOLDER = "ORG/NAME"
 # The authors' releases, for which we have cards with published results
 RELEASES = {"gudaochangsheng/RefAlign-1.3B": "refalign-1.3b", "gudaochangsheng/RefAlign-14B": "refalign-14b"}
+PROJECTORS = "projectors.safetensors"  # of the training
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # where `load_lora_weights` looks
 NATIVE = "refalign-native.safetensors"  # the whole transformer once more, for ComfyUI
 COMMUNITY_SCRIPT = "pipeline.py"  # where `custom_pipeline="ORG/NAME"` looks
@@ -104,7 +104,7 @@ def export_repo(model: Any, output: str | Path, card: str = "template") -> Path:
     """
     with new_folder(output) as folder:
         if isinstance(model, (str, Path)):
-            source = Path(model) if Path(model).is_dir() else download(str(model), list(REPO_FILES))
+            source = Path(model) if Path(model).is_dir() else fetch(str(model), list(REPO_FILES))
             left_out = _copy_repo(source, folder)
             if left_out:
                 logger.info("Not part of a pipeline, left out: %s", ", ".join(left_out))

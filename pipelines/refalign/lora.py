@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from refalign.atomic import new_file
-from refalign.checkpoints import diffusers_key, find_safetensors, native_key, open_safetensors, read_json
+from refalign.files import find_safetensors, new_file, open_safetensors, read_json
+from refalign.keys import diffusers_key, native_key
 
 
 logger = logging.getLogger(__name__)

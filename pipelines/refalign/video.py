@@ -9,7 +9,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from refalign.atomic import new_file
+from refalign.files import new_file
 
 
 FPS = 16  # of Wan 2.1, and so of RefAlign

@@ -12,8 +12,8 @@ from diffusers import AutoModel, DiffusionPipeline
 from PIL import Image
 
 from refalign import RefAlignWanPipeline, RefAlignWanTransformer3DModel
-from refalign.checkpoints import export_native
 from refalign.cli import main
+from refalign.convert import export_native
 from refalign.sprites import FOLDER, SUBJECTS, subject_names
 from refalign.video import read_settings, read_video
 from refalign_evaluation.sprites import Case, evaluate, generate_by, make_cases

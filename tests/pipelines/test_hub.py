@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from refalign import RefAlignWanPipeline, RefAlignWanTransformer3DModel, cli, hub
-from refalign.checkpoints import export_native
+from refalign.convert import export_native
 from tests.mock_hub import MockHub
 from tests.tiny_pipeline import tiny_transformer, tiny_wan_pipeline
 

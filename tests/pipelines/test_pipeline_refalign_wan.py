@@ -22,7 +22,8 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from refalign import RefAlignWanPipeline, RefAlignWanTransformer3DModel
-from refalign.checkpoints import convert, native_key
+from refalign.convert import convert
+from refalign.keys import native_key
 from refalign.pipeline_refalign_wan import (
     CALL_DEFAULTS,
     DEFAULT_NEGATIVE_PROMPT,

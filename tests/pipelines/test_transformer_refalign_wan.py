@@ -19,7 +19,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from refalign import RefAlignWanTransformer3DModel
-from refalign.checkpoints import diffusers_to_native
+from refalign.keys import diffusers_to_native
 from refalign.transformer_refalign_wan import RefAlignWanTransformerBlock
 from tests.parallel import run_on_two_ranks
 from tests.tiny_pipeline import tiny_transformer

@@ -11,8 +11,9 @@ from PIL import Image
 from safetensors.torch import load
 
 from refalign.video import write_video
-from refalign_training.cache import CacheCommand, Dataset
+from refalign_training.cache.command import CacheCommand
 from refalign_training.data.recipe import Recipe
+from refalign_training.data.source import Dataset
 
 
 HEIGHT, WIDTH, FRAMES = 32, 48, 5

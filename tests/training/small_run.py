@@ -19,10 +19,10 @@ from accelerate import PartialState
 from tqdm import tqdm
 from tqdm.auto import tqdm as tqdm_auto
 
-from refalign_training import trainer
-from refalign_training.checkpoint import find_checkpoint, has_checkpoint, read_tensors, stored_tensors
-from refalign_training.config import (
-    AlignmentOptions,
+from refalign_training.method.options import AlignmentOptions
+from refalign_training.run import trainer
+from refalign_training.run.checkpoint import find_checkpoint, has_checkpoint, read_tensors, stored_tensors
+from refalign_training.run.config import (
     BatchOptions,
     CheckpointOptions,
     DataOptions,

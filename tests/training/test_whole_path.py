@@ -16,12 +16,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from refalign.video import read_video, write_video
-from refalign_training.batches import Batch, pad_prompt_embeds
 from refalign_training.cache import run as run_cache
 from refalign_training.cli import main
-from refalign_training.config import RunCommand
-from refalign_training.losses import add_noise, sample_timesteps
-from refalign_training.trainer import Trainer
+from refalign_training.method.losses import add_noise, sample_timesteps
+from refalign_training.method.objective import Batch
+from refalign_training.run.batches import pad_prompt_embeds
+from refalign_training.run.config import RunCommand
+from refalign_training.run.trainer import Trainer
 from tests.drawn_references import draw_pet, draw_place
 from tests.tiny_pipeline import tiny_transformer, tiny_wan_pipeline
 from tests.training.opens2v_files import write_opens2v

@@ -11,12 +11,14 @@ from typing import Annotated
 import tyro
 from tyro.conf import subcommand
 
-from refalign_training import cache, check, export
-from refalign_training.cache import CacheCommand
-from refalign_training.check import Check
-from refalign_training.config import RunCommand, expand_config
-from refalign_training.export import ExportCommand
-from refalign_training.sprites import recipe
+from refalign_training import cache
+from refalign_training.cache.command import CacheCommand
+from refalign_training.data import check
+from refalign_training.data.check import Check
+from refalign_training.publish import export
+from refalign_training.publish.export import ExportCommand
+from refalign_training.run.config import RunCommand, expand_config
+from refalign_training.sprites import command as sprites
 from refalign_training.sprites.recipe import SpritesCommand
 
 
@@ -42,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
             CacheCommand: cache.run,
             RunCommand: _train,
             ExportCommand: export.run,
-            SpritesCommand: recipe.run,
+            SpritesCommand: sprites.run,
         }
         return runners[type(command)](command)
     except (ValueError, OSError, ImportError) as error:
@@ -54,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _train(command: RunCommand) -> int:
-    from refalign_training import trainer
+    from refalign_training.run import trainer
 
     return trainer.run(command)
 

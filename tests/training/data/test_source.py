@@ -10,7 +10,7 @@ import tyro
 
 from refalign_training.data import source as source_module
 from refalign_training.data.sample import Clip, Fault, Sample
-from refalign_training.data.samples import write_sample
+from refalign_training.data.sample_files import write_sample
 from refalign_training.data.source import Source, read_source
 from tests.training.opens2v_files import write_opens2v
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from refalign_training.data.recipe import SelectionRule
 from refalign_training.data.sample import Fault, Sample
-from refalign_training.data.samples import read_samples_file, write_sample
+from refalign_training.data.sample_files import read_samples_file, write_sample
 from refalign_training.data.table import read_folder, read_table
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from refalign.atomic import new_file
+from refalign.files import new_file
 from refalign_training.cache.files import (
     FAMILIES,
     CacheFolder,

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from refalign_training.data.example import load_references, load_video
+from refalign_training.data.pixels import load_references, load_video
 from refalign_training.data.recipe import Recipe
 from refalign_training.data.sample import Sample, Unusable
 

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from refalign.atomic import new_file
+from refalign.files import new_file
 
 
 SCHEMA = 1  # of the folder; raised when an older cache can no longer be read

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from refalign.atomic import new_file
-from refalign_training.cache import CacheCommand
+from refalign.files import new_file
 from refalign_training.cache.checks import collect, failure_key, read_failures
+from refalign_training.cache.command import CacheCommand
 from refalign_training.cache.decoding import Decoded, Decoder, Task
+from refalign_training.cache.encoders import Encoder, Models, TeacherEncoder, TextEncoder, VaeEncoder, fetch_models
 from refalign_training.cache.files import (
     CacheFolder,
     Failure,
@@ -36,7 +37,6 @@ from refalign_training.cache.items import ItemWriter, ShardWriter, find_item, ma
 from refalign_training.cache.plan import Planned, item_ingredients, read_plan, sample_digests, text_digests
 from refalign_training.cache.settings import planned
 from refalign_training.data.sample import Unusable
-from refalign_training.encoders import Encoder, Models, TeacherEncoder, TextEncoder, VaeEncoder, fetch_models
 
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 
-from refalign.atomic import new_file
+from refalign.files import new_file
 from refalign_training.cache.files import CacheFolder, Item, canonical, digest
 
 

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from refalign.atomic import new_file
+from refalign.files import new_file
 from refalign_training.cache.files import CacheFolder, canonical, digest, write_text
 from refalign_training.data.recipe import Recipe
 from refalign_training.data.sample import Fault, Reference, Sample, View
-from refalign_training.data.samples import read_sample, write_sample
+from refalign_training.data.sample_files import read_sample, write_sample
 
 
 ROOT = Path("/")  # plans hold absolute paths

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from refalign_training.cache import CacheCommand
+from refalign_training.cache.command import CacheCommand
+from refalign_training.cache.encoders import Models, vae_config
 from refalign_training.cache.files import SCHEMA, CacheFolder, Lock, canonical, digest, write_text
 from refalign_training.cache.plan import family_ingredients, make_plan
 from refalign_training.data.sample import Sample
 from refalign_training.data.source import read_source
-from refalign_training.encoders import Models, vae_config
 
 
 logger = logging.getLogger(__name__)

@@ -1,6 +1,6 @@
 """What every dataset becomes: [`Sample`]s, and [`Fault`]s where something is wrong with one.
 
-A sample holds no pixels: it says where they are. [`refalign_training.data.example`] reads them.
+A sample holds no pixels: it says where they are. [`refalign_training.data.pixels`] reads them.
 """
 
 import math

@@ -31,6 +31,14 @@ class Source:
     """Which subjects become references."""
 
 
+@dataclass(frozen=True)
+class Dataset(Source):
+    """The dataset, which not every command needs."""
+
+    data: Literal["opens2v", "phantom", "table", "folder", "samples"] | None = None
+    """The format: OpenS2V-5M, Phantom-Data, a table or a folder of your own, or files that the subset tool wrote."""
+
+
 def read_source(source: Source) -> Iterator[Sample | Fault]:
     """
     The samples of a dataset, in its order and with ids that come once, and what is wrong in it. Memory does not grow
@@ -61,7 +69,7 @@ def check_source(source: Source) -> None:
 def _read(source: Source) -> Iterator[Sample | Fault]:
     from refalign_training.data.opens2v import read_opens2v
     from refalign_training.data.phantom import read_phantom
-    from refalign_training.data.samples import read_samples_file
+    from refalign_training.data.sample_files import read_samples_file
     from refalign_training.data.table import read_folder, read_table
 
     match source.data:

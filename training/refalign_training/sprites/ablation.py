@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from refalign.atomic import new_file
+from refalign.files import new_file
 
 
 if TYPE_CHECKING:

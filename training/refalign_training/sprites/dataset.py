@@ -16,10 +16,10 @@ import numpy as np
 from pycocotools import mask as coco
 from tqdm import tqdm
 
-from refalign.atomic import new_file
+from refalign.files import new_file
 from refalign.video import write_video
-from refalign_training.cache import Dataset
 from refalign_training.data.randomness import numpy_generator
+from refalign_training.data.source import Dataset
 from refalign_training.sprites.world import (
     FPS,
     NUM_FRAMES,

@@ -13,14 +13,13 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from refalign.atomic import new_folder
+from refalign.files import new_folder
 
 
 logger = logging.getLogger(__name__)
@@ -86,49 +85,7 @@ class SpritesCommand:
     """Train the arms of the ablation instead, one after the other, and write `ablation.json` and pictures."""
 
 
-def run(command: SpritesCommand) -> int:
-    """
-    Makes what is missing and returns the exit code.
-
-    Raises:
-        ValueError: if an option is wrong, or a stage fails.
-    """
-    if command.clips < 1 or command.processes < 1:
-        raise ValueError(f"--clips is {command.clips} and --processes {command.processes}: pass 1 or more.")
-    if command.only is not None:
-        STAGES[command.only](command)
-        return 0
-    with _owned(command.output):
-        _make(command, "cache" if command.ablation else command.until)
-        if command.ablation:
-            from refalign_training.sprites import ablation
-
-            return ablation.run(command)
-    return 0
-
-
-@contextmanager
-def _owned(folder: Path) -> Iterator[None]:
-    """
-    Within it, the folder is this command's alone.
-
-    Raises:
-        ValueError: if it is another one's.
-    """
-    from refalign_training.cache.files import Lock
-
-    lock = Lock.take(folder / "lock")
-    if lock is None:
-        raise ValueError(
-            f"{folder} is in use by another refalign-train sprites, or by processes that one which was killed has "
-            "left. Wait for them, or end them."
-        )
-    with lock:
-        os.set_inheritable(lock.descriptor, True)  # held as long as a process lives that this one has started
-        yield
-
-
-def _make(command: SpritesCommand, until: Stage) -> None:
+def make(command: SpritesCommand, until: Stage) -> None:
     for stage in get_args(Stage):
         if not _is_done(command, stage):
             logger.info("Stage %s", stage)
@@ -288,7 +245,7 @@ def make_model(command: SpritesCommand, run: Path, output: Path) -> None:
     """
     from refalign import RefAlignWanPipeline
     from refalign.hub import complete_repo, fill_card
-    from refalign_training.checkpoint import find_checkpoint, read_state, read_weights
+    from refalign_training.run.checkpoint import find_checkpoint, read_state, read_weights
 
     checkpoint = find_checkpoint(run)
     state = read_state(checkpoint)

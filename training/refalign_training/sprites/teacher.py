@@ -12,8 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
-from refalign_training.config import OptimizerOptions
 from refalign_training.data.randomness import numpy_generator
+from refalign_training.run.config import OptimizerOptions
 from refalign_training.sprites import world
 from refalign_training.sprites.training import train_part
 from refalign_training.sprites.vae import MODEL_SIDE, letterboxed_reference

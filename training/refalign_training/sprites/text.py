@@ -7,8 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
 
-from refalign_training.config import OptimizerOptions
 from refalign_training.data.randomness import numpy_generator
+from refalign_training.run.config import OptimizerOptions
 from refalign_training.sprites.training import train_part
 from refalign_training.sprites.world import Facts, all_captions
 

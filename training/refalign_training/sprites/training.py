@@ -8,16 +8,16 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from refalign_training.checkpoint import (
+from refalign_training.run.checkpoint import (
     find_checkpoint,
     has_checkpoint,
     read_state,
     remove_old_checkpoints,
     save_checkpoint,
 )
-from refalign_training.config import OptimizerOptions
-from refalign_training.parallel import Parallel
-from refalign_training.state import TrainState
+from refalign_training.run.config import OptimizerOptions
+from refalign_training.run.parallel import Parallel
+from refalign_training.run.state import TrainState
 
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import nn
 
 from refalign.reference_images import prepare_reference_image
-from refalign_training.config import OptimizerOptions
 from refalign_training.data.randomness import numpy_generator, seed_of
+from refalign_training.run.config import OptimizerOptions
 from refalign_training.sprites.training import train_part
 from refalign_training.sprites.world import (
     NUM_FRAMES,

@@ -1,0 +1,216 @@
+"""Whole conversions: a native checkpoint to a pipeline folder, shard by shard, and back to one native file."""
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+from refalign.files import (
+    StoredTensor,
+    check_free,
+    fetch,
+    find_safetensors,
+    find_shards,
+    new_file,
+    new_folder,
+    open_safetensors,
+    read,
+    read_headers,
+    read_json,
+)
+from refalign.hub import PROJECTORS
+from refalign.keys import diffusers_to_native, native_key, native_to_diffusers
+
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = "diffusion_pytorch_model"
+BASE_COMPONENTS = ("vae", "text_encoder", "tokenizer", "scheduler")
+BASE_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
+
+
+def convert(
+    checkpoint: str | Path,
+    base: str | Path,
+    output: str | Path,
+    max_shard_size: int | str = "5GB",
+    keep_scheduler: bool = False,
+    card: str = "template",
+) -> Path:
+    """
+    Turns a native RefAlign checkpoint into a complete pipeline folder that is also a Hub repo ([`refalign.hub`]).
+
+    Tensors are written shard by shard as they lie in the checkpoint, in its dtype; at most one shard is in memory.
+
+    Args:
+        checkpoint (`str` or `Path`): a safetensors file, a folder of shards, or a Hub id.
+        base (`str` or `Path`): a Wan 2.1 text-to-video pipeline in diffusers' format, folder or Hub id, whose VAE,
+            text encoder and tokenizer are taken along, and whose transformer gives the configuration.
+        output (`str` or `Path`): a folder that does not exist yet.
+        max_shard_size (`int` or `str`, defaults to `"5GB"`): in bytes, or with a unit.
+        keep_scheduler (`bool`, defaults to `False`): take the base's scheduler too, instead of the one RefAlign's
+            results were made with (Euler, shift 5). A base with `call_defaults` of its own always keeps its scheduler.
+        card (`str`, defaults to `"template"`): the model card, of `model_cards/`.
+
+    Returns:
+        `Path`: `output`.
+
+    Raises:
+        ValueError: if a file is truncated, a key or shape is wrong, or `output` exists. Nothing is left behind.
+    """
+    from refalign.hub import complete_repo
+
+    check_free(output)  # before anything is downloaded
+    files = find_safetensors(checkpoint)
+    transformer, projectors = native_to_diffusers(read_headers(files))
+    base = _find_base(base)
+    config = _read_config(base)
+    check_shapes(transformer, config, checkpoint)
+    with new_folder(output) as folder:
+        _write_shards(transformer, folder / "transformer", max_shard_size)
+        if projectors:
+            logger.info("%s holds %d projector tensors: written to %s.", checkpoint, len(projectors), PROJECTORS)
+            save_file(read(projectors), folder / PROJECTORS, metadata={"format": "pt"})
+        (folder / "transformer/config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        for component in BASE_COMPONENTS:
+            _copy_component(base / component, folder / component)
+        index = read_json(base / "model_index.json")
+        kept = ("_diffusers_version", "call_defaults", *BASE_COMPONENTS)
+        index = {name: index[name] for name in kept if name in index}
+        # A base with settings of its own is not to be sampled as the published models are
+        if not keep_scheduler and not index.get("call_defaults"):
+            index["scheduler"] = _write_paper_scheduler(folder / "scheduler")
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+        complete_repo(folder, card)
+    return Path(output)
+
+
+def check_shapes(tensors: Mapping[str, StoredTensor], config: Mapping, source: object) -> None:
+    """
+    Holds diffusers keys and shapes against those of a transformer of `config`.
+
+    Raises:
+        ValueError: naming the first keys that are missing, unknown or of another shape.
+    """
+    from refalign.transformer_refalign_wan import RefAlignWanTransformer3DModel
+
+    with torch.device("meta"):
+        model = RefAlignWanTransformer3DModel.from_config(dict(config))
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    missing = sorted(native_key(key) for key in expected.keys() - tensors.keys())
+    unknown = sorted(tensors[key].key for key in tensors.keys() - expected.keys())
+    if missing or unknown:
+        raise ValueError(f"{source} does not fit the base: {_some('missing', missing)}{_some('not known', unknown)}")
+    wrong = [
+        f"{tensor.key} is {tensor.shape}, not {expected[key]}"
+        for key, tensor in tensors.items()
+        if tensor.shape != expected[key]
+    ]
+    if wrong:
+        raise ValueError(
+            f"{source} does not fit the base (is it of the same size, 1.3B or 14B?): {_some('wrong shapes', wrong)}"
+        )
+
+
+def _some(what: str, items: list[str]) -> str:
+    if not items:
+        return ""
+    return f"{what} ({len(items)}): {', '.join(items[:3])}{', ...' if len(items) > 3 else ''}. "
+
+
+def _find_base(base: str | Path) -> Path:
+    path = Path(base)
+    if not path.is_dir():
+        patterns = [f"{component}/{pattern}" for component in BASE_COMPONENTS for pattern in BASE_FILES]
+        path = fetch(str(base), [*patterns, "model_index.json", "transformer/config.json"])
+    missing = [
+        name
+        for name in ("model_index.json", "transformer/config.json", *BASE_COMPONENTS)
+        if not (path / name).exists()
+    ]
+    missing += [
+        f"{name}/*.safetensors" for name in ("vae", "text_encoder") if not any((path / name).glob("*.safetensors"))
+    ]
+    if missing:
+        raise ValueError(
+            f"{base} is not a Wan pipeline in diffusers' format with safetensors weights: it has no "
+            f"{', '.join(missing)}. Pass one such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+        )
+    for component in BASE_COMPONENTS:
+        for index in (path / component).glob("*.safetensors.index.json"):
+            find_shards(index)
+        for file in (path / component).glob("*.safetensors"):
+            with open_safetensors(file):
+                pass
+    return path
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a pipeline folder's transformer; ValueError unless it is Wan's text-to-video one."""
+    file = folder / "transformer/config.json"
+    config = read_json(file)
+    kind = config.get("_class_name")
+    if kind not in ("WanTransformer3DModel", "RefAlignWanTransformer3DModel") or config.get("image_dim") is not None:
+        kind = f"image-to-video {kind}" if config.get("image_dim") is not None else kind
+        raise ValueError(f"{file} is of a {kind}, not of Wan 2.1's text-to-video transformer (WanTransformer3DModel).")
+    return config
+
+
+def _copy_component(source: Path, target: Path) -> None:
+    target.mkdir(exist_ok=True)
+    for pattern in BASE_FILES:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, target / file.name)
+
+
+def _write_paper_scheduler(folder: Path) -> list[str]:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    for file in folder.iterdir():
+        file.unlink()
+    FlowMatchEulerDiscreteScheduler(shift=5.0).save_config(folder)
+    return ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+
+
+def _write_shards(tensors: dict[str, StoredTensor], folder: Path, max_shard_size: int | str) -> None:
+    folder.mkdir()
+    # Tensors on the meta device have sizes but no data: enough to plan the shards
+    planned = {key: torch.empty(t.shape, dtype=t.dtype, device="meta") for key, t in tensors.items()}
+    plan = split_torch_state_dict_into_shards(
+        planned, filename_pattern=WEIGHTS + "{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    for name, keys in tqdm(plan.filename_to_tensors.items(), desc="Writing shards"):
+        save_file(read({key: tensors[key] for key in keys}), folder / name, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / f"{WEIGHTS}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def export_native(model: str | Path, output: str | Path) -> Path:
+    """
+    Writes the transformer of a pipeline folder (or Hub id) as one native safetensors file, as ComfyUI and Wan's own
+    code read it. Projectors are left out.
+
+    Raises:
+        ValueError: if the folder holds no transformer, or `output` exists or does not end in .safetensors.
+    """
+    output = Path(output)
+    if output.suffix != ".safetensors":
+        raise ValueError(f"`output` is {output}, but has to end in .safetensors.")
+    folder = Path(model)
+    if not folder.is_dir():
+        folder = fetch(str(model), ["transformer/*.safetensors", "transformer/*.json"])
+    if not (folder / "transformer/config.json").is_file():
+        raise ValueError(f"{model} is not a pipeline folder: it has no transformer/config.json.")
+    tensors = read_headers(find_safetensors(folder / "transformer"))
+    check_shapes(tensors, _read_config(folder), model)
+    with new_file(output) as partial:
+        save_file(read(diffusers_to_native(tensors)), partial, metadata={"format": "pt"})
+    return output

@@ -1,0 +1,272 @@
+"""Files: written whole or not at all; JSON and safetensors read with errors that name them; models from the Hub.
+
+Only safetensors is read or written; nothing is unpickled.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+
+# torch and the Hub's client are imported where they are needed: command lines that write a file answer at once
+if TYPE_CHECKING:
+    import torch
+
+
+PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}  # torch's names
+
+
+# -- Written whole or not at all: beside its place, then renamed ------------------------------------------------------
+
+
+@contextmanager
+def new_folder(output: str | Path) -> Iterator[Path]:
+    """A folder to fill, beside `output`, that becomes `output` when the block ends well and vanishes when it does not.
+
+    Raises:
+        ValueError: if `output` exists and is not an empty folder.
+    """
+    output = Path(output)
+    check_free(output)
+    with _beside(output) as folder:
+        folder.mkdir()
+        yield folder
+        for file in folder.rglob("*"):
+            _open_to_others(file)
+        folder.rename(output)
+
+
+@contextmanager
+def new_file(output: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """A path to write, beside `output`, that becomes `output` when the block ends well and vanishes when it does not.
+
+    Raises:
+        ValueError: if `output` is a folder, or exists and `overwrite` is false.
+    """
+    output = Path(output)
+    if output.is_dir() or (output.exists() and not overwrite):
+        raise ValueError(f"{output} exists already. Name another output, or move it away.")
+    with _beside(output) as file:
+        yield file
+        _open_to_others(file)
+        file.replace(output)
+
+
+def check_free(output: str | Path) -> None:
+    """Raises ValueError if `output` exists and is not an empty folder."""
+    output = Path(output)
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise ValueError(f"{output} exists already. Name another output, or move it away.")
+
+
+def _open_to_others(path: Path) -> None:
+    """Gives a file the mode that new files have: safetensors makes its own readable by nobody else."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    if path.is_file() and not path.is_symlink():
+        path.chmod(0o666 & ~umask)
+
+
+@contextmanager
+def _beside(output: Path) -> Iterator[Path]:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name[:40]}.", dir=output.parent) as folder:
+        yield Path(folder) / output.name
+
+
+# -- JSON and safetensors ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: its file, its key there, its shape and dtype. Its data is read only by [`read`]."""
+
+    file: Path
+    key: str
+    shape: tuple[int, ...]
+    dtype: "torch.dtype"
+
+
+def find_safetensors(checkpoint: str | Path) -> list[Path]:
+    """
+    The safetensors files of a checkpoint: a file, a folder (with all shards of its index), or a Hub id, downloaded.
+
+    Raises:
+        ValueError: if there is none, a shard is missing, or the file is of a format that has to be unpickled.
+    """
+    path = Path(checkpoint)
+    if path.is_file():
+        if path.suffix != ".safetensors":
+            raise ValueError(
+                f"{path} is not a safetensors file. Formats that run code when they are opened "
+                f"({', '.join(PICKLES)}) are refused; ask for a safetensors release, or convert it in a place you "
+                "trust."
+            )
+        return [path]
+    if not path.is_dir():
+        path = fetch(str(checkpoint), ["*.safetensors", "*.safetensors.index.json"], ignore_patterns="*/*")
+    indices = sorted(path.glob("*.safetensors.index.json"))
+    if len(indices) > 1:
+        raise ValueError(
+            f"{path} has {len(indices)} checkpoints: {[i.name for i in indices]}. Keep one, or name a file."
+        )
+    if indices:
+        return find_shards(indices[0])
+    files = sorted(path.glob("*.safetensors"))
+    if len(files) != 1:
+        pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
+        raise ValueError(
+            f"{path} has {len(files)} safetensors files and no index: {[f.name for f in files]}. Name the file."
+            + (f" Formats that run code when they are opened are refused: {pickles}." if pickles else "")
+        )
+    return files
+
+
+def find_shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not weight_map:
+        raise ValueError(f"{index} is no index of shards: it has no `weight_map`. Download it again.")
+    names = sorted(set(weight_map.values()))
+    if outside := [name for name in names if Path(name).name != name]:  # a downloaded index may name any file of ours
+        raise ValueError(f"{index} names shards outside its own folder: {outside}. Do not use it.")
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise ValueError(f"{index} names shards that are missing: {missing}. Download them again.")
+    return [index.parent / name for name in names]
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file; ValueError, naming it, if it is none."""
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not a whole JSON file: {error}. Download or write it again.") from error
+
+
+def read_headers(files: list[Path]) -> dict[str, StoredTensor]:
+    """
+    What tensors the files hold, by key; no data is read.
+
+    Raises:
+        ValueError: for a file that is truncated or no safetensors, and for a key that two files hold.
+    """
+    import torch
+
+    tensors = {}
+    for file in files:
+        with open_safetensors(file) as opened:
+            for key in opened.keys():
+                part = opened.get_slice(key)
+                if key in tensors:
+                    raise ValueError(f"Key {key!r} is in both {tensors[key].file} and {file}.")
+                name = DTYPES.get(part.get_dtype())
+                if name is None:
+                    raise ValueError(f"{file}: {key!r} has dtype {part.get_dtype()}; known are {', '.join(DTYPES)}.")
+                tensors[key] = StoredTensor(file, key, tuple(part.get_shape()), getattr(torch, name))
+    return tensors
+
+
+@contextmanager
+def open_safetensors(file: Path) -> Iterator:
+    """`safe_open`; ValueError, naming the file and its size, if it is truncated or no safetensors."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        size = file.stat().st_size
+        raise ValueError(
+            f"{file} ({size:,} bytes) is not a whole safetensors file: {error}. Download or write it again."
+        ) from error
+
+
+def read(tensors: Mapping[str, StoredTensor]) -> dict[str, "torch.Tensor"]:
+    """The tensors' data under the mapping's keys, mapped from the disk and not copied."""
+    result = {}
+    for file in sorted({tensor.file for tensor in tensors.values()}):
+        with open_safetensors(file) as opened:
+            result |= {name: opened.get_tensor(t.key) for name, t in tensors.items() if t.file == file}
+    return result
+
+
+# -- Models from the Hub ----------------------------------------------------------------------------------------------
+
+
+def fetch(name: str, patterns: Sequence[str], revision: str | None = None, ignore_patterns: str | None = None) -> Path:
+    """
+    The folder `name`, or the snapshot of one commit of the Hub's repo, with those files that match.
+
+    Raises:
+        ValueError: if there is none, its licence is not accepted yet, or a folder is given with a revision.
+    """
+    if Path(name).is_dir():
+        if revision is not None:
+            raise ValueError(f"{name} is a folder, which has no revision {revision!r}. Pass it for Hub names only.")
+        return Path(name).resolve()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        if Path(name).suffix in (".safetensors", *PICKLES):  # would be a Hub id too, but is meant as a file
+            raise ValueError
+        validate_repo_id(name)
+    except ValueError:
+        raise ValueError(f"{name} is neither a file or folder here nor a Hub id (ORG/NAME).") from None
+    try:
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=ignore_patterns)
+        )
+    except (HfHubHTTPError, LocalEntryNotFoundError) as error:
+        if _refuses_access(error):
+            raise ValueError(
+                f"The Hub gives {name} only to those who have access (DINOv3, for one, is gated by Meta's licence). "
+                f"Open https://huggingface.co/{name}, accept its licence, run `hf auth login` and try again; or pass "
+                f"a local folder. If there is no such page, check the name. The Hub says: {error}"
+            ) from error
+        raise ValueError(
+            f"{name} is not a file or folder here, and the Hub does not give it. Check the name and revision, or pass "
+            f"a local folder. The Hub's client says: {error}"
+        ) from error
+
+
+def _refuses_access(error: BaseException | None) -> bool:
+    """Whether the Hub's answer was a refusal; the client may wrap it into the complaint that its cache is empty."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError
+
+    while error is not None:
+        if isinstance(error, GatedRepoError):
+            return True
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+            return True
+        error = error.__cause__
+    return False
+
+
+def identity(folder: Path, files: Iterable[Path]) -> str:
+    """
+    A digest of the names and whole contents of a model's files below `folder`: it is the same here and on the Hub, and
+    another commit of the Hub's that changes none of them changes nothing.
+    """
+    total = hashlib.sha256()
+    for file in sorted(files):
+        total.update(f"{file.relative_to(folder).as_posix()}\0{_digest_of_file(file)}\n".encode())
+    return f"sha256:{total.hexdigest()}"
+
+
+def _digest_of_file(file: Path) -> str:
+    blob = file.resolve()
+    # The Hub's client names large files by their sha256, and has checked it: 11 GB need not be read again
+    if file.is_symlink() and blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):
+        return blob.name
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,0 +1,479 @@
+"""The option tree, the files that fill it, and the recipes that are shipped."""
+
+import argparse
+import dataclasses
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tyro
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import refalign_training.run.config as config
+from refalign_training.cache.command import CacheCommand
+from refalign_training.data.source import Source
+from refalign_training.run import resume
+from refalign_training.run.config import RunCommand, check, expand_config, flatten, to_yaml
+from refalign_training.run.resume import changed_options
+
+
+CONFIGS = Path(__file__).parents[3] / "training/configs"
+RECIPES = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem != "sprites")  # Wan's
+ACCELERATE = {path.stem: path for path in (CONFIGS / "accelerate").glob("*.yaml")}
+OF_THE_CALL = ("config", "resume", "allow_changes", "dry_run")
+
+
+@pytest.fixture
+def read(tmp_path):
+    """A file's text, and more of a command line, to the options."""
+
+    def read(text: str, *more: str) -> RunCommand:
+        file = tmp_path / "run.yaml"
+        file.write_text(text, "utf-8")
+        return parse("--config", str(file), *more)
+
+    return read
+
+
+def parse(*arguments: str) -> RunCommand:
+    return tyro.cli(RunCommand, args=expand_config(["run", *arguments])[1:])
+
+
+def changed(command: RunCommand) -> dict[str, Any]:
+    """The options that are not at their default."""
+    default = flatten(RunCommand(Path("run")))
+    return {name: value for name, value in flatten(command).items() if value != default[name] and name != "config"}
+
+
+# -- Files ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_file_fills_sections_at_any_depth(read):
+    command = read(
+        "output: run\nsteps: 5\noptimizer: {betas: [0.9, 0.95]}\n"
+        "data: {source: {annotations: [a.json, b.json], rule: {max_references: 2}}}"
+    )
+    assert changed(command) == {
+        "steps": 5,
+        "optimizer.betas": [0.9, 0.95],
+        "data.source.annotations": ["a.json", "b.json"],
+        "data.source.rule.max_references": 2,
+    }
+
+
+@pytest.mark.parametrize("form", [("--config={}",), ("--config", "{}")])
+def test_both_forms_of_the_option_name_the_file(tmp_path, form):
+    file = tmp_path / "run.yaml"
+    file.write_text("output: run\nsteps: 5")
+    assert parse(*(word.format(file) for word in form)).steps == 5
+
+
+def test_without_a_file_the_line_stays_as_it_is():
+    assert expand_config(["run", "--steps", "5"]) == ["run", "--steps", "5"]
+
+
+@pytest.mark.parametrize(
+    ("in_file", "on_the_line", "option", "value"),
+    [
+        ("steps: 5", ["--steps", "6"], "steps", 6),
+        ("lora: {targets: [a, b]}", ["--lora.targets", "c"], "lora.targets", ["c"]),
+        ("model: {gradient_checkpointing: false}", ["--model.gradient-checkpointing"], None, None),
+        ("allow_changes: true", ["--no-allow-changes"], None, None),
+        ("optimizer: {ema_decay: 0.9}", ["--optimizer.ema-decay", "None"], None, None),
+    ],
+)
+@pytest.mark.parametrize("is_first", [True, False])
+def test_the_command_line_wins_over_the_file(tmp_path, in_file, on_the_line, option, value, is_first):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"output: run\n{in_file}")
+    named = ["--config", str(file)]
+    command = parse(*on_the_line, *named) if is_first else parse(*named, *on_the_line)
+    assert changed(command) == ({} if option is None else {option: value})
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "steps", "", "a: [", "\t: 1"])
+def test_a_file_of_something_else_is_refused_by_name(read, text):
+    with pytest.raises(ValueError, match=r"run\.yaml (cannot be read|has to hold)"):
+        read(text)
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(ValueError, match=r"nowhere\.yaml does not exist"):
+        expand_config(["run", "--config", "nowhere.yaml"])
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "run.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"run\.yaml cannot be read"):
+        parse("--config", str(tmp_path / "run.yaml"))
+
+
+def test_a_file_cannot_name_another(read):
+    with pytest.raises(ValueError, match="names another file"):
+        read("output: run\nconfig: other.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("step: 1", "unknown key step. Did you mean steps?"),
+        ("optimizer: {emma_decay: 1}", "unknown key optimizer.emma_decay. Did you mean optimizer.ema_decay?"),
+        ("data: {source: {rule: {max_refs: 1}}}", "Did you mean data.source.rule.max_references?"),
+        ("optimiser: {lr: 1}", "unknown key optimiser. Did you mean optimizer?"),
+        ("lr: 1", "unknown key lr. Did you mean optimizer.lr?"),
+        ("model: {rank: 1}", "unknown key model.rank. Did you mean lora.rank?"),
+        ("zzzzzz: 1", "unknown key zzzzzz."),
+        ("1: 2", "unknown key 1."),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(read, text, told):
+    with pytest.raises(ValueError) as error:
+        read(f"output: run\n{text}")
+    assert str(error.value).endswith(told)
+
+
+# -- Values -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "option", "value"),
+    [
+        ("optimizer: {lr: 1e-5}", "optimizer.lr", 1e-5),  # text to YAML, which wants 1.0e-5
+        ("optimizer: {lr: 1.0e-5}", "optimizer.lr", 1e-5),
+        ("optimizer: {lr: 1}", "optimizer.lr", 1.0),
+        ("steps: 20_000", "steps", 20_000),
+        ("seed: -1", "seed", -1),
+        ("model: {gradient_checkpointing: no}", "model.gradient_checkpointing", False),
+        ("model: {gradient_checkpointing: off}", "model.gradient_checkpointing", False),
+        ("dry_run: yes", "dry_run", True),
+        ("data: {source: {rule: {unscored: false}}}", "data.source.rule.unscored", False),
+        ("data: {source: {rule: {max_image_similarity: null}}}", "data.source.rule.max_image_similarity", None),
+        ("data: {source: {rule: {max_image_similarity: }}}", "data.source.rule.max_image_similarity", None),
+        ("alignment: {layers: []}", "alignment.layers", []),
+        ("alignment: {layers: 3}", "alignment.layers", [3]),
+        ("lora: {targets: to_q}", "lora.targets", ["to_q"]),
+        ('model: {revision: "0123"}', "model.revision", "0123"),
+        ('model: {base: "null"}', "model.base", "null"),
+        ('model: {base: "a folder/with #, é and \'"}', "model.base", "a folder/with #, é and '"),
+    ],
+)
+def test_values_of_yaml(read, text, option, value):
+    assert changed(read(f"output: run\n{text}")) == {option: value}
+
+
+@pytest.mark.parametrize("option", ["ema_decay", "projector_lr"])
+def test_null_is_none(read, option):
+    assert getattr(read(f"output: run\noptimizer: {{{option}: null}}").optimizer, option) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("steps: [1, 2]", "steps is [1, 2], but has to be one value."),
+        ("steps: {a: 1}", "steps is {'a': 1}, but has to be a value"),
+        ("steps: yes", "steps is True, but has to be a value"),
+        ("steps:", "steps is None, but has to be a value."),
+        ("output:", "output is None, but has to be a value."),
+        ("model: {base: null}", "model.base is None"),
+        ("log: {tracker: no}", "log.tracker is False"),
+        ("alignment: {layers: true}", "alignment.layers is True"),
+        ("alignment: {layers: [[1]]}", "alignment.layers is [[1]]"),
+        ("lora: {targets: null}", "lora.targets is None"),
+        ("lora: {targets: [yes]}", "lora.targets is [True]"),
+        ("data: {source: {annotations: [null]}}", "data.source.annotations is [None]"),
+        ("model: {gradient_checkpointing: maybe}", "model.gradient_checkpointing is 'maybe', but has to be true or"),
+        ("model: {gradient_checkpointing: null}", "model.gradient_checkpointing is None"),
+        ("model: {gradient_checkpointing: 1}", "model.gradient_checkpointing is 1, but has to be true or false."),
+        ("model: {revision: 0123}", "model.revision is 83, but has to be text; put it in quotes."),
+        ("output: 2026-01-01", "output is datetime.date(2026, 1, 1), but has to be text; put it in quotes."),
+        ("optimizer:", "optimizer is None, but has to hold options of its own."),
+        ("optimizer: 3", "optimizer is 3, but has to hold options of its own."),
+        ("data: {source: folder}", "data.source is 'folder', but has to hold options of its own."),
+    ],
+)
+def test_what_a_command_line_would_misread_is_refused(read, text, told):
+    with pytest.raises(ValueError) as error:
+        read(text if text.startswith("output") else f"output: run\n{text}")
+    assert f"run.yaml: {told}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("steps: 1e4", "--steps"),
+        ("steps: 1.5", "--steps"),
+        ("optimizer: {lr: fast}", "--optimizer.lr"),
+        ("optimizer: {betas: 0.9}", "--optimizer.betas"),
+        ("training: all", "--training"),
+        ("alignment: {layers: [a]}", "--alignment.layers"),
+    ],
+)
+def test_wrong_types_are_told_as_on_the_command_line(read, capsys, text, told):
+    with pytest.raises(SystemExit) as exit:
+        read(f"output: run\n{text}")
+    assert exit.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+# -- Round trip -------------------------------------------------------------------------------------------------------
+
+TEXTS = st.text("abz019 ./_:#'\"é-", min_size=1, max_size=8).map(lambda text: f"x{text}")
+FLOATS = st.floats(0, 1e6, allow_nan=False) | st.sampled_from([5e-5, 1e-8, 1e16])
+VALUES = {
+    "steps": st.integers(1, 10**9),
+    "seed": st.integers(-(10**6), 10**6),
+    "training": st.sampled_from(["lora", "full"]),
+    "model.base": TEXTS,
+    "model.revision": st.none() | TEXTS | st.sampled_from(["0123", "null", "yes", "1e5", "2026-01-01"]),
+    "model.start": st.none() | TEXTS.map(Path),
+    "model.gradient_checkpointing": st.booleans(),
+    "lora.alpha": FLOATS,
+    "lora.targets": st.lists(TEXTS, max_size=3).map(tuple),
+    "data.cache": st.none() | TEXTS.map(Path),
+    "data.source.data": st.sampled_from([None, "folder", "samples"]),
+    "data.source.annotations": st.lists(TEXTS.map(Path), max_size=3).map(tuple),
+    "data.source.rule.unscored": st.booleans(),
+    "data.source.rule.max_image_similarity": st.none() | FLOATS,
+    "optimizer.lr": FLOATS,
+    "optimizer.projector_lr": st.none() | FLOATS,
+    "optimizer.betas": st.tuples(FLOATS, FLOATS),
+    "alignment.layers": st.lists(st.integers(0, 99), max_size=5).map(tuple),
+    "alignment.spatial_norm": st.booleans(),
+    "alignment.stop_step": st.none() | st.integers(0, 10**6),
+    "log.tracker": st.sampled_from(["tensorboard", "none"]),
+    "allow_changes": st.booleans(),
+    "resume": st.none() | TEXTS,
+}
+
+
+def replaced(options: Any, name: str, value: Any) -> Any:
+    """The tree with another value at a dotted name."""
+    section, _, rest = name.partition(".")
+    new = replaced(getattr(options, section), rest, value) if rest else value
+    return dataclasses.replace(options, **{section: new})
+
+
+@settings(max_examples=60, deadline=None)
+@given(changes=st.fixed_dictionaries({}, optional=VALUES))
+def test_what_is_written_is_read_again(tmp_path_factory, changes):
+    command = RunCommand(Path("run"))
+    for name, value in changes.items():
+        command = replaced(command, name, value)
+    file = tmp_path_factory.mktemp("written") / "config.yaml"
+    file.write_text(to_yaml(command), "utf-8")
+    again = parse("--config", str(file))
+    default = RunCommand(Path("run"))
+    for name in OF_THE_CALL:
+        assert name not in yaml.safe_load(file.read_text("utf-8"))
+        command, again = (dataclasses.replace(c, **{name: getattr(default, name)}) for c in (command, again))
+    assert again == command
+
+
+# -- Going on with other options --------------------------------------------------------------------------------------
+
+
+def flat(**changes: Any) -> dict[str, Any]:
+    return flatten(RunCommand(Path("run"))) | {name.replace("__", "."): value for name, value in changes.items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"optimizer__lr": 1e-3}, ["optimizer.lr: 5e-05 -> 0.001"]),
+        ({"seed": 1, "batch__size": 4}, ["batch.size: 8 -> 4", "seed: 0 -> 1"]),
+        ({"output": "elsewhere", "resume": "latest", "device": "cpu", "parallel": "ddp", "dry_run": True}, []),
+        ({"checkpoints__every": 1, "log__tracker": "none", "data__workers": 0, "validation__every": 1}, []),
+        ({"validation__samples": 1}, ["validation.samples: 16 -> 1"]),
+        ({"steps": 20_000}, []),
+        ({"new__option": 1}, ["new.option: None -> 1"]),
+    ],
+)
+def test_options_that_matter_are_told(changes, told):
+    assert changed_options(flat(), flat(**changes)) == told
+
+
+def test_steps_matter_where_the_learning_rate_depends_on_them():
+    old, new = (flat(optimizer__schedule="cosine", steps=steps) for steps in (1, 2))
+    assert changed_options(old, new) == ["steps: 1 -> 2"]
+
+
+def test_an_option_that_is_gone_is_told():
+    assert changed_options(flat(gone=1), flat()) == ["gone: 1 -> None"]
+
+
+def test_a_checkpoint_holds_options_as_json_gives_them_back():
+    assert changed_options(json.loads(json.dumps(flat())), flat()) == []
+
+
+def test_free_options_exist():
+    known = flatten(RunCommand(Path("run")))
+    for free in resume.FREE_OPTIONS:
+        assert any(name == free or name.startswith(f"{free}.") for name in known), free
+
+
+# -- Values that cannot be meant --------------------------------------------------------------------------------------
+
+
+def cached(**changes: Any) -> RunCommand:
+    command = replaced(RunCommand(Path("run")), "data.cache", Path("cache"))
+    for name, value in changes.items():
+        command = replaced(command, name.replace("__", "."), value)
+    return command
+
+
+def test_the_defaults_pass():
+    check(cached())
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"steps": 0}, "steps is 0: it has to be 1 or more"),
+        ({"batch__micro": 0}, "batch.micro is 0"),
+        ({"checkpoints__keep_last": 0}, "checkpoints.keep_last is 0"),
+        ({"checkpoints__keep_every": 0}, "checkpoints.keep_every is 0"),
+        ({"data__workers": -1}, "data.workers is -1"),
+        ({"optimizer__lr": -1.0}, "optimizer.lr is -1.0"),
+        ({"optimizer__lr": float("nan")}, "optimizer.lr is nan"),
+        ({"optimizer__lr": float("inf")}, "optimizer.lr is inf"),
+        ({"optimizer__projector_lr": -1.0}, "optimizer.projector_lr is -1.0"),
+        ({"batch__size": 3, "batch__micro": 2}, "batch.size is 3, which 1 processes with batch.micro 2"),
+        ({"objective__no_text": 0.9}, "more than 1 in sum"),
+        ({"optimizer__ema_decay": 1.0}, "optimizer.ema_decay is 1.0"),
+        ({"optimizer__ema_decay": -0.1}, "optimizer.ema_decay is -0.1"),
+        ({"lora__dropout": 1.0}, "lora.dropout is 1.0"),
+        ({"data__cache": None}, "Pass either data.cache"),
+        ({"data__source__data": "folder"}, "are both set"),
+        ({"data__cache": None, "data__source__data": "folder"}, "data.teacher has to name"),
+        (
+            {
+                "data__cache": None,
+                "data__source__data": "folder",
+                "data__teacher": "t",
+                "validation__cache": Path("other"),
+            },
+            "validation.cache goes with data.cache",
+        ),
+    ],
+)
+def test_values_that_cannot_be_meant_are_refused_by_name(changes, told):
+    with pytest.raises(ValueError) as error:
+        check(cached(**changes))
+    assert told in str(error.value)
+
+
+def test_without_alignment_no_teacher_is_needed():
+    check(cached(data__cache=None, data__source__data="folder", alignment__weight=0.0))
+
+
+# -- Recipes ----------------------------------------------------------------------------------------------------------
+
+
+def comments(path: Path) -> str:
+    """The comments' text, lines that go on joined."""
+    lines = [line.strip().lstrip("#").strip() for line in path.read_text("utf-8").splitlines() if "#" in line]
+    return "\n".join(lines).replace("\\\n", " ")
+
+
+def test_all_recipes_are_there():
+    sizes, kinds = ("1.3b", "14b"), ("refalign-{}-stage1", "refalign-{}-stage2", "lora-{}")
+    assert {path.stem for path in RECIPES} == {kind.format(size) for size in sizes for kind in kinds}
+
+
+def test_the_recipe_of_the_small_world_is_understood_and_passes_the_checks():
+    check(parse("--config", str(CONFIGS / "sprites.yaml")))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+class TestRecipe:
+    def test_is_understood_and_passes_the_checks(self, path):
+        check(parse("--config", str(path)))
+
+    def test_is_the_papers(self, path):
+        command = parse("--config", str(path))
+        large, stage_2 = "14b" in path.stem, "stage2" in path.stem
+        assert command.model.base == f"Wan-AI/Wan2.1-T2V-{'14' if large else '1.3'}B-Diffusers"
+        assert command.objective == config.ObjectiveOptions()
+        assert command.alignment == config.AlignmentOptions()
+        if command.training == "full":
+            assert command.optimizer.lr == (1e-5 if stage_2 else 5e-5)
+            assert command.batch == config.BatchOptions(14 * 8 if large else 32, 1)
+
+    def test_writes_where_its_name_says(self, path):
+        assert parse("--config", str(path)).output == Path("runs", path.stem)
+
+    def test_tells_how_its_cache_is_made(self, path):
+        line = re.search(r"^refalign-train (cache .+)$", comments(path), re.MULTILINE).group(1)
+        cache = tyro.cli(CacheCommand, args=shlex.split(line)[1:])
+        command = parse("--config", str(path))
+        assert cache.output == command.data.cache
+        assert cache.model == command.model.base
+        assert cache.teacher == f"facebook/dinov3-vit{'l' if '14b' in path.stem else 'b'}16-pretrain-lvd1689m"
+        assert isinstance(cache.source, Source) and cache.source.data is not None
+
+    def test_tells_how_it_is_launched(self, path):
+        told = comments(path)
+        lines = re.findall(r"^(?:refalign-train|accelerate launch .*-m refalign_training.cli) (run .+)$", told, re.M)
+        for line in lines:
+            words = expand_config(shlex.split(line, comments=True))
+            assert tyro.cli(RunCommand, args=words[1:]).config == path.relative_to(CONFIGS.parents[1])
+        assert lines
+
+    def test_names_files_that_are_there(self, path):
+        named = re.findall(r"training/configs/[\w/.-]+\.yaml", path.read_text("utf-8"))
+        assert named and all((CONFIGS.parents[1] / name).is_file() for name in named)
+
+
+@pytest.mark.parametrize("size", ["1.3b", "14b"])
+def test_stage_2_starts_from_stage_1(size):
+    first, second = (parse("--config", str(CONFIGS / f"refalign-{size}-stage{stage}.yaml")) for stage in (1, 2))
+    assert second.model.start == first.output
+    assert second.training == first.training
+
+
+# -- accelerate's files -----------------------------------------------------------------------------------------------
+
+
+def launched(path: Path, *more: str) -> argparse.Namespace:
+    """What `accelerate launch` makes of a file and a line."""
+    words = ["--config_file", str(path), *more, "-m", "refalign_training.cli", "run"]
+    return _validate_launch_command(launch_command_parser().parse_args(words))[0]
+
+
+@pytest.mark.parametrize("name", ["one_gpu", "fsdp2_8_gpus", "multi_node"])
+def test_precision_is_left_to_the_trainer(name):
+    assert load_config_from_file(str(ACCELERATE[name])).mixed_precision == "no"
+    assert launched(ACCELERATE[name]).mixed_precision == "no"
+
+
+def test_one_gpu_is_one_process_and_not_sharded():
+    made = launched(ACCELERATE["one_gpu"])
+    assert (made.num_processes, made.use_fsdp, made.multi_gpu) == (1, False, False)
+
+
+@pytest.mark.parametrize(("name", "processes", "machines"), [("fsdp2_8_gpus", 8, 1), ("multi_node", 112, 14)])
+def test_files_of_many_gpus_tell_the_trainer_to_shard(monkeypatch, name, processes, machines):
+    free_port, other_machine = ["--main_process_port", "0"], ["--machine_rank", "3"]
+    made = launched(ACCELERATE[name], *(free_port if machines == 1 else other_machine))
+    environment = prepare_multi_gpu_env(made)
+    assert environment["ACCELERATE_USE_FSDP"] == "true"
+    assert environment["FSDP_VERSION"] == "2"
+    # Else transformers loads frozen models empty in all processes but one
+    assert environment["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "no"
+    assert (made.num_processes, int(made.nproc_per_node) * machines) == (processes, processes)
+
+
+def test_a_machine_of_many_names_its_rank_on_the_line():
+    made = launched(ACCELERATE["multi_node"], "--machine_rank", "3", "--main_process_ip", "10.1.1.1")
+    prepare_multi_gpu_env(made)
+    assert (made.node_rank, made.nnodes, made.rdzv_backend) == (3, "14", "static")
+    assert made.rdzv_endpoint == "10.1.1.1:29500"

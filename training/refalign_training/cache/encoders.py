@@ -1,0 +1,193 @@
+"""The frozen encoders whose outputs a cache holds, one a family, and where their models come from.
+
+An encoder takes a list of [`Decoded`] and gives for each what its item holds: tensors by name, on the CPU, in the
+dtype that is stored. What they compute is what [`RefAlignWanPipeline`] computes for inference; only the latents are
+not normalised yet ([`refalign_training.cache.reader.normalize_latents`]).
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+from refalign.files import fetch, identity
+from refalign_training.cache.decoding import Decoded
+
+
+MAX_SEQUENCE_LENGTH = 512  # of RefAlignWanPipeline: longer prompts are cut there
+PADDING = 64  # tokens: prompts are padded to multiples of it
+PATCH = 16  # pixels a token spans: the VAE's 8 times the transformer's patch of 2
+PARTS = {"video": ("vae",), "references": ("vae",), "text": ("text_encoder", "tokenizer")}
+FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
+
+
+class Encoder(Protocol):
+    """A family's encoder. `batch_size`: how many samples it takes at once."""
+
+    batch_size: int
+
+    def __call__(self, batch: Sequence[Decoded]) -> list[dict[str, torch.Tensor]]: ...
+
+
+class VaeEncoder:
+    """
+    Latents of clips, or of references, each of which is encoded as a one-frame video. Means of the posterior.
+
+    Args:
+        model (`Path`): the folder of a Wan or RefAlign pipeline.
+        dtype (`torch.dtype`): what is stored.
+        vae_dtype (`torch.dtype`): what the VAE computes in; the pipelines' is float32.
+        references (`bool`): whether pixels are references rather than a clip.
+        vae (`AutoencoderKLWan`, *optional*): one that is loaded already.
+    """
+
+    batch_size = 1  # a clip at 480x832x81 fills the GPU by itself
+
+    def __init__(
+        self,
+        model: Path,
+        dtype: torch.dtype,
+        device: torch.device,
+        vae_dtype: torch.dtype = torch.float32,
+        references: bool = False,
+        vae: AutoencoderKLWan | None = None,
+    ) -> None:
+        self.dtype, self.device, self.references = dtype, device, references
+        self.vae = vae or AutoencoderKLWan.from_pretrained(model, subfolder="vae", torch_dtype=vae_dtype)
+        self.vae.to(device).eval()
+
+    def __call__(self, batch: Sequence[Decoded]) -> list[dict[str, torch.Tensor]]:
+        """`latents`, `(16, latent frames or references, height / 8, width / 8)`, not normalised."""
+        return [{"latents": self._encode(decoded.pixels)} for decoded in batch]
+
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        # One by one: a batch of references gives other last bits than the pipeline, which takes them one by one
+        clips = pixels.split(1) if self.references else [pixels]
+        return torch.cat([self._means(clip) for clip in clips], dim=1).to(self.dtype).cpu()
+
+    @torch.no_grad()
+    def _means(self, pixels: torch.Tensor) -> torch.Tensor:
+        video = pixels.to(self.device).permute(3, 0, 1, 2)[None].float() / 255
+        video = (2.0 * video - 1.0).to(self.vae.dtype)
+        return self.vae.encode(video).latent_dist.mode()[0].float()
+
+
+class TextEncoder:
+    """UMT5's embeddings of prompts, cleaned and cut as the pipeline does, without padding."""
+
+    batch_size = 8
+
+    def __init__(self, model: Path, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self.tokenizer = AutoTokenizer.from_pretrained(model, subfolder="tokenizer")
+        self.text_encoder = UMT5EncoderModel.from_pretrained(model, subfolder="text_encoder", dtype=dtype)
+        self.text_encoder.to(device).eval()
+
+    def __call__(self, batch: Sequence[Decoded]) -> list[dict[str, torch.Tensor]]:
+        """`prompt_embeds_0`, ...: one `(tokens, dim)` a prompt."""
+        embeds = iter(self._encode([prompt for decoded in batch for prompt in decoded.prompts]))
+        return [{f"prompt_embeds_{i}": next(embeds) for i in range(len(decoded.prompts))} for decoded in batch]
+
+    def _encode(self, prompts: Sequence[str]) -> list[torch.Tensor]:
+        batches = [prompts[i : i + self.batch_size] for i in range(0, len(prompts), self.batch_size)]
+        return [embeds for batch in batches for embeds in self._encode_batch(batch)]
+
+    @torch.no_grad()
+    def _encode_batch(self, prompts: Sequence[str]) -> list[torch.Tensor]:
+        tokens = self.tokenizer(
+            [prompt_clean(prompt) for prompt in prompts], max_length=MAX_SEQUENCE_LENGTH, truncation=True
+        )
+        # Padding is masked and adds nothing but time, so it is not to 512 as in diffusers. But there always is some:
+        # without a mask, other kernels run, whose last bits differ
+        longest = max(map(len, tokens.input_ids))
+        length = min((longest // PADDING + 1) * PADDING, MAX_SEQUENCE_LENGTH)
+        tokens = self.tokenizer.pad(tokens, padding="max_length", max_length=length, return_tensors="pt")
+        tokens = tokens.to(self.device)
+        embeds = self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        lengths = tokens.attention_mask.sum(dim=1).tolist()
+        return [e[:n].to(self.dtype).cpu().clone() for e, n in zip(embeds, lengths, strict=True)]
+
+
+class TeacherEncoder:
+    """The teacher's features of references, on the transformer's own grid of tokens."""
+
+    batch_size = 1
+
+    def __init__(self, teacher: Path, dtype: torch.dtype, device: torch.device) -> None:
+        from refalign_training.method.teachers import load_teacher
+
+        self.dtype, self.device = dtype, device
+        self.teacher = load_teacher(teacher, dtype=dtype, device=device)
+
+    def __call__(self, batch: Sequence[Decoded]) -> list[dict[str, torch.Tensor]]:
+        """`features`, `(references, height / 16, width / 16, dim)`."""
+        return [{"features": self._encode(decoded.pixels)} for decoded in batch]
+
+    @torch.no_grad()
+    def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        grid = (pixels.shape[1] // PATCH, pixels.shape[2] // PATCH)
+        images = pixels.to(self.device).permute(0, 3, 1, 2).float() / 255
+        return self.teacher(images, grid=grid).to(self.dtype).cpu().contiguous()
+
+
+# -- Where the models come from ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Models:
+    """The folders of the models that a command needs, of one commit each where they come from the Hub."""
+
+    pipeline: Path | None = None
+    teacher: Path | None = None
+    identities: Mapping[str, str] = field(default_factory=dict)
+    """By family: what changes when the model's outputs may, and only then."""
+
+
+def fetch_models(
+    families: Iterable[str],
+    model: str | None,
+    teacher: str | None,
+    revision: str | None = None,
+    teacher_revision: str | None = None,
+) -> Models:
+    """
+    The models of the families, downloaded if need be.
+
+    Raises:
+        ValueError: if there is no such model.
+    """
+    from refalign_training.method.teachers import teacher_files
+
+    families, pipeline_folder, teacher_folder, identities = tuple(families), None, None, {}
+    if parts := sorted({part for family in families for part in PARTS.get(family, ())}):
+        patterns = [f"{part}/{pattern}" for part in parts for pattern in FILES]
+        pipeline_folder = fetch(model, patterns, revision)
+        of_parts = {PARTS[f]: model_identity(pipeline_folder, PARTS[f]) for f in families if f in PARTS}
+        identities = {f: of_parts[PARTS[f]] for f in families if f in PARTS}
+    if "teacher" in families:
+        files = teacher_files(teacher, teacher_revision)
+        teacher_folder = files[0].parent
+        identities["teacher"] = identity(teacher_folder, files)
+    return Models(pipeline_folder, teacher_folder, identities)
+
+
+def model_identity(folder: Path, parts: Sequence[str]) -> str:
+    """The identity of those sub-folders of a pipeline. ValueError if there is nothing in them."""
+    files = [file for part in parts for pattern in FILES for file in (folder / part).glob(pattern)]
+    if not files:
+        raise ValueError(f"{folder} holds no model in {', '.join(parts)}. Pass a pipeline's folder or a Hub id.")
+    return identity(folder, files)
+
+
+def vae_config(model: str | Path) -> dict[str, Any]:
+    """The configuration of the VAE in a pipeline's folder. ValueError if it has none."""
+    try:
+        return json.loads((Path(model) / "vae/config.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{model} has no VAE that can be read: {error}") from error

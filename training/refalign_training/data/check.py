@@ -1,0 +1,286 @@
+"""
+`refalign-train check`: what is in a dataset, what is wrong with it, what the model will see of it; and a subset of it.
+
+    refalign-train check --data folder --videos CLIPS --preview PREVIEW
+    refalign-train check --data opens2v --annotations Jsons/mask_and_bbox/total_part1.json \
+        --select "aesthetic>5.5,references>=2" --max-samples 1000 --write subset.jsonl
+
+Without `--videos` only annotations are read. Nothing heavy is imported before it is needed, so that `--help` answers
+at once.
+"""
+
+import dataclasses
+import json
+import operator
+import re
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, TextIO
+
+from tqdm import tqdm
+from tyro.conf import OmitArgPrefixes
+
+from refalign.files import check_free, new_file, new_folder
+from refalign_training.data.fields import Place
+from refalign_training.data.preview import Preview
+from refalign_training.data.recipe import Recipe
+from refalign_training.data.sample import FAULTS, Fault, Sample, Unusable
+from refalign_training.data.sample_files import write_sample
+from refalign_training.data.source import Source, read_source
+
+
+LISTED = 20
+PREVIEWED = 16
+VIDEO_PART = re.compile(r"total_part\d+")
+_TERM = re.compile(r"\s*([^\s<>=!]+)\s*(>=|<=|==|!=|=|>|<)\s*(\S+)\s*")
+_OPERATORS = {
+    ">": operator.gt,
+    ">=": operator.ge,
+    "<": operator.lt,
+    "<=": operator.le,
+    "=": operator.eq,
+    "==": operator.eq,
+    "!=": operator.ne,
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """Read a dataset, tell what can be used of it and what is wrong, show samples as the model will see them."""
+
+    source: Annotated[Source, OmitArgPrefixes]
+    """The dataset. Without --videos, opens2v and phantom are read but no video is opened."""
+    recipe: Annotated[Recipe, OmitArgPrefixes] = field(default_factory=Recipe)
+    """How pixels are made of it."""
+    limit: int | None = None
+    """Stop after so many samples, usable or not."""
+    preview: Path | None = None
+    """A new folder for samples as the model will see them, with an index.html: as many as --limit, else 16."""
+    faults: Path | None = None
+    """A new JSONL file of every fault. Of each kind 20 are printed."""
+    select: str | None = None
+    """Only samples with these scores, such as "aesthetic>5.5,references>=2" (>, >=, <, <=, =, !=); all have to hold.
+    opens2v: aesthetic, motion, tech, fps, duration, num_frames, height, width, references. table: its columns of
+    numbers."""
+    write: Path | None = None
+    """A new file of the usable samples, for --data samples."""
+    max_samples: int | None = None
+    """Stop after so many usable samples: the first ones, so that a subset of opens2v needs few parts of the videos."""
+
+
+@dataclass
+class Report:
+    """What was found so far. Memory does not grow with the dataset."""
+
+    read: int = 0
+    usable: int = 0
+    passed_over: int = 0
+    references: Counter = field(default_factory=Counter)
+    """Usable samples by their number of references."""
+    slowed: int = 0
+    """Usable samples whose clip is too short for the recipe's stride."""
+    with_cross: int = 0
+    """Usable samples of which a subject is shown by another clip."""
+    faults: Counter = field(default_factory=Counter)
+    """By kind and by what they cost."""
+    examples: dict[tuple[str, str], list[Fault]] = field(default_factory=dict)
+    names: set[str] = field(default_factory=set)
+    """Of the samples' scores."""
+    parts: Counter = field(default_factory=Counter)
+    """OpenS2V-5M's parts, by the usable samples that need them."""
+
+    def add_fault(self, fault: Fault, file: TextIO | None) -> None:
+        """Counts it, keeps the first ones of a kind, and writes it to the file of all."""
+        if file:
+            file.write(json.dumps(dataclasses.asdict(fault), ensure_ascii=False) + "\n")
+        key = (fault.kind, fault.lost)
+        self.faults[key] += 1
+        if self.faults[key] <= LISTED:
+            self.examples.setdefault(key, []).append(fault)
+
+    def add_usable(self, sample: Sample) -> None:
+        """Counts it, and what it has."""
+        self.usable += 1
+        self.references[len(sample.references)] += 1
+        self.with_cross += any(reference.cross for reference in sample.references)
+        self.parts.update(_parts(sample))
+
+
+def run(command: Check) -> int:
+    """
+    Reads the dataset and returns the exit code: 0 if something of it can be used.
+
+    Raises:
+        ValueError: if an option has a wrong value, or an output exists.
+    """
+    terms = parse_selection(command.select or "")
+    opens_files = command.source.videos is not None or command.source.data not in ("opens2v", "phantom")
+    _check_options(command, opens_files)
+    source = command.source if opens_files else dataclasses.replace(command.source, videos=Path())
+    root = _root(source)
+    report = Report()
+    with ExitStack() as stack:
+        faults, subset = (_open_new(stack, path) for path in (command.faults, command.write))
+        preview = command.preview and Preview(stack.enter_context(new_folder(command.preview)), command.recipe)
+        for item in tqdm(read_source(source), desc="Reading", unit=" records"):
+            if isinstance(item, Fault):
+                report.add_fault(item, faults)
+                continue
+            report.read += 1
+            report.names.update(item.scores)
+            if not is_selected(item, terms):
+                report.passed_over += 1
+            elif not opens_files or _opens(item, command, report, faults, preview):
+                report.add_usable(item)
+                if subset:
+                    subset.write(write_sample(item, root) + "\n")
+            if report.read == command.limit or report.usable == command.max_samples:
+                break
+        if preview is not None:
+            preview.write_index()
+    _print(report, command.recipe)
+    if unknown := sorted({name for name, *_ in terms} - report.names):
+        print(f"No sample has the score {', '.join(unknown)}. There are: {', '.join(sorted(report.names)) or 'none'}.")
+    if command.write:
+        _finish_subset(command, report, root)
+    return 0 if report.usable else 1
+
+
+def parse_selection(text: str) -> list[tuple[str, Callable[[float, float], bool], float]]:
+    """
+    Terms `name>number` (or >=, <, <=, =, !=) with commas between them, for [`is_selected`].
+
+    Raises:
+        ValueError: naming the term that is none.
+    """
+    terms = []
+    for term in filter(str.strip, text.split(",")):
+        match = _TERM.fullmatch(term)
+        try:
+            name, sign, number = match.groups()
+            terms.append((name, _OPERATORS[sign], float(number)))
+        except (AttributeError, ValueError):
+            raise ValueError(
+                f'--select: {term.strip()!r} is not like "aesthetic>5.5". Put commas in between.'
+            ) from None
+    return terms
+
+
+def is_selected(sample: Sample, terms: list[tuple[str, Callable[[float, float], bool], float]]) -> bool:
+    """Whether all terms hold for a sample's scores. It does not pass without one of them."""
+    return all(name in sample.scores and compare(sample.scores[name], number) for name, compare, number in terms)
+
+
+def _check_options(command: Check, opens_files: bool) -> None:
+    command.recipe.check()
+    for name in ("limit", "max_samples"):
+        if (value := getattr(command, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; pass 1 or more.")
+    if command.preview:
+        if not opens_files:
+            raise ValueError("--preview shows videos. Pass their folder as --videos.")
+        check_free(command.preview)
+    outputs = [command.faults, command.write, command.write and _parts_file(command.write)]
+    if existing := [str(output) for output in outputs if output and output.exists()]:
+        raise ValueError(f"{', '.join(existing)} exists already. Name another output, or move it away.")
+
+
+def _root(source: Source) -> Path:
+    """The folder that a subset's paths start from."""
+    if source.videos is not None:
+        return source.videos
+    folders = {path.parent for path in source.annotations}
+    if len(folders) > 1:
+        raise ValueError(
+            "The annotation files lie in several folders. Pass the one that all paths start from: --videos."
+        )
+    return folders.pop() if folders else Path()
+
+
+def _open_new(stack: ExitStack, path: Path | None) -> TextIO | None:
+    """A text file that is there when the stack ends well."""
+    if path is None:
+        return None
+    return stack.enter_context(stack.enter_context(new_file(path)).open("w", encoding="utf-8"))
+
+
+def _opens(sample: Sample, command: Check, report: Report, faults: TextIO | None, preview: "Preview | None") -> bool:
+    """Whether the sample's video and a reference or more can be decoded; shows them where there is room."""
+    from refalign_training.data.pixels import clip_slowdown, load_references, load_video
+
+    place = Place(sample.source, sample.row, sample.id)
+    try:
+        slowdown = clip_slowdown(sample, command.recipe)
+        frames = load_video(sample, command.recipe)
+        references = load_references(
+            sample, command.recipe, on_fault=lambda error: report.add_fault(place.fault(error, "reference"), faults)
+        )
+    except Unusable as error:
+        report.add_fault(place.fault(error), faults)
+        return False
+    report.slowed += slowdown > 1
+    if preview is not None and len(preview) < (command.limit or PREVIEWED):
+        preview.add(sample, frames, references, slowdown)
+    return True
+
+
+# -- What is told -----------------------------------------------------------------------------------------------------
+
+
+def _print(report: Report, recipe: Recipe) -> None:
+    print(f"usable samples: {report.usable}")
+    for number, count in sorted(report.references.items()):
+        print(f"  number of references {number}: {count}")
+    if report.with_cross:
+        print(f"  with a subject that another clip shows too: {report.with_cross}")
+    if report.slowed:
+        seconds = (recipe.num_frames - 1) * recipe.stride / 25
+        print(
+            f"  taken more slowly, as they are shorter than the {seconds:.1f} s of {recipe.num_frames} frames with "
+            f"--stride {recipe.stride:g}: {report.slowed}"
+        )
+    if report.passed_over:
+        print(f"not selected: {report.passed_over}")
+    costs = {"sample": "lost samples", "reference": "lost references", "nothing": "remarks"}
+    for lost, cost in costs.items():
+        for kind, count in sorted((kind, count) for (kind, loss), count in report.faults.items() if loss == lost):
+            print(f"{cost}, {kind}: {count} ({FAULTS[kind]})")
+            for fault in report.examples[kind, lost]:
+                print(f"    {fault.sample_id or '?'} ({fault.source}, row {fault.row}): {fault.detail}")
+            if count > LISTED:
+                print(f"    and {count - LISTED} more: --faults FILE lists all")
+
+
+def _finish_subset(command: Check, report: Report, root: Path) -> None:
+    if not report.usable:
+        command.write.unlink()  # so that the next try finds its place free
+        print(f"{command.write} is not written.")
+        return
+    videos = "FOLDER (that of total_part1, ...)" if root == Path() and report.parts else root
+    print(f"Wrote {command.write}, to be read by --data samples --annotations {command.write} --videos {videos}")
+    if not report.parts:
+        return
+    patterns = [f"Videos/{part}/*" for part in sorted(report.parts, key=lambda part: int(part[10:]))]
+    file = _parts_file(command.write)
+    with new_file(file) as partial:
+        partial.write_text("".join(f"{pattern}\n" for pattern in patterns), "utf-8")
+    print(f"It needs {len(patterns)} of OpenS2V-5M's 13 video parts ({file}), of nearly 1 TB each:")
+    for pattern in patterns:
+        part = pattern.split("/")[1]
+        print(f"    {part}: {report.parts[part]} samples")
+    include = " ".join(f'"{pattern}"' for pattern in patterns)
+    print(f"hf download BestWishYsh/OpenS2V-5M --repo-type dataset --include {include} --local-dir OpenS2V-5M")
+    print("Join each part and unpack it beside the others: cat PART.tar.split.* | tar -x -C Videos")
+
+
+def _parts_file(subset: Path) -> Path:
+    return subset.with_suffix(".parts.txt")
+
+
+def _parts(sample: Sample) -> set[str]:
+    """The parts of OpenS2V-5M that hold the sample's clip, and the clips of its cross pairs."""
+    paths = [sample.clip.path, *(view.path for reference in sample.references for view in reference.cross)]
+    return {part for path in paths for part in path.parts[-2:-1] if VIDEO_PART.fullmatch(part)}

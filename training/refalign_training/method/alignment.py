@@ -1,0 +1,255 @@
+"""The aligned blocks' projectors, what the teacher's features go through, and how long the alignment lasts.
+
+Projectors exist in training alone: they are saved in checkpoints, under their native keys, and absent from exports.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from refalign_training.method.losses import AlignmentLoss, reference_alignment_loss
+
+
+class AlignmentProjector(nn.Module):
+    """A block's tokens to the teacher's width, token by token (RefAlign, arXiv 2603.25743): `projector="linear"`."""
+
+    def __init__(self, dim: int, teacher_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(
+            nn.Linear(dim, dim // 2, bias=False), nn.SiLU(), nn.Linear(dim // 2, teacher_dim, bias=False)
+        )
+
+    def forward(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """`(batch, references * height * width, dim)` to the same with `teacher_dim`. The grid is not needed."""
+        return self.proj(tokens)
+
+
+class ConvAlignmentProjector(nn.Module):
+    """One 3x3 convolution over each reference's grid (iREPA, arXiv 2512.10794): `projector="conv"`."""
+
+    def __init__(self, dim: int, teacher_dim: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, teacher_dim, kernel_size=3, padding=1)
+
+    def forward(self, tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """`(batch, references * height * width, dim)` to the same with `teacher_dim`; `grid` is (height, width)."""
+        batch = len(tokens)
+        images = tokens.reshape(-1, *grid, tokens.shape[-1]).permute(0, 3, 1, 2)
+        return self.conv(images).permute(0, 2, 3, 1).reshape(batch, tokens.shape[1], -1)
+
+
+PROJECTORS = {"linear": AlignmentProjector, "conv": ConvAlignmentProjector}
+
+
+class AlignmentOutput(NamedTuple):
+    """
+    What [`ReferenceAlignment`] returns; 0 for a sample that is not kept.
+
+    `loss`, `positive` and `negative`, of shape `(batch,)`, are means over the layers. `cosine` and `active_negatives`,
+    of shape `(batch, layers)`, are those of [`AlignmentLoss`], for logs.
+    """
+
+    loss: torch.Tensor
+    positive: torch.Tensor
+    negative: torch.Tensor
+    cosine: torch.Tensor
+    active_negatives: torch.Tensor
+
+
+class ReferenceAlignment(nn.Module):
+    """
+    The reference alignment loss over several blocks, with one projector a block (RefAlign, arXiv 2603.25743).
+
+    The defaults are the paper's. Each layer is computed anew in the backward pass, so what it holds until then are the
+    hidden states, which the transformer holds anyway, and the teacher's features.
+
+    Args:
+        dim (`int`): width of the transformer.
+        teacher_dim (`int`): width of the teacher's features.
+        layers (`Sequence[int]`, *optional*, defaults to the first nine): aligned blocks, counted from 0.
+        projector (`str`, *optional*, defaults to `"linear"`): or `"conv"`.
+        spatial_norm (`bool`, *optional*, defaults to `False`): whether to bring each channel of each reference's
+            teacher features to mean 0 and deviation 1 over the grid (iREPA, arXiv 2512.10794).
+        positive_margin, negative_margin, negative_weight (`float`, *optional*): of [`reference_alignment_loss`].
+
+    Raises:
+        ValueError: if there is no layer, one comes twice or is below 0, or the projector is unknown.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        teacher_dim: int,
+        layers: Sequence[int] = range(9),
+        *,
+        projector: Literal["linear", "conv"] = "linear",
+        spatial_norm: bool = False,
+        positive_margin: float = 0.0,
+        negative_margin: float = 1.0,
+        negative_weight: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.layers = tuple(layers)
+        if not self.layers or len(set(self.layers)) < len(self.layers) or min(self.layers) < 0:
+            raise ValueError(f"`layers` is {self.layers}; name one or more blocks, counted from 0, each once.")
+        if projector not in PROJECTORS:
+            raise ValueError(f"`projector` is {projector!r}; known are {', '.join(PROJECTORS)}.")
+        self.teacher_dim = teacher_dim
+        self.spatial_norm = spatial_norm
+        self.loss_options = {
+            "positive_margin": positive_margin,
+            "negative_margin": negative_margin,
+            "negative_weight": negative_weight,
+        }
+        self.projectors = nn.ModuleDict({str(i): PROJECTORS[projector](dim, teacher_dim) for i in self.layers})
+
+    def forward(
+        self,
+        reference_hidden_states: Sequence[torch.Tensor],
+        teacher_features: torch.Tensor,
+        subject_ids: torch.Tensor | Sequence | None = None,
+        keep: torch.Tensor | Sequence[bool] | None = None,
+    ) -> AlignmentOutput:
+        """
+        Args:
+            reference_hidden_states (`Sequence[torch.Tensor]`): for each of `layers`, in their order, the reference
+                tokens after that block, `(batch, references * height * width, dim)`: what
+                [`RefAlignWanTransformer3DModel`] returns for `output_reference_layers=layers`.
+            teacher_features (`torch.Tensor` of shape `(batch, references, height, width, teacher_dim)`):
+                the teacher's features on the transformer's grid of tokens. No gradient reaches them.
+            subject_ids, keep (*optional*): as in [`reference_alignment_loss`]. `keep` is `False` for samples whose
+                references were dropped (the null reference): they cost nothing.
+
+        Returns:
+            [`AlignmentOutput`].
+
+        Raises:
+            ValueError: if numbers or shapes do not fit each other.
+        """
+        self._check_inputs(reference_hidden_states, teacher_features)
+        teacher_features = teacher_features.detach()
+        if self.spatial_norm:
+            teacher_features = normalize_over_grid(teacher_features)
+        losses = []
+        for projector, hidden_states in zip(self.projectors.values(), reference_hidden_states, strict=True):
+            arguments = (projector, hidden_states, teacher_features, subject_ids, keep)
+            # Nothing in it is random, so there is no state of a generator to preserve
+            losses.append(checkpoint(self._layer_loss, *arguments, use_reentrant=False, preserve_rng_state=False))
+        layers = AlignmentLoss(*(torch.stack(values, dim=1) for values in zip(*losses, strict=True)))
+        means = (values.mean(dim=1) for values in (layers.total, layers.positive, layers.negative))
+        return AlignmentOutput(*means, layers.cosine, layers.active_negatives)
+
+    def _layer_loss(self, projector, hidden_states, teacher_features, subject_ids, keep) -> AlignmentLoss:
+        height, width = teacher_features.shape[2:4]
+        # The transformer may be in bfloat16 and the projectors in float32; under autocast, that decides
+        hidden_states = hidden_states.to(next(projector.parameters()).dtype)
+        if keep is not None:  # not even what is not finite in a dropped sample may reach the projector's gradient
+            is_dropped = ~torch.as_tensor(keep, dtype=torch.bool, device=hidden_states.device)
+            hidden_states = hidden_states.masked_fill(is_dropped[:, None, None], 0)
+        return reference_alignment_loss(
+            projector(hidden_states, (height, width)),
+            teacher_features.flatten(1, 3),
+            height * width,
+            subject_ids=subject_ids,
+            keep=keep,
+            **self.loss_options,
+        )
+
+    def _check_inputs(self, reference_hidden_states, teacher_features) -> None:
+        if len(reference_hidden_states) != len(self.layers):
+            raise ValueError(
+                f"There are hidden states of {len(reference_hidden_states)} layers, but {len(self.layers)} are "
+                f"aligned. Ask the transformer for `output_reference_layers={self.layers}`."
+            )
+        teacher, student = tuple(teacher_features.shape), tuple(reference_hidden_states[0].shape)
+        if len(teacher) != 5 or teacher[4] != self.teacher_dim or (teacher[0], math.prod(teacher[1:4])) != student[:2]:
+            raise ValueError(
+                f"`teacher_features` has shape {teacher}; beside hidden states of shape {student} it has to be "
+                f"(batch, references, height, width, {self.teacher_dim}) with {student[0]} samples of {student[1]} "
+                "tokens. Compute the features for these references and this teacher."
+            )
+
+    def native_state_dict(self) -> dict[str, torch.Tensor]:
+        """The projectors under their native keys: `blocks.{layer}.input_mlp.proj.{0,2}.weight`, or `.conv.*`."""
+        return {self._native_key(key): tensor for key, tensor in self.projectors.state_dict().items()}
+
+    def load_native_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
+        """
+        Loads what [`~ReferenceAlignment.native_state_dict`] gives, or the projectors of a training checkpoint.
+
+        Raises:
+            ValueError: naming the keys that are missing, unknown, or whose tensors have another shape.
+        """
+        own = {self._native_key(key): key for key in self.projectors.state_dict()}
+        expected = {key: tuple(tensor.shape) for key, tensor in self.native_state_dict().items()}
+        given = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
+        problems = {
+            "missing": sorted(expected.keys() - given.keys()),
+            "not known": sorted(given.keys() - expected.keys()),
+            "of another shape": [
+                f"{key} {given[key]}, not {shape}" for key, shape in expected.items() if given.get(key, shape) != shape
+            ],
+        }
+        if any(problems.values()):
+            named = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in problems.items() if keys)
+            raise ValueError(f"The projectors do not fit layers {self.layers} ({named}). Check model and layers.")
+        self.projectors.load_state_dict({own[key]: tensor for key, tensor in state_dict.items()})
+
+    @staticmethod
+    def _native_key(key: str) -> str:
+        layer, name = key.split(".", 1)
+        return f"blocks.{layer}.input_mlp.{name}"
+
+
+def normalize_over_grid(features: torch.Tensor) -> torch.Tensor:
+    """
+    Each channel of each reference to mean 0 and deviation 1 over its grid (iREPA, arXiv 2512.10794).
+
+    Args:
+        features (`torch.Tensor` of shape `(batch, references, height, width, dim)`): a teacher's.
+
+    Returns:
+        `torch.Tensor` of the same shape, float32.
+    """
+    features = features.float()
+    deviation, mean = torch.std_mean(features, dim=(2, 3), correction=0, keepdim=True)
+    return (features - mean) / (deviation + 1e-6)
+
+
+def alignment_weight(
+    step: int,
+    *,
+    weight: float = 1.0,
+    decay_start: int | None = None,
+    decay_steps: int = 0,
+    stop_step: int | None = None,
+) -> float:
+    """
+    The weight of the alignment at a training step; by default the same at all (RefAlign, arXiv 2603.25743).
+
+    Alignment helps early and can harm late (HASTE, arXiv 2505.16792), so it can end.
+
+    Args:
+        step (`int`): optimiser steps so far, from 0.
+        weight (`float`, *optional*, defaults to 1): before any decay.
+        decay_start (`int`, *optional*): from this step on the weight falls along half a cosine; `None`: never.
+        decay_steps (`int`, *optional*, defaults to 0): it reaches 0 so many steps later.
+        stop_step (`int`, *optional*): from this step on the weight is 0; `None`: never.
+
+    Raises:
+        ValueError: for a number below 0.
+    """
+    for name, value in (("decay_start", decay_start), ("decay_steps", decay_steps), ("stop_step", stop_step)):
+        if value is not None and value < 0:
+            raise ValueError(f"`{name}` is {value}, but has to be 0 or more.")
+    if stop_step is not None and step >= stop_step:
+        return 0.0
+    if decay_start is None or step < decay_start:
+        return weight
+    if step >= decay_start + decay_steps:
+        return 0.0
+    return weight * (1 + math.cos(math.pi * (step - decay_start) / decay_steps)) / 2

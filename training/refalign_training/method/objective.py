@@ -1,0 +1,142 @@
+"""From a batch to its losses: the one place that knows what is trained for."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from refalign_training.method.alignment import alignment_weight
+from refalign_training.method.losses import add_noise, detail, flow_matching_loss, timestep_gate
+from refalign_training.method.options import AlignmentOptions
+
+
+@dataclass
+class Batch:
+    """What [`Objective`] takes: samples of one shape with their noise, timesteps and dropout."""
+
+    ids: list[str]
+    seed: int
+    """For dropout in the network."""
+    latents: torch.Tensor
+    """`(batch, 16, latent frames, h, w)`, float32, normalised; so `noise`."""
+    noise: torch.Tensor
+    reference_latents: torch.Tensor
+    """`(batch, 16, references, h, w)`; zeros where they are dropped."""
+    prompt_embeds: torch.Tensor
+    """`(batch, max_sequence_length, dim)`, padded with zeros."""
+    timesteps: torch.Tensor
+    """`(batch,)` in [0, 1000]; so `weights`, w(t)."""
+    weights: torch.Tensor
+    keeps_references: torch.Tensor
+    """Booleans `(batch,)`, on the CPU; so `subjects` `(batch, references)`."""
+    subjects: torch.Tensor
+    teacher_features: torch.Tensor | None = None
+    """`(batch, references, rows, columns, dim)`."""
+    unusable: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    """Samples in whose place another one was taken, and why."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch with what the network needs on a device."""
+        stays = ("keeps_references", "subjects")
+        tensors = {n: v for n, v in vars(self).items() if isinstance(v, torch.Tensor) and n not in stays}
+        return dataclasses.replace(self, **{n: v.to(device, non_blocking=True) for n, v in tensors.items()})
+
+    def pin_memory(self) -> "Batch":
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return dataclasses.replace(self, **{name: value.pin_memory() for name, value in tensors.items()})
+
+
+class Losses(NamedTuple):
+    """
+    Of a batch, each of shape `(batch,)` in float32 unless it says otherwise. What is minimised is `total`:
+    `diffusion + gate(t) * weight(step) * alignment` (RefAlign, arXiv 2603.25743, training objective).
+    """
+
+    total: torch.Tensor
+    diffusion: torch.Tensor
+    """w(t) times `mse`."""
+    mse: torch.Tensor
+    alignment: torch.Tensor
+    """Before gate and weight; 0 without alignment and for dropped references."""
+    kept: torch.Tensor
+    """Booleans: whether there is an alignment and the references were not dropped."""
+    has_negatives: torch.Tensor
+    """Booleans: kept, and of two or more subjects."""
+    cosine: torch.Tensor | None
+    """`(batch, layers)`, for logs; so `active_negatives`."""
+    active_negatives: torch.Tensor | None
+
+
+class Objective:
+    """
+    Args:
+        transformer (`nn.Module`): [`RefAlignWanTransformer3DModel`], perhaps wrapped to run in parallel.
+        alignment (`nn.Module`, *optional*): [`ReferenceAlignment`], so too.
+        options ([`AlignmentOptions`]): gate and schedule of the alignment.
+        dtype (`torch.dtype`): what is computed in. Losses are in float32.
+        detail_weight (`Callable`, *optional*): by step, how much more positions of [`detail`] count.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        alignment: nn.Module | None,
+        options: AlignmentOptions,
+        dtype: torch.dtype,
+        detail_weight: Callable[[int], float] = lambda step: 1.0,
+    ) -> None:
+        self.transformer, self.alignment, self.options, self.dtype = transformer, alignment, options, dtype
+        self.detail_weight = detail_weight
+
+    def alignment_weight(self, step: int) -> float:
+        """The weight of the alignment at a step; 0 without alignment."""
+        if self.alignment is None:
+            return 0.0
+        names = ("weight", "decay_start", "decay_steps", "stop_step")
+        return alignment_weight(step, **{name: getattr(self.options, name) for name in names})
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """What the networks compute in. Each weight is used once, so copies of them are not kept."""
+        return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False)
+
+    def __call__(self, batch: Batch, step: int) -> Losses:
+        """The losses of a batch, on the device where the batch and the networks are."""
+        weight = self.alignment_weight(step)
+        layers = self.options.layers if weight else None
+        with self.autocast(batch.latents.device):
+            output = self.transformer(
+                hidden_states=add_noise(batch.latents, batch.noise, batch.timesteps),
+                timestep=batch.timesteps,
+                encoder_hidden_states=batch.prompt_embeds.to(self.dtype),
+                reference_hidden_states=batch.reference_latents,
+                output_reference_layers=layers,
+            )
+            aligned = None
+            if layers is not None:
+                # Lists, because a wrapper would bring tensors to the GPU, where they are waited for
+                subjects, keep = batch.subjects.tolist(), batch.keeps_references.tolist()
+                aligned = self.alignment(output.reference_hidden_states, batch.teacher_features, subjects, keep)
+        mse = flow_matching_loss(output.sample, batch.noise, batch.latents)
+        diffusion = mse * batch.weights
+        if (more := self.detail_weight(step)) != 1:
+            position_weights = 1 + (more - 1) * detail(batch.latents)
+            diffusion = flow_matching_loss(output.sample, batch.noise, batch.latents, batch.weights, position_weights)
+        if aligned is None:
+            none = torch.zeros_like(mse)
+            return Losses(diffusion, diffusion, mse, none, none.bool(), none.bool(), None, None)
+        gate = timestep_gate(batch.timesteps, self.options.gate_power)
+        kept = batch.keeps_references
+        has_negatives = kept & (batch.subjects != batch.subjects[:, :1]).any(1)
+        return Losses(
+            diffusion + gate * weight * aligned.loss,
+            diffusion,
+            mse,
+            aligned.loss,
+            kept.to(mse.device),
+            has_negatives.to(mse.device),
+            aligned.cosine,
+            aligned.active_negatives,
+        )

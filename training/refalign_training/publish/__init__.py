@@ -1,0 +1,1 @@
+"""From trained weights to a repo: exports and their model cards."""

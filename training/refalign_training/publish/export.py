@@ -1,0 +1,168 @@
+"""
+`refalign-train export`: a run's weights for others, with a model card of what the run was; and onto the Hub.
+
+    refalign-train export RUN --output my-lora
+    refalign-train export RUN/checkpoints/step-00005000 --output my-model --push ORG/NAME
+
+Of a LoRA run the adapters, as diffusers and ComfyUI read them; of a full run a whole pipeline and, beside it, its
+transformer as one native file. Nothing heavy is imported before it is needed, so that `--help` answers at once.
+"""
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tyro.conf import Positional
+
+from refalign.files import check_free, new_folder
+
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class ExportCommand:
+    """Write a run's weights for others, with a model card: adapters, or a whole pipeline; and push them to the Hub."""
+
+    checkpoint: Positional[Path]
+    """A run's folder, whose latest checkpoint is taken, or a checkpoint's."""
+    output: Path
+    """A new folder."""
+    weights: Literal["auto", "average", "last"] = "auto"
+    """The moving average, or the weights of the last step; auto: the average if the run kept one."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Of the weights; auto: float32 for adapters, which are small and then exactly what was trained, else bfloat16.
+    What the model computes in float32 (norms, modulation) stays so."""
+    base: str | None = None
+    """Folder or Hub id of the base, if it is no longer where the run had it, or is to be named by its Hub id."""
+    native: bool = True
+    """Of full training, also write the transformer as one native file (ComfyUI). It doubles the size."""
+    licence: str | None = None
+    """As the Hub names it, such as cc-by-nc-4.0; by default the base's."""
+    datasets: tuple[str, ...] = ()
+    """Hub ids of what it was trained on, if the run does not know them."""
+    push: str | None = None
+    """ORG/NAME on the Hub; made if it does not exist."""
+    private: bool = False
+    """Make a new repo private."""
+    dry_run: bool = False
+    """With --push: only say which files would go. The folder is written."""
+
+
+def run(command: ExportCommand) -> int:
+    """
+    Writes the folder, pushes it if that was asked for, and returns the exit code.
+
+    Raises:
+        ValueError: if there is no checkpoint, options do not fit it, the base cannot be had, or the output exists.
+            Nothing is left behind then.
+    """
+    from refalign import hub
+
+    if command.push is None and (command.private or command.dry_run):
+        raise ValueError("--private and --dry-run go with --push ORG/NAME.")
+    if command.push is not None:
+        hub.check_repo_id(command.push)
+    export(command)
+    print(f"Wrote {command.output}. Read its README.md before you publish it.")
+    if command.push is not None:
+        names = hub.push(command.output, command.push, command.private, command.dry_run)
+        print("\n".join(names))
+        print(f"{'Would push' if command.dry_run else 'Pushed'} {len(names)} files to {command.push}.")
+    return 0
+
+
+def export(command: ExportCommand) -> None:
+    """Writes the folder; ValueError as in [`run`]."""
+    from refalign.hub import PROJECTORS, check_nothing_private
+    from refalign_training.publish.card import write_card
+    from refalign_training.run.checkpoint import find_checkpoint, read_projectors, read_state
+
+    check_free(command.output)
+    checkpoint = find_checkpoint(command.checkpoint).resolve()
+    state = read_state(checkpoint)
+    options = state["options"]
+    base = command.base or state.get("base", options["model.base"])
+    average = command.weights == "average" or (
+        command.weights == "auto" and options["optimizer.ema_decay"] is not None
+    )
+    with new_folder(command.output) as folder:
+        if options["training"] == "lora":
+            base_folder = Path(base) if Path(base).is_dir() else None
+            _write_lora(folder, checkpoint, options, average, command)
+        else:
+            base_folder = _fetch_base(base, options["model.revision"] if base == options["model.base"] else None)
+            _write_pipeline(folder, checkpoint, base_folder, average, command)
+        if projectors := read_projectors(checkpoint):
+            _save(projectors, folder / PROJECTORS)
+        weights = f"moving average, decay {options['optimizer.ema_decay']:g}" if average else "of the last step"
+        run_folder = checkpoint.parent.parent
+        write_card(folder, run_folder, state, base, base_folder, weights, command.licence, command.datasets)
+        check_nothing_private(folder)
+
+
+def _write_lora(
+    folder: Path, checkpoint: Path, options: Mapping[str, Any], average: bool, command: ExportCommand
+) -> None:
+    from refalign.hub import COMMUNITY_SCRIPT, LORA_WEIGHTS, write_community_script
+    from refalign.lora import native_lora, write_lora
+    from refalign_training.run.checkpoint import read_weights
+
+    layers = native_lora(read_weights(checkpoint, average), options["lora.alpha"] / options["lora.rank"])
+    dtype = "float32" if command.dtype == "auto" else command.dtype
+    write_lora(_cast(layers, dtype), folder / LORA_WEIGHTS, "native")
+    write_community_script(folder / COMMUNITY_SCRIPT)
+
+
+def _write_pipeline(folder: Path, checkpoint: Path, base: Path, average: bool, command: ExportCommand) -> None:
+    from refalign import RefAlignWanTransformer3DModel
+    from refalign.convert import convert
+    from refalign.hub import NATIVE
+    from refalign.keys import diffusers_to_native
+    from refalign_training.run.checkpoint import read_weights
+
+    dtype = "bfloat16" if command.dtype == "auto" else command.dtype
+    weights = _cast(read_weights(checkpoint, average), dtype, RefAlignWanTransformer3DModel._keep_in_fp32_modules)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as beside:  # on the same disk: then it is only renamed
+        native = Path(beside) / NATIVE
+        _save(diffusers_to_native(weights), native)
+        del weights  # 14B are 28 GB
+        convert(native, base, folder)
+        if command.native:
+            native.rename(folder / NATIVE)
+
+
+def _fetch_base(base: str, revision: str | None) -> Path:
+    """The base's folder, without the transformer's weights."""
+    from refalign.convert import BASE_COMPONENTS, BASE_FILES
+    from refalign.files import fetch
+
+    components = [f"{component}/{pattern}" for component in BASE_COMPONENTS for pattern in BASE_FILES]
+    return fetch(base, [*components, "model_index.json", "transformer/config.json", "README.md"], revision)
+
+
+def _cast(tensors: dict[str, "torch.Tensor"], dtype: str, kept: Sequence[str] = ()) -> dict[str, "torch.Tensor"]:
+    """
+    The tensors in a dtype, but in float32 those of the modules `kept`. `tensors` is emptied on the way.
+
+    Raises:
+        ValueError: for a value that is not finite, or too large for the dtype.
+    """
+    import torch
+
+    result = {}
+    for name in list(tensors):
+        is_kept = any(module in name.split(".") for module in kept)
+        result[name] = tensors.pop(name).to(torch.float32 if is_kept else getattr(torch, dtype))
+        if not result[name].isfinite().all():
+            raise ValueError(f"{name} has values that are not finite in {dtype}. Pass another --dtype or checkpoint.")
+    return result
+
+
+def _save(tensors: Mapping[str, "torch.Tensor"], file: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})

@@ -1,0 +1,292 @@
+"""
+What a run needs to go on, on the disk.
+
+    checkpoints/step-00000500/state.json            step, options, versions, dataset: nothing but what JSON knows
+    checkpoints/step-00000500/*.safetensors         tensors, each process's own part, by torch.distributed.checkpoint
+    checkpoints/latest                              the name of the newest one
+
+A checkpoint is written under a hidden name and renamed when it is on the disk, then `latest` is replaced: whenever the
+process dies, what has the name of a checkpoint is whole. Tensors are `weights.NAME`, `average.NAME` and
+`optimizer.KEY.NAME` of trained parameters alone: of a LoRA, nothing of its base. Any number of processes can read what
+any other number wrote.
+"""
+
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
+
+from refalign.files import new_file, read_json
+from refalign_training.run.parallel import Parallel
+
+
+SCHEMA = 1
+STATE = "state.json"
+LATEST = "latest"
+PATTERN = "step-[0-9]*"
+FILE_BYTES = 1 << 28  # torch makes a whole file in memory before it writes it
+NAME = re.compile(r"step-\d+|\.step-\d+\.(partial|replaced|removed)")
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+# -- Writing ----------------------------------------------------------------------------------------------------------
+
+
+def save_checkpoint(
+    folder: Path, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], parallel: Parallel
+) -> Path:
+    """
+    Writes a checkpoint into a run's folder of checkpoints; all processes call it.
+
+    Args:
+        folder (`Path`): `OUTPUT/checkpoints`.
+        tensors (`Mapping`): by name; parts of a sharded one are written by the processes that hold them.
+        state (`Mapping`): what JSON knows, with `step`.
+    """
+    target = folder / checkpoint_name(state["step"])
+    partial = folder / f".{target.name}.partial"
+    if parallel.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        _clear(folder)
+        partial.mkdir()
+    parallel.barrier()
+    with _plain():
+        writer = HuggingFaceStorageWriter(
+            str(partial), save_distributed=True, fqn_to_index_mapping=_file_numbers(tensors)
+        )
+        dcp.save(dict(tensors), storage_writer=writer, no_dist=parallel.world_size == 1)
+    if parallel.is_main:
+        files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+        content = {"schema": SCHEMA, **state, "files": files}
+        _write_synced(partial / STATE, json.dumps(content, indent=2, ensure_ascii=False))
+        _sync_folder(partial)
+        if target.exists():  # a run that went on from an earlier step, and has come here again
+            target.rename(_replaced(target))
+        partial.rename(target)
+        _sync_folder(folder)
+        with new_file(folder / LATEST, overwrite=True) as file:
+            _write_synced(file, f"{target.name}\n")
+        _sync_folder(folder)
+        _clear(folder)
+    parallel.barrier()
+    return target
+
+
+def _file_numbers(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Which file each tensor's part goes into, from 1 on, by the parts of the main process."""
+    numbers, number, size = {}, 1, 0
+    for name, tensor in tensors.items():
+        part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        length = part.numel() * part.element_size()
+        if size and size + length > FILE_BYTES:
+            number, size = number + 1, 0
+        numbers[name], size = number, size + length
+    return numbers
+
+
+def _clear(folder: Path) -> None:
+    """Removes what a process that was killed has left; what it was about to replace gets its name back."""
+    for pointer in folder.glob(f".{LATEST}.*"):
+        shutil.rmtree(pointer)
+    for left_over in _named_as_ours(folder, f".{PATTERN}"):
+        if left_over == _replaced(_named(left_over)) and not _named(left_over).exists():
+            left_over.rename(_named(left_over))
+        else:
+            shutil.rmtree(left_over)
+
+
+def _named_as_ours(folder: Path, pattern: str) -> list[Path]:
+    """Without a person's own copies, such as `step-00000500.bak`."""
+    return [path for path in folder.glob(pattern) if NAME.fullmatch(path.name)]
+
+
+def _replaced(checkpoint: Path) -> Path:
+    """Where a checkpoint is while another one takes its name."""
+    return checkpoint.with_name(f".{checkpoint.name}.replaced")
+
+
+def _named(hidden: Path) -> Path:
+    """The checkpoint that a hidden folder is of."""
+    return hidden.with_name(hidden.name.split(".")[1])
+
+
+def remove_old_checkpoints(folder: Path, keep_last: int, keep_every: int | None) -> None:
+    """
+    Removes checkpoints but the newest ones and those at multiples of `keep_every` steps. Those of later steps than the
+    latest one are older: the run went back to before them.
+    """
+    latest = _step(find_checkpoint(folder))
+    newest = [checkpoint for checkpoint in _checkpoints(folder) if _step(checkpoint) <= latest][-keep_last:]
+    for checkpoint in _checkpoints(folder):
+        if checkpoint not in newest and (keep_every is None or _step(checkpoint) % keep_every):
+            hidden = checkpoint.with_name(f".{checkpoint.name}.removed")  # half of it must not look like a checkpoint
+            checkpoint.rename(hidden)
+            shutil.rmtree(hidden)
+
+
+def _write_synced(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# -- Finding ----------------------------------------------------------------------------------------------------------
+
+
+def find_checkpoint(path: Path) -> Path:
+    """
+    The checkpoint at a path: itself, or the newest one of a run's folder.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    if (path / STATE).is_file():
+        return path
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    pointer = folder / LATEST
+    if pointer.is_file():
+        named = folder / pointer.read_text("utf-8", errors="replace").strip()
+        for place in (named, _replaced(named)):
+            if (place / STATE).is_file():
+                return place
+    # The pointer is behind by what was written last if the process died before it, or if a user moved folders
+    if checkpoints := _checkpoints(folder):
+        return checkpoints[-1]
+    raise ValueError(f"{path} is neither a checkpoint nor a run's folder with one.")
+
+
+def has_checkpoint(output: Path) -> bool:
+    """Whether a run's folder holds a checkpoint."""
+    return bool(_checkpoints(output / "checkpoints"))
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """By step. One that was about to be replaced when the process died is one, under its hidden name."""
+    replaced = [path for path in _named_as_ours(folder, f".{PATTERN}.replaced") if not _named(path).exists()]
+    return sorted(
+        (path for path in (*_named_as_ours(folder, PATTERN), *replaced) if (path / STATE).is_file()), key=_step
+    )
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.strip(".").split(".")[0].partition("-")[2])
+
+
+# -- Reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The content of state.json. ValueError if it is none, or of another schema."""
+    if not (checkpoint / STATE).is_file():
+        raise ValueError(f"{checkpoint} is no checkpoint: it has no {STATE}.")
+    state = read_json(checkpoint / STATE)
+    if not isinstance(state, dict):
+        raise ValueError(f"{checkpoint / STATE} is not what a run writes: {state!r:.80}")
+    if state.get("schema") != SCHEMA:
+        raise ValueError(f"{checkpoint} is a checkpoint of schema {state.get('schema')}; this version reads {SCHEMA}.")
+    return state
+
+
+def stored_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """
+    The tensors of a checkpoint by name, as meta tensors: shapes and dtypes without data.
+
+    Raises:
+        ValueError: if a file of it is missing or damaged.
+    """
+    for name, size in read_state(checkpoint)["files"].items():
+        file = checkpoint / name
+        if not file.is_file() or file.stat().st_size != size:
+            raise ValueError(f"{file} is not there or not whole. Copy the checkpoint again, or go on from another.")
+    with _plain():
+        metadata = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    return {
+        name: torch.empty(tensor.size, dtype=tensor.properties.dtype, device="meta")
+        for name, tensor in metadata.items()
+    }
+
+
+def load_tensors(checkpoint: Path, tensors: Mapping[str, torch.Tensor], is_parallel: bool = False) -> None:
+    """
+    Fills tensors, or each process's parts of them, with what a checkpoint holds under their names.
+
+    Raises:
+        ValueError: if it does not have one of them, or of another shape.
+    """
+    stored = stored_tensors(checkpoint)
+    problems = {
+        "missing": [name for name in tensors if name not in stored],
+        "of another shape": [n for n, t in tensors.items() if n in stored and stored[n].shape != t.shape],
+    }
+    if any(problems.values()):
+        told = "; ".join(f"{what} ({len(names)}): {', '.join(names[:3])}" for what, names in problems.items() if names)
+        raise ValueError(f"{checkpoint} does not fit this run: {told}. Check model, lora, alignment and ema_decay.")
+    with _plain():
+        dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=not is_parallel)
+
+
+def read_tensors(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
+    """Whole tensors of a checkpoint whose names begin with a prefix, on the CPU, without it."""
+    stored = {name: tensor for name, tensor in stored_tensors(checkpoint).items() if name.startswith(prefix)}
+    tensors = {name: torch.empty_like(tensor, device="cpu") for name, tensor in stored.items()}
+    load_tensors(checkpoint, tensors)
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+
+
+def read_weights(checkpoint: Path, average: bool) -> dict[str, torch.Tensor]:
+    """
+    The transformer's trained tensors, by diffusers' names; of a LoRA, as `blocks.0.attn1.to_q.lora_A.weight`.
+
+    Args:
+        average (`bool`): the moving average instead of the last weights.
+
+    Raises:
+        ValueError: if the run kept no average.
+    """
+    tensors = read_tensors(checkpoint, f"{'average' if average else 'weights'}.transformer.")
+    if average and not tensors:
+        raise ValueError(f"{checkpoint} holds no average: its run had no optimizer.ema_decay. Take the last weights.")
+    return {name.replace(".default.", "."): tensor for name, tensor in tensors.items()}
+
+
+def read_projectors(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The alignment's projectors under their native keys; empty if the run had none."""
+    tensors = read_tensors(checkpoint, "weights.alignment.projectors.")
+    return {"blocks.{}.input_mlp.{}".format(*name.split(".", 1)): tensor for name, tensor in tensors.items()}
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    """Without torch's warning that a single process is used, which was asked for; errors are raised as they were."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(no_dist|single process).*")
+        try:
+            yield
+        except CheckpointException as error:  # which is no Exception, and hides a full disk and Ctrl-C in a traceback
+            raise next(iter(error.failures.values()))[0] from None
+        except SafetensorError as error:
+            raise ValueError(f"A checkpoint's tensors are damaged: {error}") from error

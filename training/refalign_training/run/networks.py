@@ -1,0 +1,139 @@
+"""The networks of a run: the transformer with what of it is trained, and the alignment's projectors."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers.models.attention_dispatch import AttentionBackendName
+from peft import LoraConfig
+
+from refalign import RefAlignWanTransformer3DModel
+from refalign.convert import check_shapes
+from refalign.files import fetch, find_safetensors, read, read_headers, read_json
+from refalign_training.method.alignment import ReferenceAlignment
+from refalign_training.method.options import AlignmentOptions
+from refalign_training.run.config import LoraOptions, ModelOptions, RunCommand
+from refalign_training.run.resume import Start
+
+
+CHANNELS = 16  # of Wan 2.1's latents; its image-to-video models take 36, Wan 2.2's 5B takes 48
+
+
+def transformer_config(options: ModelOptions) -> dict[str, Any]:
+    """
+    The configuration of the base's transformer, downloaded alone if need be.
+
+    Raises:
+        ValueError: if there is none, or it is not of Wan 2.1's text-to-video transformer.
+    """
+    folder = fetch(options.base, ["transformer/config.json"], options.revision)
+    file = folder / "transformer/config.json"
+    if not file.is_file():
+        raise ValueError(f"{options.base} is no pipeline in diffusers' format: it has no transformer/config.json.")
+    config = read_json(file)
+    kind, channels = config.get("_class_name"), config.get("in_channels", CHANNELS)
+    is_wan = kind in ("WanTransformer3DModel", "RefAlignWanTransformer3DModel")
+    takes_images = config.get("image_dim") is not None
+    if not is_wan or takes_images or channels != CHANNELS:
+        kind = f"image-to-video {kind}" if takes_images else kind
+        raise ValueError(
+            f"{options.base} has a transformer of kind {kind} that takes {channels} channels, not Wan 2.1's "
+            f"text-to-video one (WanTransformer3DModel, {CHANNELS} channels). Pass a base that has it."
+        )
+    return config
+
+
+def load_transformer(command: RunCommand, start: Start, resumes: bool = False) -> RefAlignWanTransformer3DModel:
+    """
+    The transformer on the CPU, its weights mapped from the files as they are stored; of a LoRA, cast, frozen and with
+    its adapters, which are the same for a seed. A full run that `resumes` reads no file: the checkpoint fills it.
+
+    Raises:
+        ValueError: if the files do not fit the base's configuration.
+    """
+    options, config = command.model, transformer_config(command.model)
+    with init_empty_weights():
+        transformer = RefAlignWanTransformer3DModel.from_config(config)
+    if resumes and command.training == "full":
+        shapes = transformer.state_dict()
+        transformer.load_state_dict({n: torch.empty_like(t, device="cpu") for n, t in shapes.items()}, assign=True)
+    else:
+        transformer.load_state_dict(_stored_weights(options, config, start), assign=True)
+    if command.training == "lora":
+        transformer.cast_weights(getattr(torch, options.precision)).requires_grad_(False)
+        _add_lora(transformer, command.lora, command.seed)
+    _keep_time_embedding_in_float32(transformer)
+    if options.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return transformer.train()
+
+
+def _stored_weights(options: ModelOptions, config: Mapping[str, Any], start: Start) -> dict[str, torch.Tensor]:
+    """The weights to start from, mapped from their files."""
+    tensors, source = start.transformer, options.start
+    if not tensors:
+        folder = fetch(options.base, ["transformer/*.json", "transformer/*.safetensors"], options.revision)
+        tensors, source = read_headers(find_safetensors(folder / "transformer")), options.base
+    check_shapes(tensors, config, source)
+    return read(tensors)
+
+
+def _add_lora(transformer: RefAlignWanTransformer3DModel, options: LoraOptions, seed: int) -> None:
+    torch.manual_seed(seed)
+    transformer.add_adapter(
+        LoraConfig(
+            r=options.rank,
+            lora_alpha=options.alpha,
+            lora_dropout=options.dropout,
+            target_modules=list(options.targets),
+        )
+    )
+    for parameter in transformer.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def take_plain_attention(transformer: RefAlignWanTransformer3DModel) -> None:
+    """For training on a CPU, where torch's flash attention takes eight times as long backwards as forwards."""
+    # Not by `set_attention_backend`, which would change all other models of the process too
+    for block in transformer.blocks:
+        for attention in (block.attn1, block.attn2):
+            attention.processor._attention_backend = AttentionBackendName._NATIVE_MATH
+
+
+def _keep_time_embedding_in_float32(transformer: RefAlignWanTransformer3DModel) -> None:
+    """Under autocast too: that is what inference does, and neighbouring timesteps are one in bfloat16."""
+
+    def forward(hidden_states: torch.Tensor, compute=transformer.condition_embedder.time_embedder.forward):
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            return compute(hidden_states)
+
+    transformer.condition_embedder.time_embedder.forward = forward
+
+
+def make_alignment(
+    options: AlignmentOptions, config: Mapping[str, Any], teacher_dim: int, start: Start, seed: int
+) -> ReferenceAlignment:
+    """
+    The projectors, started from those that came with the weights, or else the same ones for a seed.
+
+    Raises:
+        ValueError: if a layer is not there, or the projectors do not fit.
+    """
+    if outside := [layer for layer in options.layers if layer >= config["num_layers"]]:
+        raise ValueError(f"alignment.layers names {outside}, but the blocks are 0 to {config['num_layers'] - 1}.")
+    torch.manual_seed(seed)
+    alignment = ReferenceAlignment(
+        config["num_attention_heads"] * config["attention_head_dim"],
+        teacher_dim,
+        options.layers,
+        projector=options.projector,
+        spatial_norm=options.spatial_norm,
+        positive_margin=options.positive_margin,
+        negative_margin=options.negative_margin,
+        negative_weight=options.negative_weight,
+    )
+    if start.projectors:
+        alignment.load_native_state_dict({n: t.float() for n, t in read(start.projectors).items()})
+    return alignment

@@ -1,0 +1,153 @@
+"""One process or many, behind one seam: each with all weights (DDP), or each with its part (FSDP2)."""
+
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from refalign_training.run.config import wants_shards
+
+
+class Parallel:
+    """
+    The processes of a run, as `accelerate launch` or torchrun started them; one, if nothing did.
+
+    Args:
+        mode (`str`): `"ddp"`, `"fsdp2"` or `"auto"`: fsdp2 if accelerate's file says FSDP, else ddp.
+        device (`str`): `"auto"` or the name of a device.
+    """
+
+    def __init__(self, mode: Literal["auto", "ddp", "fsdp2"] = "auto", device: str = "auto") -> None:
+        _check_device(device)
+        # Without an accelerator it has to be told: else each process takes itself for the only one
+        is_cpu = device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
+        state = PartialState(cpu=is_cpu)
+        self.rank, self.world_size = state.process_index, state.num_processes
+        launched = int(os.environ.get("WORLD_SIZE", 1))
+        if self.world_size != launched:
+            raise ValueError(f"{launched} processes were started, but {device} lets {self.world_size} work together.")
+        self.device = state.device if device in ("auto", state.device.type) else torch.device(device)
+        self.is_sharded = wants_shards(mode) and self.world_size > 1
+        self._wrapped: list[nn.Module] = []
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def wrap(self, module: nn.Module, parts: Iterable[nn.Module] = (), dtype: torch.dtype | None = None) -> nn.Module:
+        """
+        The module on this process's device, ready to be trained together with the other processes.
+
+        Args:
+            module (`nn.Module`): of the same weights in every process.
+            parts (`Iterable[nn.Module]`): of it, sharded each for itself: its blocks. They are moved one by one, so
+                that a device never holds all that is sharded.
+            dtype (`torch.dtype`, *optional*): what weights are brought to on the way.
+        """
+        if not self.is_sharded:
+            _move(module, self.device, dtype)
+            if self.world_size == 1:
+                return module
+            ids = None if self.device.type == "cpu" else [self.device]
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # that it will be as we ask for
+            # `find_unused_parameters` keeps the buckets as they are: else they are made anew after the first backward
+            # pass of a process, and three of them that went on would add in another order than those that did not stop
+            module = DistributedDataParallel(
+                module, ids, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
+            )
+        else:
+            # Of tokens that are returned beside the velocity; nothing changes them in place
+            warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
+            mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.world_size,))
+            for part in (*parts, module):
+                _move(part, self.device, dtype)
+                # Else the outermost one stays whole after a forward pass without a backward pass, as in validation,
+                # and the next step computes with what its weights were then
+                fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        self._wrapped.append(module)
+        return module
+
+    @contextmanager
+    def accumulate(self, is_last: bool) -> Iterator[None]:
+        """A backward pass whose gradients are averaged over the processes only if it is a step's last."""
+        with ExitStack() as stack:
+            if not is_last and not self.is_sharded:  # sharded, they are averaged each time: whole, they do not fit
+                for module in self._wrapped:
+                    stack.enter_context(module.no_sync())
+            yield
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def most(self, *values: int) -> list[int]:
+        """The largest of each value over all processes."""
+        if self.world_size == 1:
+            return list(values)
+        tensor = torch.tensor(values, dtype=torch.int32, device=self.device)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all processes, in all of them."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def close(self) -> None:
+        """Ends the processes' work together."""
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
+
+def _check_device(name: str) -> None:
+    """Raises ValueError for a device that is none, or not here."""
+    if name == "auto":
+        return
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device {name} is no device: {error}") from None
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if device.type != "cpu" and (here is None or here.type != device.type):
+        raise ValueError(f"--device {name} cannot be used: this machine has {here.type if here else 'a CPU alone'}.")
+    if device.index is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError(f"--device {name} is one device for all processes. Pass {device.type}.")
+
+
+def _move(module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
+    """As `module.to`, without a touch to what is sharded already."""
+    for parameter in module.parameters():
+        if not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.to(device, dtype, copy=True)  # no longer mapped from a file
+    for child in module.modules():
+        for name, buffer in child.named_buffers(recurse=False):
+            setattr(child, name, buffer.to(device))
+
+
+def gradient_norm(parameters: Sequence[nn.Parameter], max_norm: float = 0.0) -> torch.Tensor:
+    """The norm of all gradients together, over all processes; with `max_norm`, they are scaled down to it."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    if max_norm:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm

@@ -1,0 +1,166 @@
+"""May a run go on, and from where: all that decides it.
+
+A run resumes its own checkpoint (`resume`), or starts from the weights of another one (`model.start`).
+"""
+
+import hashlib
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from refalign.files import find_safetensors, read_headers
+from refalign.hub import LORA_WEIGHTS, PROJECTORS
+from refalign.keys import native_to_diffusers
+from refalign_training.run.checkpoint import find_checkpoint, has_checkpoint, read_state
+from refalign_training.run.config import RunCommand, flatten
+
+
+logger = logging.getLogger(__name__)
+
+# Options that may differ when a run goes on: nothing that is trained depends on them
+FREE_OPTIONS = (
+    "config",
+    "resume",
+    "output",
+    "allow_changes",
+    "dry_run",
+    "parallel",
+    "device",
+    "max_skipped_steps",
+    "data.cache",  # the dataset's fingerprint is compared
+    "data.workers",
+    "model.compile",
+    "checkpoints",
+    "log",
+    "validation.every",
+    "validation.videos",
+    "validation.video_steps",
+    "validation.guidance_scale",
+    "validation.image_guidance_scale",
+)
+
+
+def checkpoint_to_resume(command: RunCommand) -> Path | None:
+    """Where the run goes on; ValueError if there is nothing, or if its folder holds a run that was not asked for."""
+    if command.resume == "auto" and not has_checkpoint(command.output):
+        logger.info("There is no checkpoint in %s: the run starts.", command.output)
+        return None
+    if command.resume is not None:
+        return find_checkpoint(command.output if command.resume in ("latest", "auto") else Path(command.resume))
+    if has_checkpoint(command.output):
+        raise ValueError(f"{command.output} holds a run already. Pass --resume latest to go on, or another --output.")
+    return None
+
+
+def check_unchanged(checkpoint: Path, command: RunCommand, frozen: str, dataset: Mapping[str, Any]) -> None:
+    """
+    Raises ValueError if a checkpoint was made with other options or data, unless `allow_changes` lets it: then they
+    are logged.
+
+    Args:
+        frozen (`str`): of the weights that are not trained, by [`frozen_fingerprint`].
+        dataset (`Mapping`): `name`, `samples` and `fingerprint` of the run's dataset.
+    """
+    state = read_state(checkpoint)
+    changes = changed_options(state["options"], flatten(command))
+    is_told = any(change.startswith(("training:", "model.")) for change in changes)
+    if state["frozen"] != frozen and not is_told:
+        changes.append("the weights that the adapters were trained on")
+    old = state["dataset"]
+    if old["fingerprint"] != dataset["fingerprint"]:
+        changes.append(
+            f"the dataset: {old['name']} of {old['samples']} samples -> {dataset['name']} of {dataset['samples']}"
+        )
+    if changes and not command.allow_changes:
+        raise ValueError(
+            f"{checkpoint} was made with other options or data: {'; '.join(changes)}. Pass the same ones, or "
+            "--allow-changes to go on with the new ones."
+        )
+    for change in changes:
+        logger.warning("Changed since the checkpoint: %s", change)
+
+
+def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What a checkpoint's options and those of now differ in, of what matters, as `name: old -> new`."""
+    free, defaults = FREE_OPTIONS, flatten(RunCommand(Path()))
+    old, new = defaults | old, defaults | new  # an option that came later was at its default
+    if old["optimizer.schedule"] == new["optimizer.schedule"] == "constant":
+        free = (*free, "steps")  # a longer run begins as the shorter one did
+    names = [n for n in sorted(old.keys() | new.keys()) if not any(n == f or n.startswith(f"{f}.") for f in free)]
+    return [f"{n}: {old.get(n)} -> {new.get(n)}" for n in names if old.get(n) != new.get(n)]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from, other than its base."""
+
+    checkpoint: Path | None = None
+    """Another run's checkpoint, read when the networks stand; else files, as headers of tensors:"""
+    transformer: Mapping[str, Any] = field(default_factory=dict)
+    projectors: Mapping[str, Any] = field(default_factory=dict)
+
+
+def find_start(command: RunCommand, resumes: bool = False) -> Start:
+    """
+    What `model.start` names. A run that `resumes` has what it took of a checkpoint in its own: it needs but the whole
+    weights that adapters belong to.
+
+    Raises:
+        ValueError: if it is nothing to start from, or of another kind of training.
+    """
+    path = command.model.start
+    if path is None or (resumes and (command.training == "full" or not path.exists())):
+        return Start()
+    if not path.exists():
+        raise ValueError(f"model.start is {path}, which does not exist.")
+    if (path / LORA_WEIGHTS).is_file():
+        raise ValueError(f"{path} holds exported adapters. Name the run, or the checkpoint, that they are of.")
+    if path.is_dir() and (path / "transformer").is_dir():
+        projectors = path / PROJECTORS
+        tensors = read_headers(find_safetensors(path / "transformer"))
+        return Start(None, tensors, read_headers([projectors]) if projectors.is_file() else {})
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        checkpoint = find_checkpoint(path)
+    elif path.is_dir() and (path / "state.json").is_file():
+        checkpoint = path
+    else:
+        return Start(None, *native_to_diffusers(read_headers(find_safetensors(path))))
+    if resumes:
+        return Start()
+    training = read_state(checkpoint)["options"]["training"]
+    if training != command.training:
+        remedy = {
+            "full": "Export it (refalign-train export) and name that folder as model.start.",
+            "lora": "Adapters are no whole weights to start from: train as lora, or without model.start.",
+        }
+        raise ValueError(f"{checkpoint} is of {training} training, this run is {command.training}. {remedy[training]}")
+    return Start(checkpoint)
+
+
+def check_start(checkpoint: Path, command: RunCommand, frozen: str) -> None:
+    """
+    Raises ValueError if adapters of another run would be put on other weights, or at another scale, than they were
+    trained with.
+    """
+    state = read_state(checkpoint)
+    if state["frozen"] != frozen:
+        raise ValueError(f"The adapters of {checkpoint} were trained on other weights than this run's model.base.")
+    scales = [options["lora.alpha"] / options["lora.rank"] for options in (state["options"], flatten(command))]
+    if frozen and scales[0] != scales[1]:
+        raise ValueError(f"The adapters of {checkpoint} have a scale (alpha / rank) of {scales[0]:g}: pass the same.")
+
+
+def frozen_fingerprint(transformer: nn.Module) -> str:
+    """A digest of some values of every frozen weight: other weights, another digest. Empty if none is frozen."""
+    total, is_any = hashlib.sha256(), False
+    for name, parameter in transformer.named_parameters():
+        if not parameter.requires_grad:
+            is_any, values = True, parameter.detach().flatten()
+            places = torch.linspace(0, len(values) - 1, 64, dtype=torch.float64).long()
+            total.update(f"{name} {tuple(parameter.shape)}".encode() + values[places].float().numpy().tobytes())
+    return f"sha256:{total.hexdigest()}" if is_any else ""

@@ -1,0 +1,187 @@
+"""All that changes while a run goes on: trained weights, their average, the optimiser."""
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from refalign_training.run.checkpoint import load_tensors, stored_tensors
+from refalign_training.run.config import OptimizerOptions
+from refalign_training.run.muon import MuonWithAdamW, is_hidden, is_matrix
+from refalign_training.run.parallel import gradient_norm
+
+
+PROJECTORS = "alignment."
+
+
+class TrainState:
+    """
+    Args:
+        modules (`Mapping[str, nn.Module]`): what is trained, by name; the parameters that require a gradient.
+        options ([`OptimizerOptions`]): the optimiser, its schedule and the average.
+        steps (`int`): of the whole run.
+
+    Raises:
+        ValueError: if the optimiser cannot be had.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], options: OptimizerOptions, steps: int) -> None:
+        self.options, self.steps = options, steps
+        self.parameters = {
+            f"{module_name}.{name}": parameter
+            for module_name, module in modules.items()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
+        self.averages: dict[str, torch.Tensor] = {}
+        if options.ema_decay is not None:
+            averaged = (name for name in self.parameters if not name.startswith(PROJECTORS))  # they are not exported
+            self.averages = {name: self.parameters[name].detach().clone() for name in averaged}
+        self.optimizer = _make_optimizer(options, self._groups())
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """The parameters of one learning rate and weight decay together; with Muon, those that it changes apart."""
+        options, groups = self.options, {}
+        for name, parameter in self.parameters.items():
+            lr = options.lr
+            if name.startswith(PROJECTORS) and options.projector_lr is not None:
+                lr = options.projector_lr
+            extra = {}
+            if options.name == "muon" and is_hidden(name, parameter):
+                lr, extra = options.muon_lr, {"muon": True}
+            decay = options.weight_decay if is_matrix(name, parameter) else 0.0
+            group = {"full_lr": lr, "lr": lr, "weight_decay": decay, **extra}
+            groups.setdefault(tuple(group.items()), []).append(parameter)
+        return [{"params": parameters, **dict(group)} for group, parameters in groups.items()]
+
+    # -- A step ----------------------------------------------------------------------------------------------------
+
+    def clip_gradients(self) -> float:
+        """The norm of all gradients, which are scaled down to `max_grad_norm`."""
+        return gradient_norm(list(self.parameters.values()), self.options.max_grad_norm).item()
+
+    def update(self, step: int) -> None:
+        """Changes the weights along their gradients, and the average after them."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["full_lr"] * learning_rate_factor(step, self.steps, self.options)
+        self.optimizer.step()
+        if self.averages:
+            # At first the average follows closely, else it would long remember the start
+            decay = min(self.options.ema_decay, (1 + step) / (10 + step))
+            with torch.no_grad():
+                torch._foreach_lerp_(
+                    [local(average) for average in self.averages.values()],
+                    [local(self.parameters[name].detach()) for name in self.averages],
+                    1 - decay,
+                )
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it, the weights are their averages, if there are some."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, average in self.averages.items():
+            weight, average = local(self.parameters[name].detach()), local(average)
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
+
+    # -- On the disk -----------------------------------------------------------------------------------------------
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All of it by name, the tensors themselves: what is written, and what is filled."""
+        tensors = {f"weights.{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        tensors |= {f"average.{name}": average for name, average in self.averages.items()}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                value = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+                tensors[f"optimizer.{key}.{name}"] = value
+        return tensors
+
+    def load(self, checkpoint: Path, is_parallel: bool) -> None:
+        """
+        Goes on where a checkpoint was written.
+
+        Raises:
+            ValueError: if it does not fit.
+        """
+        self._make_optimizer_state()
+        stored = stored_tensors(checkpoint)
+        tensors = {n: t for n, t in self.tensors().items() if n in stored or not n.startswith("optimizer.")}
+        load_tensors(checkpoint, tensors, is_parallel)
+        for name, parameter in self.parameters.items():
+            of_parameter = self.optimizer.state[parameter]
+            for key, value in list(of_parameter.items()):
+                loaded = tensors.get(f"optimizer.{key}.{name}")
+                if loaded is None:  # it has never had a gradient
+                    del of_parameter[key]
+                elif not isinstance(value, torch.Tensor):
+                    of_parameter[key] = loaded.item()
+
+    def load_weights(self, checkpoint: Path, is_parallel: bool) -> None:
+        """
+        Starts from the weights of another run's checkpoint, and from its projectors if it has some.
+
+        Raises:
+            ValueError: if it does not fit.
+        """
+        has_projectors = any(name.startswith(f"weights.{PROJECTORS}") for name in stored_tensors(checkpoint))
+        tensors = {
+            f"weights.{name}": parameter.detach()
+            for name, parameter in self.parameters.items()
+            if has_projectors or not name.startswith(PROJECTORS)
+        }
+        load_tensors(checkpoint, tensors, is_parallel)
+        for name, average in self.averages.items():
+            local(average).copy_(local(self.parameters[name].detach()))
+
+    def _make_optimizer_state(self) -> None:
+        """A step of gradient and learning rate 0, with which optimisers make their state; no weight changes."""
+        for parameter in self.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        for group in self.optimizer.param_groups:
+            group["lr"] = 0.0
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def learning_rate_factor(step: int, steps: int, options: OptimizerOptions) -> float:
+    """The share of the full learning rate at a step, counted from 0."""
+    if step < options.warmup_steps:
+        return (step + 1) / options.warmup_steps
+    place = (step - options.warmup_steps) / max(steps - options.warmup_steps, 1)
+    match options.schedule:
+        case "cosine":
+            return (1 + math.cos(math.pi * place)) / 2
+        case "linear":
+            return 1 - place
+    return 1.0
+
+
+def _make_optimizer(options: OptimizerOptions, groups: list[dict[str, Any]]) -> torch.optim.Optimizer | MuonWithAdamW:
+    if options.name == "muon":
+        return MuonWithAdamW(groups, options.betas, options.eps)
+    if options.name == "adamw":
+        # The others than the fused one take as much memory as the gradients for a moment
+        return torch.optim.AdamW(groups, betas=options.betas, eps=options.eps, fused=True)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError("optimizer.name adamw8bit needs bitsandbytes: pip install bitsandbytes") from error
+    return AdamW8bit(groups, betas=options.betas, eps=options.eps)

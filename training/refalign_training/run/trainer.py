@@ -1,0 +1,405 @@
+"""
+`refalign-train run`: the training loop, and what it is made of.
+
+    refalign-train run --config training/configs/lora-1.3b.yaml --output runs/mine
+    accelerate launch --config_file FILE -m refalign_training.cli run --config ...
+    torchrun --nproc_per_node 8 -m refalign_training.cli run --config ...
+
+Killed, it goes on with `--resume latest` from its last checkpoint to the same numbers.
+"""
+
+import importlib.metadata
+import logging
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from refalign.files import fetch, new_file
+from refalign_training.cache.encoders import vae_config
+from refalign_training.method.objective import Batch, Objective
+from refalign_training.run.batches import Order, hold_out, load_batches, read_first
+from refalign_training.run.checkpoint import (
+    checkpoint_name,
+    read_state,
+    remove_old_checkpoints,
+    save_checkpoint,
+)
+from refalign_training.run.config import RunCommand, accumulation, check, flatten, to_yaml
+from refalign_training.run.inputs import CachedSamples, open_samples
+from refalign_training.run.log import Metrics, RunLog, append_skipped, check_tracker
+from refalign_training.run.networks import load_transformer, make_alignment, take_plain_attention
+from refalign_training.run.parallel import Parallel, gradient_norm
+from refalign_training.run.plots import describe_timesteps, plot_timesteps
+from refalign_training.run.resume import (
+    check_start,
+    check_unchanged,
+    checkpoint_to_resume,
+    find_start,
+    frozen_fingerprint,
+)
+from refalign_training.run.state import TrainState, learning_rate_factor
+from refalign_training.run.stopping import Stopping
+from refalign_training.run.validation import Validation
+
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("refalign", "torch", "diffusers", "transformers", "peft", "accelerate", "safetensors")
+
+
+def run(command: RunCommand) -> int:
+    """
+    Trains, or with `dry_run` says what would be done. Returns the exit code: 143 if it was stopped by SIGTERM, 130 by
+    Ctrl-C.
+
+    Raises:
+        ValueError: if the options, the data or a checkpoint do not fit.
+    """
+    check(command)
+    if command.dry_run:
+        from refalign_training.run.estimate import dry_run
+
+        return dry_run(command)
+    trainer = Trainer(command)
+    code = trainer.train()
+    trainer.parallel.close()
+    return code
+
+
+class Trainer:
+    """All that a run is made of, ready for its next step."""
+
+    def __init__(self, command: RunCommand) -> None:
+        self.command = command
+        self.parallel = Parallel(command.parallel, command.device)
+        check_tracker(command.log.tracker)
+        if not self.parallel.is_main:
+            logging.getLogger("refalign_training").setLevel(logging.ERROR)
+        checkpoint = checkpoint_to_resume(command)
+        self.accumulation = accumulation(command, self.parallel.world_size)
+        self._open_samples()
+        self._open_validation()
+        self._make_networks(resumes=checkpoint is not None)
+        self.step, self.skipped_in_a_row = 0, 0
+        self.resumed_from = checkpoint
+        if checkpoint is not None:
+            check_unchanged(checkpoint, command, self.frozen, self._dataset())
+            self.state.load(checkpoint, self.parallel.world_size > 1)
+            state = read_state(checkpoint)
+            self.step, self.skipped_in_a_row = state["step"], state["skipped_in_a_row"]
+        self._start_reading()
+        self._start_log()
+
+    def train(self) -> int:
+        """The loop."""
+        command, parallel = self.command, self.parallel
+        with Stopping() as stopping, self._progress() as bar, logging_redirect_tqdm():
+            for step in range(self.step, command.steps):
+                taken = []
+                for number in range(self.accumulation):
+                    batch = self._next_batch()
+                    if number == 0 and _is_due(step, command.log.gradients_every):
+                        self._measure_gradients(batch, step)
+                    with parallel.accumulate(is_last=number + 1 == self.accumulation):
+                        torch.manual_seed(batch.seed)
+                        losses = self.objective(batch, step)
+                        (losses.total.mean() / self.accumulation).backward()
+                    self.metrics.add(losses, batch.timesteps)
+                    taken.append((batch.ids, losses.total.detach()))
+                norm = self.state.clip_gradients()
+                is_finite = math.isfinite(norm) and all(total.isfinite().all() for _, total in taken)
+                stop_signal, is_bad = parallel.most(stopping.signal, not is_finite)
+                if is_bad:
+                    self._skip(step, norm, taken)
+                else:
+                    self._update(step, norm)
+                self.state.optimizer.zero_grad()
+                self.step = step + 1
+                bar.update(command.batch.size)
+                is_last = bool(stop_signal) or self.step == command.steps
+                self._log(bar, is_last)
+                if is_last or _is_due(self.step, command.checkpoints.every):
+                    self._save()
+                if stop_signal:
+                    return self._finish(stop_signal)
+                if is_last or _is_due(self.step, command.validation.every):
+                    self._validate()
+        return self._finish()
+
+    # -- Setting up ------------------------------------------------------------------------------------------------
+
+    def _open_samples(self) -> None:
+        command = self.command
+        self.samples = open_samples(command.data, command.model, bool(command.alignment.weight), self.parallel.device)
+        wanted = command.validation.samples if command.validation.cache is None else 0
+        self.rows, self.held_out = hold_out(len(self.samples.buckets), wanted)
+        if len(self.rows) < command.batch.size:
+            logger.warning(
+                "Only %d samples for batches of %d: some come twice a step.", len(self.rows), command.batch.size
+            )
+        batch = command.batch
+        self.order = Order(self.samples.buckets, self.rows, batch.size, batch.micro, command.seed)
+
+    def _open_validation(self) -> None:
+        options, samples, rows = self.command.validation, self.samples, self.held_out
+        if options.every and options.cache is not None:
+            samples = CachedSamples(options.cache, bool(self.command.alignment.weight))
+            rows = np.arange(len(samples.buckets))[: options.samples]
+        self.validation = None
+        if options.every and len(rows):
+            validation = Validation(samples, rows, options, self.command.objective, self.parallel)
+            self.validation = validation if validation.values else None
+            if self.validation is None:
+                logger.warning("There is no validation: none of its %d samples can be read.", len(rows))
+        self.vae_folder: Path | None = None  # only the main process decodes
+        if self.validation is not None and options.videos and self.parallel.is_main:
+            # Now, and not when the first videos are due
+            self.vae_folder = fetch(self.command.model.base, ["vae/*"], self.command.model.revision)
+            vae_config(self.vae_folder)
+
+    def _make_networks(self, resumes: bool) -> None:
+        command, parallel = self.command, self.parallel
+        start = find_start(command, resumes)
+        transformer = load_transformer(command, start, resumes)
+        self.frozen = frozen_fingerprint(transformer)
+        self.base = command.model.start if start.transformer and self.frozen else command.model.base
+        modules = {"transformer": transformer}
+        if command.alignment.weight:
+            value = read_first(self.samples, self.order)
+            config, teacher_dim = transformer.config, value["teacher_features"].shape[-1]
+            modules["alignment"] = make_alignment(command.alignment, config, teacher_dim, start, command.seed)
+        if parallel.device.type == "cpu":
+            take_plain_attention(transformer)
+        if command.model.compile:
+            # Each bucket for itself: loops of known length are faster
+            transformer.compile_repeated_blocks(dynamic=False)
+        dtype = torch.float32 if command.training == "full" else None
+        wrapped = {"transformer": parallel.wrap(transformer, transformer.blocks, dtype)}
+        if "alignment" in modules:
+            wrapped["alignment"] = parallel.wrap(modules["alignment"])
+        self.transformer = transformer
+        precision = getattr(torch, command.model.precision)
+        self.objective = Objective(
+            wrapped["transformer"], wrapped.get("alignment"), command.alignment, precision, self._detail_weight
+        )
+        self.state = TrainState(modules, command.optimizer, command.steps)
+        if start.checkpoint is not None:
+            check_start(start.checkpoint, command, self.frozen)
+            self.state.load_weights(start.checkpoint, parallel.world_size > 1)
+
+    def _detail_weight(self, step: int) -> float:
+        options = self.command.objective
+        done = min(step / options.detail_steps, 1.0) if options.detail_steps else 0.0
+        return options.detail_weight + done * (1 - options.detail_weight)
+
+    def _start_reading(self) -> None:
+        self.batches = load_batches(
+            self.samples,
+            self.order,
+            self.command.objective,
+            rank=self.parallel.rank,
+            world_size=self.parallel.world_size,
+            first_step=self.step,
+            steps=self.command.steps,
+            workers=self.command.data.workers,
+            encodes=self.command.data.cache is None,
+            pin_memory=self.parallel.device.type == "cuda",
+        )
+        self._waited = 0.0
+
+    def _start_log(self) -> None:
+        command = self.command
+        self.metrics = Metrics(command.alignment.layers if self.objective.alignment else (), self.parallel.device)
+        self.extra: dict[str, float] = {}
+        self._since, self._logged = time.perf_counter(), self.step
+        self.log = None
+        if self.parallel.is_main:
+            command.output.mkdir(parents=True, exist_ok=True)
+            options = command.output / "config.yaml"
+            if command.config is None or command.config.resolve() != options.resolve():  # the user's, with comments
+                with new_file(options, overwrite=True) as file:
+                    file.write_text(to_yaml(command), "utf-8")
+            picture = command.output / "timesteps.png"
+            plot_timesteps(command.objective.timesteps, picture, command.alignment.gate_power)
+            self.log = RunLog(command.output, command.log, flatten(command), self.step)
+            logger.info("%s", self._summary())
+        self.parallel.barrier()
+
+    def _summary(self) -> str:
+        command = self.command
+        trained = sum(parameter.numel() for parameter in self.state.parameters.values())
+        epochs = command.steps * self.order.micro_batches / self.order.epoch_length
+        begin = f"goes on from {self.resumed_from}" if self.resumed_from else "starts"
+        return (
+            f"{command.output} {begin}: {command.training}, {trained:,} trained weights, {len(self.rows):,} samples "
+            f"of {self.samples.name} ({len(self.held_out)} held out), {command.steps:,} steps of {command.batch.size} "
+            f"({epochs:.2g} epochs), processes: {self.parallel.world_size}"
+            f"{', sharded' if self.parallel.is_sharded else ''}.\n{describe_timesteps(command.objective.timesteps)}"
+        )
+
+    # -- Parts of a step -------------------------------------------------------------------------------------------
+
+    def _next_batch(self) -> Batch:
+        started = time.perf_counter()
+        batch = next(self.batches)
+        self._waited += time.perf_counter() - started
+        for sample_id, reason in batch.unusable:
+            logger.warning("%s cannot be used; another sample takes its place: %s", sample_id, reason)
+            append_skipped(self.command.output, self.step + 1, [sample_id], reason)
+        return batch.to(self.parallel.device)
+
+    def _measure_gradients(self, batch: Batch, step: int) -> None:
+        """The norms of the two losses' own gradients on a micro-batch. Leaves no trace."""
+        weight = self.objective.alignment_weight(step)
+        if not weight:
+            return
+        norms = {}
+        for name in ("diffusion", "alignment"):
+            torch.manual_seed(batch.seed)
+            with self.parallel.accumulate(is_last=False):
+                losses = self.objective(batch, step)
+                part = losses.diffusion if name == "diffusion" else losses.total - losses.diffusion
+                part.mean().backward()
+            norms[name] = gradient_norm(list(self.state.parameters.values())).item()
+            self.state.optimizer.zero_grad()
+        is_measured = all(map(math.isfinite, norms.values())) and bool(batch.keeps_references.any())
+        if not is_measured:  # the step is about to be skipped, or there is nothing to align
+            return
+        self.extra |= {f"gradients/{name}": norm for name, norm in norms.items()}
+        self.extra["gradients/ratio"] = norms["alignment"] / max(norms["diffusion"], 1e-12)
+
+    def _update(self, step: int, norm: float) -> None:
+        self.state.update(step)
+        self.metrics.commit()
+        self.skipped_in_a_row = 0
+        self.extra |= {"gradients/norm": norm}
+
+    def _skip(self, step: int, norm: float, taken: list[tuple[list[str], torch.Tensor]]) -> None:
+        """Leaves the weights as they are. Ends the run if there have been too many such steps in a row."""
+        self.metrics.discard()
+        self.skipped_in_a_row += 1
+        losses = [pair for ids, total in taken for pair in zip(ids, total.tolist(), strict=True)]
+        everywhere = [pair for pairs in self.parallel.gather(losses) for pair in pairs]
+        ids = [name for name, loss in everywhere if not math.isfinite(loss)] or [name for name, _ in everywhere]
+        reason = f"loss or gradient (norm {norm:g}) is not finite"
+        logger.warning("Step %d is skipped: %s. Samples: %s", step + 1, reason, ", ".join(ids))
+        if self.parallel.is_main:
+            append_skipped(self.command.output, step + 1, ids, reason)
+        if self.skipped_in_a_row >= self.command.max_skipped_steps:
+            raise ValueError(
+                f"{self.skipped_in_a_row} steps in a row were not finite, the last one with {', '.join(ids)}. Look at "
+                f"these samples, lower optimizer.lr, or go on from an earlier checkpoint; all are listed in "
+                f"{self.command.output / 'skipped.jsonl'}."
+            )
+
+    # -- Now and then ----------------------------------------------------------------------------------------------
+
+    def _log(self, bar: tqdm, is_last: bool) -> None:
+        if not is_last and not _is_due(self.step, self.command.log.every):
+            return
+        values = self.metrics.collect(self.parallel.sum)
+        seconds = time.perf_counter() - self._since
+        steps = self.step - self._logged
+        optimizer = self.command.optimizer
+        values |= self.extra | {
+            "learning_rate": optimizer.lr * learning_rate_factor(self.step - 1, self.command.steps, optimizer),
+            "speed/samples_per_second": steps * self.command.batch.size / seconds,
+            "speed/data_wait": self._waited / seconds,
+            "memory/peak_gib": _peak_memory(self.parallel.device),
+        }
+        bar.set_postfix({"step": self.step, "loss": f"{values.get('loss', math.nan):.4f}"}, refresh=False)
+        if self.log is not None:
+            self.log.log(values, self.step)
+        self.extra, self._waited, self._since, self._logged = {}, 0.0, time.perf_counter(), self.step
+
+    def _save(self) -> None:
+        command = self.command
+        state = {
+            "step": self.step,
+            "samples": self.step * command.batch.size,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "options": flatten(command),
+            "base": str(Path(self.base).resolve()) if Path(self.base).exists() else str(self.base),
+            "frozen": self.frozen,
+            "dataset": {
+                **self._dataset(),
+                "sizes": np.unique(self.samples.buckets[:, :3], axis=0).tolist(),
+                "teacher": command.data.teacher,
+            },
+            "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "processes": self.parallel.world_size,
+        }
+        started = time.perf_counter()
+        folder = command.output / "checkpoints"
+        checkpoint = save_checkpoint(folder, self.state.tensors(), state, self.parallel)
+        logger.info("Saved %s", checkpoint)
+        if self.parallel.is_main:
+            remove_old_checkpoints(folder, command.checkpoints.keep_last, command.checkpoints.keep_every)
+        self._since += time.perf_counter() - started
+
+    def _dataset(self) -> dict[str, Any]:
+        samples = self.samples
+        return {"name": samples.name, "samples": len(samples.buckets), "fingerprint": samples.fingerprint}
+
+    def _validate(self) -> None:
+        """Losses and videos of the held-out samples, by the averaged weights if there are some: what is exported."""
+        if self.validation is None:
+            return
+        started, options = time.perf_counter(), self.command.validation
+        with self.state.averaged():
+            values = self.validation.losses(self.objective, self.step - 1)
+            values |= self.validation.gains(self.objective, self.step - 1)
+            pictures = {}
+            if options.videos:
+                folder = self.command.output / "samples" / checkpoint_name(self.step)
+                pictures = self.validation.write_videos(self.objective, self.transformer, self.vae_folder, folder)
+        shown = {"validation/mse": "loss", "validation/reference_gain": "gain", "validation/order_gain": "order gain"}
+        told = [f"{name} {values[key]:.4f}" for key, name in shown.items() if key in values]
+        logger.info("Step %d, held out: %s", self.step, ", ".join(told))
+        if self.log is not None:
+            self.log.log(values, self.step)
+            self.log.log_images({f"samples/{name}": picture for name, picture in pictures.items()}, self.step)
+        self.parallel.barrier()
+        self._since += time.perf_counter() - started
+
+    def _progress(self) -> tqdm:
+        size = self.command.batch.size
+        return tqdm(
+            total=self.command.steps * size,
+            initial=self.step * size,
+            unit="sample",
+            desc=self.command.output.name,
+            disable=not self.parallel.is_main,
+            smoothing=0.05,
+        )
+
+    def _finish(self, stop_signal: int = 0) -> int:
+        del self.batches  # ends the workers
+        if self.log is not None:
+            self.log.finish()
+        if stop_signal:
+            logger.info("Stopped after step %d. Go on with: --resume latest", self.step)
+            return 128 + stop_signal
+        output = self.command.output
+        logger.info("All %d steps are done. Next: refalign-train export %s --output FOLDER", self.step, output)
+        return 0
+
+
+def _is_due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0
+
+
+def _peak_memory(device: torch.device) -> float:
+    """In GiB: of the GPU what tensors took at most, of the CPU what the process did."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

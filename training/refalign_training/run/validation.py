@@ -1,0 +1,231 @@
+"""What a run measures on samples that it is not trained on. Nothing of it changes the run."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
+from PIL import Image
+
+from refalign import RefAlignWanPipeline, RefAlignWanTransformer3DModel
+from refalign.video import write_video
+from refalign_training.data.randomness import seed_of
+from refalign_training.method.losses import sample_timesteps
+from refalign_training.method.objective import Batch, Objective
+from refalign_training.method.options import ObjectiveOptions
+from refalign_training.run.batches import SampleReader, pad_prompt_embeds
+from refalign_training.run.config import ValidationOptions
+from refalign_training.run.parallel import Parallel
+
+
+logger = logging.getLogger(__name__)
+
+QUANTILES = tuple(round(0.1 * i, 1) for i in range(1, 10))
+GAIN_QUANTILE = 6  # the place of 0.7: where layout and identity are decided
+
+
+class Validation:
+    """
+    Held-out samples, read once.
+
+    Args:
+        samples ([`SampleReader`]): where they are.
+        rows (`Sequence[int]`): which. Those that cannot be read are left out.
+        options ([`ValidationOptions`]), objective_options ([`ObjectiveOptions`]): of the run.
+    """
+
+    def __init__(
+        self,
+        samples: SampleReader,
+        rows: Sequence[int],
+        options: ValidationOptions,
+        objective_options: ObjectiveOptions,
+        parallel: Parallel,
+    ) -> None:
+        self.options, self.objective_options, self.parallel = options, objective_options, parallel
+        self.values: list[tuple[str, dict[str, torch.Tensor]]] = []
+        for row in map(int, rows):
+            try:
+                self.values.append((samples.id(row), samples.encode(samples.read(row, seed=0, epoch=0))))
+            except (ValueError, OSError) as error:
+                logger.warning("%s cannot be validated on: %s", samples.id(row), error)
+        # One that a single process could not read is left out by all: they compute together
+        common = set.intersection(*(set(ids) for ids in parallel.gather([name for name, _ in self.values])))
+        self.values = [pair for pair in self.values if pair[0] in common]
+        self._empty_prompt_embeds = samples.empty_prompt_embeds()
+
+    # -- Losses ----------------------------------------------------------------------------------------------------
+
+    def losses(self, objective: Objective, step: int) -> dict[str, float]:
+        """
+        The unweighted loss at nine fixed quantiles of t, always with the same noise, and their mean; and of the
+        alignment, while there is one, its loss and cosine.
+        """
+        pairs = [(i, q) for i in range(len(self.values)) for q in range(len(QUANTILES))]
+        device, share = self.parallel.device, -(-len(pairs) // self.parallel.world_size)
+        sums = torch.zeros(len(QUANTILES) + 2, device=device)
+        with torch.no_grad(), evaluating(objective):
+            for turn in range(share):  # every process takes as many turns: sharded, they compute together
+                place = turn * self.parallel.world_size + self.parallel.rank
+                number, quantile = pairs[place % len(pairs)]
+                losses = objective(self._batch(number, quantile).to(device), step)
+                if place < len(pairs):
+                    sums[quantile] += losses.mse[0]
+                    sums[-2] += losses.alignment[0]
+                    sums[-1] += 0.0 if losses.cosine is None else losses.cosine.mean()
+        means = self.parallel.sum(sums) / len(self.values)
+        mse, (alignment, cosine) = means[: len(QUANTILES)].tolist(), (means[-2:] / len(QUANTILES)).tolist()
+        values = {f"validation/mse_by_quantile/{q}": value for q, value in zip(QUANTILES, mse, strict=True)}
+        values["validation/mse"] = sum(mse) / len(mse)
+        if objective.alignment_weight(step):
+            values |= {"validation/alignment": alignment, "validation/cosine": cosine}
+        return values
+
+    def gains(self, objective: Objective, step: int) -> dict[str, float]:
+        """
+        What the loss rises by, at a high t, if a sample gets another one's references (`reference_gain`), or its own
+        in reverse order (`order_gain`): early signs that references are followed, and are told from each other.
+        """
+        device, world_size = self.parallel.device, self.parallel.world_size
+        sums = torch.zeros(4, device=device)  # of both gains, and how many samples have them
+        with torch.no_grad(), evaluating(objective):
+            for turn in range(-(-len(self.values) // world_size)):
+                place = turn * world_size + self.parallel.rank
+                number = place % len(self.values)
+                references = self.values[number][1]["reference_latents"]
+                exchanged = (self._references_of_another(number), references.flip(1))
+                losses = []
+                for latents in (references, *exchanged):
+                    batch = self._batch(number, GAIN_QUANTILE, latents[None]).to(device)
+                    losses.append(objective(batch, step).mse[0])
+                is_counted = place < len(self.values)
+                has_gain = (exchanged[0] is not references, references.shape[1] > 1)
+                for index in range(2):
+                    if is_counted and has_gain[index]:
+                        sums[index] += losses[1 + index] - losses[0]
+                        sums[2 + index] += 1
+        reference, order, references, orders = self.parallel.sum(sums).tolist()
+        named = {"reference_gain": (reference, references), "order_gain": (order, orders)}
+        return {f"validation/{name}": total / count for name, (total, count) in named.items() if count}
+
+    def _references_of_another(self, number: int) -> torch.Tensor:
+        """Of the next sample with latents of the same shape; the sample's own if there is none."""
+        own = self.values[number][1]["reference_latents"]
+        others = (*self.values[number + 1 :], *self.values[:number])
+        alike = (value["reference_latents"] for _, value in others)
+        return next((latents for latents in alike if latents.shape == own.shape), own)
+
+    def _batch(self, number: int, quantile: int, reference_latents: torch.Tensor | None = None) -> Batch:
+        sample_id, value = self.values[number]
+        generator = torch.Generator().manual_seed(seed_of("validation", sample_id, quantile))
+        quantiles = torch.tensor([QUANTILES[quantile]], dtype=torch.float64)
+        timesteps, weights = sample_timesteps(self.objective_options.timesteps, quantiles)
+        return Batch(
+            ids=[sample_id],
+            seed=0,
+            latents=value["latents"][None],
+            noise=torch.randn(value["latents"].shape, generator=generator)[None],
+            reference_latents=value["reference_latents"][None] if reference_latents is None else reference_latents,
+            prompt_embeds=pad_prompt_embeds([value["prompt_embeds"]], self.objective_options.max_sequence_length),
+            timesteps=timesteps,
+            weights=weights,
+            keeps_references=torch.tensor([True]),
+            subjects=value["subjects"][None],
+            teacher_features=value["teacher_features"][None] if "teacher_features" in value else None,
+        )
+
+    # -- Videos ----------------------------------------------------------------------------------------------------
+
+    def write_videos(
+        self, objective: Objective, transformer: RefAlignWanTransformer3DModel, model: Path | None, folder: Path
+    ) -> dict[str, Image.Image]:
+        """
+        Writes for the first samples `<id>.mp4`, the video beside its references, and `<id>.png`, frames of it. All
+        processes compute, the main one decodes and writes.
+
+        Args:
+            transformer ([`RefAlignWanTransformer3DModel`]): the objective's own, not wrapped.
+            model (`Path`): the pipeline's folder whose VAE decodes; the main process needs it alone.
+            folder (`Path`): where to write; existing files are replaced.
+
+        Returns:
+            `dict`: the pictures by their samples' ids; empty in other processes.
+        """
+        count = min(self.options.videos, len(self.values))
+        latents = [self._generate(number, objective, transformer) for number in range(count)]
+        if not self.parallel.is_main:
+            return {}
+        vae = AutoencoderKLWan.from_pretrained(model, subfolder="vae", torch_dtype=torch.float32)
+        vae.to(self.parallel.device)
+        pictures = {}
+        for (sample_id, value), video in zip(self.values, latents, strict=False):
+            references = [_decode(vae, latent[:, None])[0] for latent in value["reference_latents"].unbind(1)]
+            frames = [beside(references, frame) for frame in _decode(vae, video[0])]
+            pictures[sample_id] = strip(frames)
+            path = folder / f"{sample_id}.mp4"
+            write_video([np.asarray(frame) for frame in frames], path, overwrite=True)
+            pictures[sample_id].save(path.with_suffix(".png"))
+        return pictures
+
+    def _generate(self, number: int, objective: Objective, transformer: RefAlignWanTransformer3DModel) -> torch.Tensor:
+        sample_id, value = self.values[number]
+        pipeline = RefAlignWanPipeline(None, None, None, FlowMatchEulerDiscreteScheduler(shift=5.0), transformer)
+        pipeline.set_progress_bar_config(disable=True)
+        length = self.objective_options.max_sequence_length
+        generator = torch.Generator().manual_seed(seed_of("video", sample_id))
+        with evaluating(objective), objective.autocast(self.parallel.device):
+            return pipeline(
+                prompt_embeds=pad_prompt_embeds([value["prompt_embeds"]], length),
+                negative_prompt_embeds=pad_prompt_embeds([self._empty_prompt_embeds], length),
+                reference_latents=value["reference_latents"][None],
+                latents=torch.randn(value["latents"][None].shape, generator=generator),
+                num_inference_steps=self.options.video_steps,
+                guidance_scale=self.options.guidance_scale,
+                image_guidance_scale=self.options.image_guidance_scale,
+                output_type="latent",
+            ).frames
+
+
+@contextmanager
+def evaluating(objective: Objective) -> Iterator[None]:
+    """Without dropout."""
+    objective.transformer.eval()
+    try:
+        yield
+    finally:
+        objective.transformer.train()
+
+
+@torch.no_grad()
+def _decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> list[Image.Image]:
+    """Normalised latents `(16, frames, h, w)` as images."""
+    mean, std = (
+        torch.tensor(statistic, device=vae.device).view(1, -1, 1, 1, 1)
+        for statistic in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    video = vae.decode(latents[None].to(vae.device, torch.float32) * std + mean).sample[0]
+    pixels = ((video.permute(1, 2, 3, 0).clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
+    return [Image.fromarray(frame) for frame in pixels]
+
+
+def beside(references: Sequence[Image.Image], frame: Image.Image) -> Image.Image:
+    """A frame with its references at its left, one below the other, all of a size that fits its height."""
+    height = frame.height // len(references)
+    width = round(frame.width * height / frame.height) // 2 * 2
+    picture = Image.new("RGB", (width + frame.width, frame.height), "white")
+    for number, reference in enumerate(references):
+        picture.paste(reference.resize((width, height)), (0, number * height))
+    picture.paste(frame, (width, 0))
+    return picture
+
+
+def strip(frames: Sequence[Image.Image]) -> Image.Image:
+    """The first, middle and last frame, one below the other."""
+    shown = [frames[0], frames[len(frames) // 2], frames[-1]]
+    picture = Image.new("RGB", (shown[0].width, sum(frame.height for frame in shown)))
+    for number, frame in enumerate(shown):
+        picture.paste(frame, (0, number * frame.height))
+    return picture

@@ -1,0 +1,50 @@
+"""`refalign-train sprites`: one owner of a folder, and either its stages or the ablation."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from refalign_training.sprites.recipe import STAGES, SpritesCommand, make
+
+
+def run(command: SpritesCommand) -> int:
+    """
+    Makes what is missing and returns the exit code.
+
+    Raises:
+        ValueError: if an option is wrong, or a stage fails.
+    """
+    if command.clips < 1 or command.processes < 1:
+        raise ValueError(f"--clips is {command.clips} and --processes {command.processes}: pass 1 or more.")
+    if command.only is not None:
+        STAGES[command.only](command)
+        return 0
+    with _owned(command.output):
+        make(command, "cache" if command.ablation else command.until)
+        if command.ablation:
+            from refalign_training.sprites import ablation
+
+            return ablation.run(command)
+    return 0
+
+
+@contextmanager
+def _owned(folder: Path) -> Iterator[None]:
+    """
+    Within it, the folder is this command's alone.
+
+    Raises:
+        ValueError: if it is another one's.
+    """
+    from refalign_training.cache.files import Lock
+
+    lock = Lock.take(folder / "lock")
+    if lock is None:
+        raise ValueError(
+            f"{folder} is in use by another refalign-train sprites, or by processes that one which was killed has "
+            "left. Wait for them, or end them."
+        )
+    with lock:
+        os.set_inheritable(lock.descriptor, True)  # held as long as a process lives that this one has started
+        yield
