@@ -20,6 +20,7 @@ test-slow: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/typos
 	$(BIN)/lint-imports
 
 $(VENV)/installed: setup.py pyproject.toml constraints.txt

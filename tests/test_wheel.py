@@ -1,0 +1,56 @@
+"""What `python -m build` makes runs outside the clone: code, configs, cards and the tiny model are in it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """A folder with what the wheel installs."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    for name in ("pipelines", "training", "evaluation", "model_cards"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    python = [sys.executable, "-m"]
+    subprocess.run([*python, "build", "--wheel", "--no-isolation", source], check=True, capture_output=True)
+    (wheel,) = (source / "dist").glob("*.whl")
+    target = folder / "installed"
+    subprocess.run([*python, "pip", "install", "--quiet", "--no-deps", "--target", target, wheel], check=True)
+    return target
+
+
+def run(installed: Path, *words: str) -> subprocess.CompletedProcess:
+    """A command of the wheel, in a folder of its own."""
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    command = [sys.executable, "-m", *words]
+    return subprocess.run(command, cwd=installed.parent, env=environment, capture_output=True, text=True)
+
+
+def test_it_makes_a_video_of_the_tiny_model(installed):
+    subject = next((installed / "refalign/sprites/subjects").glob("*.png"))
+    words = ("--prompt", "In the middle one hops.", "--reference", str(subject), "--steps", "1", "--output", "a.mp4")
+    done = run(installed, "refalign.cli", "generate", *words)
+    assert done.returncode == 0, done.stderr
+    assert (installed.parent / "a.mp4").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("folder", ["refalign/model_cards", "refalign_training/configs"])
+def test_all_cards_and_recipes_are_in_it(installed, folder):
+    source = ROOT / "model_cards" if "cards" in folder else ROOT / "training/configs"
+    kind = "*.md" if "cards" in folder else "*.yaml"
+    assert {file.name for file in (installed / folder).glob(kind)} == {file.name for file in source.glob(kind)}
+
+
+def test_its_training_command_is_there(installed):
+    done = run(installed, "refalign_training.cli", "--help")
+    assert done.returncode == 0, done.stderr
