@@ -16,8 +16,8 @@ _MODULES = {
     "load_reference_image": "refalign.reference_images",
     "prepare_reference_image": "refalign.reference_images",
     "prepare_reference_images": "refalign.reference_images",
-    "native_to_diffusers": "refalign.checkpoints",
-    "diffusers_to_native": "refalign.checkpoints",
+    "native_to_diffusers": "refalign.keys",
+    "diffusers_to_native": "refalign.keys",
     "write_video": "refalign.video",
     "ModelMixin": "diffusers",  # diffusers looks here for the base class of the components named ["refalign", ...]
 }
