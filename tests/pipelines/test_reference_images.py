@@ -1,5 +1,6 @@
 """Reference images: every source and mode arrives upright, on white, letterboxed to the authors' very bytes."""
 
+import asyncio
 import base64
 import contextlib
 import http.server
@@ -526,6 +527,36 @@ def test_the_address_that_was_checked_is_the_one_connected_to(server, monkeypatc
     assert resolved.count("rebinding.example") == 1
 
 
+@pytest.mark.parametrize(
+    ("host", "sent"), [("photos.example", "photos.example"), ("bücher.example", "xn--bcher-kva.example")]
+)
+def test_the_host_is_named_with_its_port(server, running_server, monkeypatch, host, sent):
+    found = [(None, None, None, "", ("127.0.0.1", 0))]
+    monkeypatch.setattr(reference_images.socket, "getaddrinfo", lambda *args, **kwargs: found)
+    load_reference_image(f"{server}/photo.png".replace("127.0.0.1", host))
+    assert running_server.requests[0][1]["Host"] == f"{sent}:{running_server.server_port}"
+
+
+def test_an_address_that_does_not_answer_gives_way_to_the_next(server, monkeypatch):
+    found = [(None, None, None, "", (address, 0)) for address in ("127.0.0.2", "127.0.0.1")]
+    monkeypatch.setattr(reference_images, "_is_public", lambda address: True)
+    monkeypatch.setattr(reference_images.socket, "getaddrinfo", lambda *args, **kwargs: found)
+    assert_same(load_reference_image(f"{server}/photo.png".replace("127.0.0.1", "two.example")), gradient())
+
+
+def test_a_url_is_read_where_an_event_loop_runs(server):
+    async def read():
+        return load_reference_image(f"{server}/photo.png")
+
+    assert_same(asyncio.run(read()), gradient())
+
+
+def test_a_url_without_httpx2_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "httpx2", None)
+    with pytest.raises(ImportError, match="`pip install httpx2`"):
+        load_reference_image("http://photos.example/photo.png")
+
+
 def test_proxies_of_the_environment_are_not_used(server, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     load_reference_image(f"{server}/photo.png")
@@ -598,7 +629,7 @@ def test_a_redirect_is_checked_like_the_first_url(server, target, message):
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("/missing", "HTTP status 404"), ("/cut", "/cut cannot be read"), ("/garbage", "cannot be downloaded")],
+    [("/missing", "HTTP status 404"), ("/cut", "/cut cannot be downloaded"), ("/garbage", "cannot be downloaded")],
 )
 def test_a_bad_answer_is_named(server, path, message):
     with pytest.raises(ValueError, match=message):
@@ -794,7 +825,7 @@ def test_any_mode_and_size_gives_what_the_model_sees(mode, image_width, image_he
 
 
 def test_the_file_stands_alone(tmp_path):
-    """A Hub repo carries it without the package, and importing it must not cost rembg."""
+    """A Hub repo carries it without the package, and importing it must not cost what few images need."""
     shutil.copy(reference_images.__file__, tmp_path / "alone.py")
-    code = "import sys, alone; assert not {'rembg', 'refalign'} & set(sys.modules)"
+    code = "import sys, alone; assert not {'httpx2', 'rembg', 'refalign'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)

@@ -1,12 +1,13 @@
 """Reference images, from whatever the user has to exactly what the model sees.
 
 An image travels one way: `load -> cut out -> white behind what is transparent -> letterbox`. The file stands alone
-(rembg is needed only when a background is removed), because a Hub repo carries it by itself.
+(rembg is needed only when a background is removed, httpx2 only for a URL), because a Hub repo carries it by itself.
 """
 
+import asyncio
+import concurrent.futures
 import contextlib
 import functools
-import http.client
 import importlib
 import io
 import ipaddress
@@ -14,9 +15,6 @@ import logging
 import os
 import re
 import socket
-import ssl
-import threading
-import time
 import urllib.parse
 import warnings
 from collections.abc import Iterator
@@ -54,56 +52,14 @@ def _is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast
 
 
-def _remaining(deadline: float) -> float:
-    return max(deadline - time.monotonic(), 1e-3)  # a socket timeout of 0 would mean "do not block"
-
-
-def _connect(host: str, port: int, deadline: float) -> socket.socket:
-    """Connect to an address that was checked: the name is resolved once, so it cannot change its mind in between."""
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    addresses = list(dict.fromkeys(sockaddr[0] for *_, sockaddr in found))
-    for address in addresses:
-        if not _is_public(address):
-            raise ValueError(f"{host} is at {address}, not a public address. Download it yourself and pass its path.")
-    failure = OSError(f"{host} has no address")
-    for index, address in enumerate(addresses):
-        share = _remaining(deadline) / (len(addresses) - index)
-        try:
-            connected = socket.create_connection((address, port), timeout=share)
-        except OSError as error:
-            failure = error
-            continue
-        connected.settimeout(_remaining(deadline))
-        return connected
-    raise failure
-
-
-@contextlib.contextmanager
-def _shut_down_at(deadline: float, connected: socket.socket) -> Iterator[None]:
-    """End a conversation at its deadline: a server that drips single bytes renews every socket timeout."""
-
-    def shut_down() -> None:
-        with contextlib.suppress(OSError):
-            # Not SSLSocket.shutdown, which drops the TLS state that the reading thread is using.
-            socket.socket.shutdown(connected, socket.SHUT_RDWR)
-
-    watchdog = threading.Timer(_remaining(deadline), shut_down)
-    watchdog.start()
-    try:
-        yield
-    finally:
-        watchdog.cancel()
-
-
-def _split_url(url: str) -> tuple[urllib.parse.SplitResult, int]:
+def _check_url(url: str) -> None:
     try:
         parts = urllib.parse.urlsplit(url)
-        port = parts.port or {"https": 443}.get(parts.scheme, 80)
+        _ = parts.port
     except ValueError:  # its message may quote a password
         raise ValueError("The URL of a reference image cannot be parsed. Pass http(s)://host/path.") from None
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"A {parts.scheme}: URL cannot be downloaded. Pass http(s)://host/path, or a local path.")
-    return parts, port
 
 
 def redacted_url(url: str) -> str:
@@ -112,51 +68,90 @@ def redacted_url(url: str) -> str:
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
-def _get(url: str, deadline: float) -> tuple[int, str, bytes]:
+# httpx2 by itself, and not safehttpx 0.2 on top of it, which would break what we promise: it reads bodies of any size,
+# drops timeouts, takes 100.64.0.0/10 for public, asks dns.google for names that are private here, and sends a `Host`
+# without its port. What is ours is the rule which addresses are public, and the limits.
+def _import_httpx() -> Any:
+    try:
+        return importlib.import_module("httpx2")  # not `import`: diffusers takes those for requirements of the repo
+    except ImportError as error:
+        raise ImportError(
+            "A reference at a URL needs httpx2: `pip install httpx2`, or download the image and pass its path."
+        ) from error
+
+
+async def _public_addresses(host: str, port: int | None) -> list[str]:
+    """The addresses of a host, all checked. One of them is connected to, so the name cannot change its mind later."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    addresses = list(dict.fromkeys(sockaddr[0] for *_, sockaddr in found))
+    for address in addresses:
+        if not _is_public(address):
+            raise ValueError(f"{host} is at {address}, not a public address. Download it yourself and pass its path.")
+    return addresses
+
+
+async def _get(url: str) -> tuple[int, str, bytes]:
     """One request, which follows no redirect and knows no proxy, cookie or password: (status, location, body)."""
-    parts, port = _split_url(url)
-    connection_class = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = connection_class(parts.hostname, port)
-    target = urllib.parse.quote(parts.path or "/", safe="/%:=&+!$,;'@()*~")
-    query = urllib.parse.quote(parts.query, safe="/%:=&+!$,;'@()*~?[]")
-    with contextlib.closing(connection):
-        connection.sock = _connect(parts.hostname, port, deadline)
-        if parts.scheme == "https":
-            context = ssl.create_default_context()
-            connection.sock = context.wrap_socket(connection.sock, server_hostname=parts.hostname)
-        with _shut_down_at(deadline, connection.sock):
-            connection.request("GET", f"{target}?{query}" if query else target, headers={"Accept": "image/*"})
-            with connection.getresponse() as response:
-                if response.status != 200:
-                    return response.status, response.headers.get("Location", ""), b""
-                too_long = (response.length or 0) > MAX_DOWNLOAD_BYTES
-                body = b"" if too_long else response.read(MAX_DOWNLOAD_BYTES + 1)
-    if too_long or len(body) > MAX_DOWNLOAD_BYTES:
-        raise ValueError(f"{redacted_url(url)} is larger than {MAX_DOWNLOAD_BYTES} bytes. Pass a smaller image.")
-    return response.status, "", body
+    _check_url(url)
+    httpx = _import_httpx()
+    try:
+        request = httpx.Request("GET", url, headers={"Accept": "image/*", "Accept-Encoding": "identity"})
+        named_url, host = request.url, request.url.raw_host.decode("ascii")
+        failure = OSError(f"{host} has no address")
+        addresses = await _public_addresses(host, request.url.port)
+        timeout = {"connect": MAX_DOWNLOAD_SECONDS / max(1, len(addresses))}
+        request.extensions = {"sni_hostname": host, "timeout": timeout}
+        for address in addresses:
+            request.url = named_url.copy_with(host=address)
+            try:
+                return await _exchange(httpx.AsyncHTTPTransport(), request, redacted_url(url))
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                failure = error
+        raise failure
+    except (OSError, UnicodeError, httpx.HTTPError, httpx.InvalidURL) as error:
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{redacted_url(url)} cannot be downloaded: {reason}. Check it, or pass a path.") from error
+
+
+async def _exchange(transport: Any, request: Any, name: str) -> tuple[int, str, bytes]:
+    too_large = f"{name} is larger than {MAX_DOWNLOAD_BYTES} bytes. Pass a smaller image."
+    async with transport, contextlib.aclosing(await transport.handle_async_request(request)) as response:
+        if response.status_code != 200:
+            return response.status_code, response.headers.get("Location", ""), b""
+        if int(response.headers.get("Content-Length", 0)) > MAX_DOWNLOAD_BYTES:
+            raise ValueError(too_large)
+        body = bytearray()
+        async for chunk in response.aiter_raw():
+            body += chunk
+            if len(body) > MAX_DOWNLOAD_BYTES:
+                raise ValueError(too_large)
+        return 200, "", bytes(body)
+
+
+async def _follow(url: str) -> bytes:
+    hop = url
+    try:
+        async with asyncio.timeout(MAX_DOWNLOAD_SECONDS):
+            for _ in range(MAX_REDIRECTS + 1):
+                status, location, body = await _get(hop)
+                if status == 200:
+                    return body
+                if status not in (301, 302, 303, 307, 308) or not location:
+                    raise ValueError(
+                        f"{redacted_url(hop)} answered with HTTP status {status}. Check it, or pass a path."
+                    )
+                hop = urllib.parse.urljoin(hop, location)
+    except TimeoutError:
+        raise ValueError(
+            f"{redacted_url(hop)} took more than {MAX_DOWNLOAD_SECONDS:g} s. Download it and pass its path."
+        ) from None
+    raise ValueError(f"{redacted_url(url)} redirects more than {MAX_REDIRECTS} times. Pass the final URL.")
 
 
 def _download(url: str) -> bytes:
-    deadline = time.monotonic() + MAX_DOWNLOAD_SECONDS
-    hop = url
-    for _ in range(MAX_REDIRECTS + 1):
-        try:
-            status, location, body = _get(hop, deadline)
-        except (OSError, http.client.HTTPException, UnicodeError) as error:
-            if time.monotonic() < deadline:
-                raise ValueError(
-                    f"{redacted_url(hop)} cannot be downloaded: {error}. Check it, or pass a path."
-                ) from error
-        if time.monotonic() >= deadline:  # asked on success too: a body cut at the deadline looks like a whole one
-            raise ValueError(
-                f"{redacted_url(hop)} took more than {MAX_DOWNLOAD_SECONDS:g} s. Download it and pass its path."
-            )
-        if status == 200:
-            return body
-        if status not in (301, 302, 303, 307, 308) or not location:
-            raise ValueError(f"{redacted_url(hop)} answered with HTTP status {status}. Check it, or pass a path.")
-        hop = urllib.parse.urljoin(hop, location)
-    raise ValueError(f"{redacted_url(url)} redirects more than {MAX_REDIRECTS} times. Pass the final URL.")
+    # In a thread of its own, because the caller's may run an event loop already, as a notebook's does
+    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(asyncio.run, _follow(url)).result()
 
 
 def _check_pixels(width: int, height: int) -> None:
@@ -286,6 +281,7 @@ def load_reference_image(image: ReferenceImage) -> Image.Image:
     Raises:
         ValueError: The image is missing, damaged, empty, larger than PIL deems safe (`2 * Image.MAX_IMAGE_PIXELS`
             pixels), of a wrong shape, dtype or range, or its URL is refused.
+        ImportError: A URL needs httpx2, and it is not installed.
     """
     if isinstance(image, Image.Image):
         with _reading(f"The PIL image of mode {image.mode}"):
@@ -427,7 +423,7 @@ def prepare_reference_image(image: ReferenceImage, height: int, width: int, cut_
 
     Raises:
         ValueError: The image cannot be read, or another argument has a wrong value.
-        ImportError: `cut_out=True` needs rembg, and it is not installed.
+        ImportError: `cut_out=True` needs rembg or a URL needs httpx2, and it is not installed.
     """
     _check_size(height, width)
     _check_cut_out(cut_out)
@@ -460,7 +456,7 @@ def prepare_reference_images(
     Raises:
         ValueError: A reference cannot be read (the message says which, counted from 1), or another argument has a
             wrong value.
-        ImportError: `cut_out=True` needs rembg, and it is not installed.
+        ImportError: `cut_out=True` needs rembg or a URL needs httpx2, and it is not installed.
     """
     images = list(images) if isinstance(images, (list, tuple)) else [images]
     cut_outs = list(cut_out) if isinstance(cut_out, (list, tuple)) else [cut_out] * len(images)
