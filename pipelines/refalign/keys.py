@@ -1,16 +1,20 @@
-"""Names of weights: Wan's native keys <-> diffusers' keys, and the keys of the training's projectors.
+"""Names, all of them: of weights (native keys <-> diffusers' keys), of LoRAs, and of the training's projectors.
 
 *Native* is the format of the authors' release and of ComfyUI: `blocks.0.self_attn.q.weight`, `head.modulation`, ...
+A *layer* is a native name without `.weight` behind it: `blocks.0.self_attn.q`.
 """
 
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 
 
-# native name -> diffusers name; each also has `.weight` and mostly `.bias` behind it
-_TOP_PARTS = {
+# -- Weights ----------------------------------------------------------------------------------------------------------
+
+# Native layer -> diffusers' layer
+_TOP_LAYERS = {
     "patch_embedding": "patch_embedding",
     "text_embedding.0": "condition_embedder.text_embedder.linear_1",
     "text_embedding.2": "condition_embedder.text_embedder.linear_2",
@@ -19,25 +23,43 @@ _TOP_PARTS = {
     "time_projection.1": "condition_embedder.time_proj",
     "head.head": "proj_out",
 }
-_BLOCK_PARTS = {"ffn.0": "ffn.net.0.proj", "ffn.2": "ffn.net.2", "norm3": "norm2"}
-for _native, _diffusers in (("self_attn", "attn1"), ("cross_attn", "attn2")):
-    _BLOCK_PARTS |= {f"{_native}.{part}": f"{_diffusers}.to_{part}" for part in "qkv"}
-    _BLOCK_PARTS |= {f"{_native}.norm_{part}": f"{_diffusers}.norm_{part}" for part in "qk"}
-    _BLOCK_PARTS[f"{_native}.o"] = f"{_diffusers}.to_out.0"
+_BLOCK_LAYERS = {
+    "self_attn.q": "attn1.to_q",
+    "self_attn.k": "attn1.to_k",
+    "self_attn.v": "attn1.to_v",
+    "self_attn.o": "attn1.to_out.0",
+    "cross_attn.q": "attn2.to_q",
+    "cross_attn.k": "attn2.to_k",
+    "cross_attn.v": "attn2.to_v",
+    "cross_attn.o": "attn2.to_out.0",
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+    "norm3": "norm2",
+    "self_attn.norm_q": "attn1.norm_q",
+    "self_attn.norm_k": "attn1.norm_k",
+    "cross_attn.norm_q": "attn2.norm_q",
+    "cross_attn.norm_k": "attn2.norm_k",
+}
 
 
-def _with_parameters(parts: dict[str, str], modulation: str) -> dict[str, str]:
-    names = {f"{a}.{p}": f"{b}.{p}" for a, b in parts.items() for p in ("weight", "bias")}
-    names = {a: b for a, b in names.items() if not a.endswith(("norm_q.bias", "norm_k.bias"))}  # RMS norms have none
-    return {**names, modulation: "scale_shift_table"}
+def _with_parameters(layers: dict[str, str], modulation: str) -> dict[str, str]:
+    keys = {modulation: "scale_shift_table"}
+    for native, diffusers in layers.items():
+        keys[f"{native}.weight"] = f"{diffusers}.weight"
+        if not native.endswith(("norm_q", "norm_k")):  # RMS norms have no bias
+            keys[f"{native}.bias"] = f"{diffusers}.bias"
+    return keys
 
 
-_NATIVE_TO_DIFFUSERS = _with_parameters(_TOP_PARTS, "head.modulation")
-_NATIVE_BLOCK_TO_DIFFUSERS = _with_parameters(_BLOCK_PARTS, "modulation")
-_DIFFUSERS_TO_NATIVE = {b: a for a, b in _NATIVE_TO_DIFFUSERS.items()}
-_DIFFUSERS_BLOCK_TO_NATIVE = {b: a for a, b in _NATIVE_BLOCK_TO_DIFFUSERS.items()}
-_BLOCK_KEY = re.compile(r"(blocks\.\d+\.)(.+)")
-_PROJECTOR_KEY = re.compile(r"blocks\.\d+\.input_mlp\..+")
+def _inverse(names: dict[str, str]) -> dict[str, str]:
+    return {value: name for name, value in names.items()}
+
+
+_TOP_KEYS = _with_parameters(_TOP_LAYERS, "head.modulation")
+_BLOCK_KEYS = _with_parameters(_BLOCK_LAYERS, "modulation")
+_NATIVE_TOP_KEYS = _inverse(_TOP_KEYS)
+_NATIVE_BLOCK_KEYS = _inverse(_BLOCK_KEYS)
+_IN_BLOCK = re.compile(r"(blocks\.\d+\.)(.+)")
 _COMFYUI_PREFIX = "model.diffusion_model."
 
 
@@ -52,7 +74,7 @@ def native_to_diffusers(
 
     Returns:
         `tuple[dict, dict]`: the transformer's tensors under diffusers' keys, and the projectors under their native
-        keys `blocks.{i}.input_mlp.*` (empty for a released checkpoint). No tensor is copied.
+        keys ([`projector_key`]; empty for a released checkpoint). No tensor is copied.
 
     Raises:
         ValueError: for a key that Wan's text-to-video transformer does not have, or that comes twice.
@@ -74,31 +96,121 @@ def diffusers_to_native(state_dict: Mapping[str, torch.Tensor]) -> dict[str, tor
     Raises:
         ValueError: for a key that [`RefAlignWanTransformer3DModel`] does not have.
     """
-    return {key if is_projector_key(key) else native_key(key): tensor for key, tensor in state_dict.items()}
-
-
-def is_projector_key(key: str) -> bool:
-    """Whether a native key is one of the training projectors' (`blocks.{i}.input_mlp.*`)."""
-    return _PROJECTOR_KEY.fullmatch(key) is not None
+    native = {}
+    for key, tensor in state_dict.items():
+        native[key if is_projector_key(key) else native_key(key)] = tensor
+    return native
 
 
 def diffusers_key(native: str) -> str:
     """The diffusers key of a native one, or ValueError."""
-    return _rename(native, _NATIVE_TO_DIFFUSERS, _NATIVE_BLOCK_TO_DIFFUSERS, "a native Wan 2.1 text-to-video")
+    return _rename(native, _TOP_KEYS, _BLOCK_KEYS, "a native Wan 2.1 text-to-video")
 
 
 def native_key(diffusers: str) -> str:
     """The native key of a diffusers one, or ValueError."""
-    return _rename(diffusers, _DIFFUSERS_TO_NATIVE, _DIFFUSERS_BLOCK_TO_NATIVE, "a diffusers Wan 2.1 text-to-video")
+    return _rename(diffusers, _NATIVE_TOP_KEYS, _NATIVE_BLOCK_KEYS, "a diffusers Wan 2.1 text-to-video")
 
 
-def _rename(key: str, names: dict[str, str], block_names: dict[str, str], kind: str) -> str:
-    match = _BLOCK_KEY.fullmatch(key)
+def _rename(key: str, top_keys: dict[str, str], block_keys: dict[str, str], kind: str) -> str:
+    match = _IN_BLOCK.fullmatch(key)
     prefix, name = match.groups() if match else ("", key)
     try:
-        return prefix + (block_names if match else names)[name]
+        return prefix + (block_keys if match else top_keys)[name]
     except KeyError:
         raise ValueError(
             f"Key {key!r} is not one of {kind} checkpoint. Check that the file is that, and not a LoRA, an "
             "image-to-video model or another format."
         ) from None
+
+
+# -- Projectors of the training ---------------------------------------------------------------------------------------
+
+_PROJECTOR_KEY = re.compile(r"blocks\.(\d+)\.input_mlp\.(.+)")
+
+
+def projector_key(name: str) -> str:
+    """The native key of a projector's tensor: `blocks.3.input_mlp.proj.0.weight` of `3.proj.0.weight`, which names the
+    block and then the tensor."""
+    block, _, tensor = name.partition(".")
+    return f"blocks.{block}.input_mlp.{tensor}"
+
+
+def projector_name(key: str) -> str:
+    """The inverse of [`projector_key`], or ValueError."""
+    match = _PROJECTOR_KEY.fullmatch(key)
+    if match is None:
+        raise ValueError(f"Key {key!r} is not one of a projector (blocks.NUMBER.input_mlp.NAME).")
+    return f"{match[1]}.{match[2]}"
+
+
+def is_projector_key(key: str) -> bool:
+    """Whether a native key is one of [`projector_key`]."""
+    return _PROJECTOR_KEY.fullmatch(key) is not None
+
+
+# -- LoRAs: which layers can have one, and how each style names them --------------------------------------------------
+
+LORA_STYLES = ("native", "diffusers", "kohya")  # in which LoRAs are written; peft's and unprefixed ones are only read
+LORA_TOP_LAYERS = tuple(_TOP_LAYERS)
+LORA_BLOCK_LAYERS = tuple(layer for layer in _BLOCK_LAYERS if "norm" not in layer)  # norms have no matrix
+_LORA_PREFIXES = {
+    "diffusion_model.": "native",
+    "transformer.": "diffusers",
+    "base_model.model.": "peft",
+    "lora_unet__": "kohya",  # VideoX-Fun's, told from kohya's own by ComfyUI too
+    "lora_unet_": "kohya",
+}
+_WRITTEN_PREFIX = {"native": "diffusion_model.", "diffusers": "transformer.", "kohya": "lora_unet_"}
+_BLOCK_NUMBER = re.compile(r"(?<=^blocks[._])[0-9]+(?=[._])")
+
+
+class LoraName(NamedTuple):
+    """What the name of a module in a LoRA file says: the file's style, the name without prefix, the layer."""
+
+    style: str
+    name: str
+    layer: str
+
+
+def lora_name(layer: str, style: str) -> str:
+    """A layer's name in a LoRA file of a style of [`LORA_STYLES`], with its prefix."""
+    return _WRITTEN_PREFIX[style] + _styled(layer, style)
+
+
+def parse_lora_name(module: str) -> LoraName | None:
+    """What the name of a module in a LoRA file says, in any style; `None` if it is not a layer that can have one."""
+    prefix = next((prefix for prefix in _LORA_PREFIXES if module.startswith(prefix)), "")
+    style = _LORA_PREFIXES.get(prefix, "unprefixed")
+    name = module.removeprefix(prefix)
+    number = _BLOCK_NUMBER.search(name)
+    in_first_block = _BLOCK_NUMBER.sub("0", name)
+    # peft wraps diffusers' model or the native one; without prefix write save_lora_adapter and DiffSynth-Studio
+    for names in [style] if style in LORA_STYLES else ("native", "diffusers"):
+        layer = _STYLED_LAYERS[names].get(in_first_block)
+        if layer and number:
+            return LoraName(style, name, layer.replace(".0.", f".{number[0]}.", 1))
+        if layer:
+            return LoraName(style, name, layer)
+    return None
+
+
+def split_layer(layer: str) -> tuple[int | None, str]:
+    """The number of a layer's block and the rest: `(3, "ffn.0")` of `blocks.3.ffn.0`, `(None, "head.head")`."""
+    match = _IN_BLOCK.fullmatch(layer)
+    return (int(match[1].split(".")[1]), match[2]) if match else (None, layer)
+
+
+def _styled(layer: str, style: str) -> str:
+    if style == "diffusers":
+        return diffusers_key(f"{layer}.weight").removesuffix(".weight")
+    return layer.replace(".", "_") if style == "kohya" else layer
+
+
+def _styled_layers(style: str) -> dict[str, str]:
+    """The layers by their names in a style. Kohya's underscores cannot be split again, only looked up."""
+    in_first_block = [f"blocks.0.{layer}" for layer in LORA_BLOCK_LAYERS]
+    return {_styled(layer, style): layer for layer in (*LORA_TOP_LAYERS, *in_first_block)}
+
+
+_STYLED_LAYERS = {style: _styled_layers(style) for style in LORA_STYLES}

@@ -1,4 +1,4 @@
-"""LoRA files: the key styles in use for Wan, and one form between them.
+"""LoRA files in every style in use for Wan, and one form between them. The names of layers are in `keys.py`.
 
 *Native* here is what ComfyUI and Wan's community read: `diffusion_model.blocks.0.self_attn.q.lora_A.weight` and
 `...lora_B.weight`, with alpha / rank multiplied into lora_B, and neither `.alpha` tensors nor adapter metadata beside
@@ -10,7 +10,7 @@ import logging
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,55 +19,28 @@ import torch
 from safetensors.torch import save_file
 
 from refalign.files import find_safetensors, new_file, open_safetensors, read_json
-from refalign.keys import diffusers_key, native_key
+from refalign.keys import (
+    LORA_BLOCK_LAYERS,
+    LORA_STYLES,
+    LORA_TOP_LAYERS,
+    lora_name,
+    native_key,
+    parse_lora_name,
+    split_layer,
+)
 
 
 logger = logging.getLogger(__name__)
 
-STYLES = ("native", "diffusers", "kohya")
 WIDTHS = {1536: "Wan 2.1 1.3B", 5120: "Wan 2.1 14B"}
 
-# The layers that can carry a LoRA, under native names: all with a matrix, so no norms
-_BLOCK_LAYERS = (*(f"{a}.{part}" for a in ("self_attn", "cross_attn") for part in "qkvo"), "ffn.0", "ffn.2")
-_TOP_LAYERS = (
-    "patch_embedding",
-    "text_embedding.0",
-    "text_embedding.2",
-    "time_embedding.0",
-    "time_embedding.2",
-    "time_projection.1",
-    "head.head",
-)
-_READS_WIDTH = re.compile(r"self_attn|cross_attn|ffn\.0|time_projection|head")  # the others write it
-
-_PREFIXES = {
-    "diffusion_model.": "native",
-    "transformer.": "diffusers",
-    "base_model.model.": "peft",
-    "lora_unet__": "kohya",  # VideoX-Fun's, told from kohya's own by ComfyUI too
-    "lora_unet_": "kohya",
-}
-_WRITTEN_PREFIX = {"native": "diffusion_model.", "diffusers": "transformer.", "kohya": "lora_unet_"}
-_BLOCK = {"native": re.compile(r"(blocks\.[0-9]+\.)(.+)"), "kohya": re.compile(r"(blocks_[0-9]+_)(.+)")}
-_BLOCK["diffusers"] = _BLOCK["native"]
+_READS_WIDTH = re.compile(r"self_attn|cross_attn|ffn\.0|time_projection|head")  # the other layers write it
 _PART = re.compile(r"(.+)\.(?:lora_(A|B|down|up)(?:\.([^.]+))?\.weight|(alpha))")
 _SLOTS = {"A": "A", "down": "A", "B": "B", "up": "B"}
 _METADATA = "lora_adapter_metadata"
+_PREFIX = "diffusion_model."
 
-
-def _styled(layer: str, style: str) -> str:
-    """A native layer's name in another style, without prefix."""
-    if style == "diffusers":
-        return diffusers_key(f"{layer}.weight").removesuffix(".weight")
-    return layer.replace(".", "_") if style == "kohya" else layer
-
-
-# style -> name in that style -> native name. Kohya's underscores cannot be split again, only looked up
-_TOP_NAMES = {style: {_styled(layer, style): layer for layer in _TOP_LAYERS} for style in STYLES}
-_BLOCK_NAMES = {
-    style: {_BLOCK[style].fullmatch(_styled(f"blocks.0.{layer}", style))[2]: layer for layer in _BLOCK_LAYERS}
-    for style in STYLES
-}
+Pair = tuple[torch.Tensor, torch.Tensor]  # lora_A and lora_B
 
 
 @dataclass(frozen=True)
@@ -75,9 +48,9 @@ class Lora:
     """A LoRA as read from a file.
 
     Args:
-        style (`str`): of the file's keys: `native`, `diffusers`, `peft`, `kohya` or `unprefixed`.
+        style (`str`): the style of the file's keys: `native`, `diffusers`, `peft`, `kohya` or `unprefixed`.
         layers (`dict[str, torch.Tensor]`): the pairs under native keys, alpha baked in.
-        scales (`dict[str, float]`): what was baked in, by native name of the layer, such as `blocks.0.self_attn.q`.
+        scales (`dict[str, float]`): what was baked in, by layer, such as `blocks.0.self_attn.q`.
     """
 
     style: str
@@ -85,8 +58,8 @@ class Lora:
     scales: dict[str, float]
 
     @property
-    def pairs(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """lora_A and lora_B by native name of the layer."""
+    def pairs(self) -> dict[str, Pair]:
+        """lora_A and lora_B by layer."""
         return _pairs(self.layers)
 
 
@@ -104,7 +77,7 @@ def native_lora(layers: Mapping[str, torch.Tensor], scale: float) -> dict[str, t
         where that loses nothing, and is float32 otherwise.
 
     Raises:
-        ValueError: for a key that is no LoRA matrix or has no native name, and for an incomplete pair.
+        ValueError: for a key that is not a LoRA matrix or has no native name, and for an incomplete pair.
     """
     pairs = defaultdict(dict)
     for key, tensor in layers.items():
@@ -113,9 +86,11 @@ def native_lora(layers: Mapping[str, torch.Tensor], scale: float) -> dict[str, t
             raise ValueError(f"{key!r} is not one of peft's LoRA matrices (NAME.lora_A.weight, NAME.lora_B.weight).")
         layer = native_key(f"{match[1]}.weight").removesuffix(".weight")
         _put(pairs[layer], _SLOTS[match[2]], tensor.detach(), key)
+    baked = {}
     for layer, pair in pairs.items():
         _check_pair(layer, pair)
-    return _joined({layer: _baked(pair["A"], pair["B"], scale) for layer, pair in pairs.items()})
+        baked[layer] = _baked(pair["A"], pair["B"], scale)
+    return _joined(baked)
 
 
 def _put(pair: dict[str, Any], slot: str, tensor: torch.Tensor, key: str) -> None:
@@ -125,8 +100,10 @@ def _put(pair: dict[str, Any], slot: str, tensor: torch.Tensor, key: str) -> Non
 
 
 def _check_pair(layer: str, pair: Mapping[str, torch.Tensor]) -> None:
-    if "A" not in pair or "B" not in pair:
-        raise ValueError(f"{layer} has no {'lora_B (up)' if 'A' in pair else 'lora_A (down)'}: is the file whole?")
+    if "A" not in pair:
+        raise ValueError(f"{layer} has no lora_A (down): is the file whole?")
+    if "B" not in pair:
+        raise ValueError(f"{layer} has no lora_B (up): is the file whole?")
     a, b = pair["A"], pair["B"]
     if not (a.is_floating_point() and b.is_floating_point()):
         raise ValueError(f"{layer} has matrices of {a.dtype} and {b.dtype}; a LoRA's are floating point.")
@@ -134,23 +111,29 @@ def _check_pair(layer: str, pair: Mapping[str, torch.Tensor]) -> None:
         raise ValueError(f"{layer} has lora_A of {tuple(a.shape)} and lora_B of {tuple(b.shape)}: no common rank.")
 
 
-def _baked(a: torch.Tensor, b: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _baked(a: torch.Tensor, b: torch.Tensor, scale: float) -> Pair:
     if not math.isfinite(scale):
-        raise ValueError(f"The scale (alpha / rank) is {scale}, but has to be a finite number.")
+        raise ValueError(f"The scale (alpha / rank) is {scale}, but must be a finite number.")
     scaled = b.float() * scale
-    exact = a.dtype == b.dtype and torch.equal(scaled.to(b.dtype).float(), scaled)
+    is_exact = a.dtype == b.dtype and torch.equal(scaled.to(b.dtype).float(), scaled)
     # Both, not lora_B alone: a reader may multiply the two as they lie
-    return (a, scaled.to(b.dtype)) if exact else (a.float(), scaled)
+    return (a, scaled.to(b.dtype)) if is_exact else (a.float(), scaled)
 
 
-def _joined(pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    matrices = {f"{layer}.lora_{m}": pair[i] for layer, pair in pairs.items() for i, m in enumerate("AB")}
-    return {f"diffusion_model.{name}.weight": matrix for name, matrix in matrices.items()}
+def _joined(pairs: Mapping[str, Pair]) -> dict[str, torch.Tensor]:
+    layers = {}
+    for layer, (a, b) in pairs.items():
+        layers[f"{_PREFIX}{layer}.lora_A.weight"] = a
+        layers[f"{_PREFIX}{layer}.lora_B.weight"] = b
+    return layers
 
 
-def _pairs(layers: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    names = dict.fromkeys(key.removeprefix("diffusion_model.").rpartition(".lora_")[0] for key in layers)
-    return {n: tuple(layers[f"diffusion_model.{n}.lora_{m}.weight"] for m in "AB") for n in names}
+def _pairs(layers: Mapping[str, torch.Tensor]) -> dict[str, Pair]:
+    pairs = {}
+    for key in layers:
+        layer = key.removeprefix(_PREFIX).rpartition(".lora_")[0]
+        pairs[layer] = (layers[f"{_PREFIX}{layer}.lora_A.weight"], layers[f"{_PREFIX}{layer}.lora_B.weight"])
+    return pairs
 
 
 def read_lora(file: str | Path) -> Lora:
@@ -169,30 +152,33 @@ def read_lora(file: str | Path) -> Lora:
         raise ValueError(f"{file} is not a file. Name the LoRA's .safetensors file.")
     find_safetensors(file)  # refuses pickles
     with open_safetensors(file) as opened:
-        tensors, metadata = {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata() or {}
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}
+        metadata = opened.metadata() or {}
     try:
         style, pairs = _gather(tensors)
         config = _adapter_config(file, style, metadata)
-        scales = {layer: _scale(pair, config) for layer, pair in pairs.items()}
-        baked = {layer: _baked(pair["A"], pair["B"], scales[layer]) for layer, pair in pairs.items()}
+        scales, baked = {}, {}
+        for layer, pair in pairs.items():
+            scales[layer] = _scale(pair, config)
+            baked[layer] = _baked(pair["A"], pair["B"], scales[layer])
     except (ValueError, re.error) as error:  # metadata holds patterns
         raise ValueError(f"{file}: {error}") from error
     return Lora(style, _joined(baked), scales)
 
 
 def _gather(tensors: Mapping[str, torch.Tensor]) -> tuple[str, dict[str, dict[str, Any]]]:
-    """The style, and by native layer its A, B, alpha if any, and its name in the file."""
+    """The style, and by layer its A, B, alpha if any, and its name in the file."""
     pairs, styles, extra = defaultdict(dict), set(), []
     for key, tensor in tensors.items():
         match = _PART.fullmatch(key)
-        found = match and _identify(match[1])
+        found = match and parse_lora_name(match[1])
         if not found:
             extra.append(key)
             continue
-        style, name, layer = found
-        styles.add(style)
-        pairs[layer]["name"] = name
-        _put(pairs[layer], "alpha" if match[4] else _SLOTS[match[2]], tensor, key)
+        styles.add(found.style)
+        pair = pairs[found.layer]
+        pair["name"] = found.name
+        _put(pair, "alpha" if match[4] else _SLOTS[match[2]], tensor, key)
     if not pairs:
         raise ValueError(f"No known style of Wan LoRA. First keys: {', '.join(sorted(extra)[:5]) or 'none'}.")
     if extra:
@@ -204,25 +190,11 @@ def _gather(tensors: Mapping[str, torch.Tensor]) -> tuple[str, dict[str, dict[st
     return styles.pop(), dict(pairs)
 
 
-def _identify(module: str) -> tuple[str, str, str] | None:
-    """The style of a module's name in a file, the name without prefix, and the native layer; None if unknown."""
-    prefix = next((prefix for prefix in _PREFIXES if module.startswith(prefix)), "")
-    name, style = module.removeprefix(prefix), _PREFIXES.get(prefix, "unprefixed")
-    # peft wraps diffusers' model or the native one; without prefix write save_lora_adapter and DiffSynth-Studio
-    for names in [style] if style in STYLES else ("native", "diffusers"):
-        block = _BLOCK[names].fullmatch(name)
-        layer = _BLOCK_NAMES[names].get(block[2]) if block else _TOP_NAMES[names].get(name)
-        if layer:
-            number = re.search("[0-9]+", block[1])[0] if block else None
-            return style, name, f"blocks.{number}.{layer}" if block else layer
-    return None
-
-
 def _not_convertible(keys: Iterable[str]) -> str:
     kinds = Counter(re.sub(r"(blocks[._])[0-9]+", r"\1*", key) for key in keys)
     named = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items())[:8])
     return (
-        f"{sum(kinds.values())} tensors are no LoRA matrices of Wan's text-to-video transformer and cannot be "
+        f"{sum(kinds.values())} tensors are not LoRA matrices of Wan's text-to-video transformer and cannot be "
         f"converted: {named}{', ...' if len(kinds) > 8 else ''}. Differences of whole weights (diff, diff_b), biases, "
         "norms, DoRA, LyCORIS and image-to-video layers (k_img, v_img) are such; ask for a plain text-to-video LoRA."
     )
@@ -246,7 +218,7 @@ def _adapter_config(file: Path, style: str, metadata: Mapping[str, str]) -> dict
     config = {key.removeprefix("transformer."): value for key, value in dict(config).items()}
     for key in ("r", "lora_alpha"):
         if not isinstance(config.get(key), int | float):
-            raise ValueError(f"The adapter's metadata states {key} as {config.get(key)!r}, but it is a number.")
+            raise ValueError(f"The adapter's metadata states {key} as {config.get(key)!r}, but it must be a number.")
     return config
 
 
@@ -256,7 +228,7 @@ def _scale(pair: Mapping[str, Any], config: Mapping[str, Any]) -> float:
         raise ValueError(f"{pair['name']} has an alpha tensor, and metadata states an alpha too. Remove one.")
     if "alpha" in pair:
         if pair["alpha"].numel() != 1:
-            raise ValueError(f"{pair['name']}.alpha has shape {tuple(pair['alpha'].shape)}, but is one number.")
+            raise ValueError(f"{pair['name']}.alpha has shape {tuple(pair['alpha'].shape)}, but must be one number.")
         return pair["alpha"].item() / rank
     if not config:
         return 1.0
@@ -268,9 +240,11 @@ def _scale(pair: Mapping[str, Any], config: Mapping[str, Any]) -> float:
 
 
 def _by_pattern(patterns: Mapping[str, float] | None, name: str, default: float) -> float:
-    """As peft does: the first pattern that fits the end of the name."""
-    fitting = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name))
-    return next(fitting, default)
+    """The value of the first pattern that fits the end of the name, as in peft."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            return value
+    return default
 
 
 def write_lora(layers: Mapping[str, torch.Tensor], output: str | Path, style: str) -> Path:
@@ -287,19 +261,20 @@ def write_lora(layers: Mapping[str, torch.Tensor], output: str | Path, style: st
     """
     output = Path(output)
     if output.suffix != ".safetensors":
-        raise ValueError(f"`output` is {output}, but has to end in .safetensors.")
-    if style not in STYLES:
-        raise ValueError(f"`style` is {style!r}, but has to be one of {', '.join(STYLES)}.")
-    if foreign := [key for key in layers if not key.startswith("diffusion_model.")] or not layers:
-        raise ValueError(f"`layers` has to be a native LoRA, as native_lora makes it, but has the keys {foreign}.")
+        raise ValueError(f"`output` is {output}, but must end in .safetensors.")
+    if style not in LORA_STYLES:
+        raise ValueError(f"`style` is {style!r}, but must be one of {', '.join(LORA_STYLES)}.")
+    if foreign := [key for key in layers if not key.startswith(_PREFIX)] or not layers:
+        raise ValueError(f"`layers` must be a native LoRA, as native_lora makes it, but has the keys {foreign}.")
     pairs = _pairs(layers)
     if not _diffusers_reads(pairs.keys(), style):
         logger.warning("diffusers cannot load this selection of layers in %s style; in diffusers style it can.", style)
+    down, up = ("lora_down", "lora_up") if style == "kohya" else ("lora_A", "lora_B")
     tensors = {}
     for layer, (a, b) in pairs.items():
-        name = _WRITTEN_PREFIX[style] + _styled(layer, style)
-        down, up = ("lora_down", "lora_up") if style == "kohya" else ("lora_A", "lora_B")
-        tensors |= {f"{name}.{down}.weight": a.contiguous(), f"{name}.{up}.weight": b.contiguous()}
+        name = lora_name(layer, style)
+        tensors[f"{name}.{down}.weight"] = a.contiguous()
+        tensors[f"{name}.{up}.weight"] = b.contiguous()
         if style == "kohya":
             tensors[f"{name}.alpha"] = torch.tensor(float(a.shape[0]))
     with new_file(output) as partial:
@@ -309,11 +284,17 @@ def write_lora(layers: Mapping[str, torch.Tensor], output: str | Path, style: st
 
 def _diffusers_reads(layers: Iterable[str], style: str) -> bool:
     """diffusers 0.42 looks for native keys by block, and for kohya's in whole blocks only, counted from 0."""
-    blocks = {layer.split(".")[1] for layer in layers if layer.startswith("blocks.")}
+    blocks = defaultdict(set)
+    for layer in layers:
+        number, name = split_layer(layer)
+        blocks[number].add(name)
+    top = blocks.pop(None, set())
     if style == "native":
-        return bool(blocks) and "patch_embedding" not in layers
-    whole = {f"blocks.{number}.{layer}" for number in range(len(blocks)) for layer in _BLOCK_LAYERS}
-    return style == "diffusers" or (bool(blocks) and set(layers) == whole)
+        return bool(blocks) and "patch_embedding" not in top
+    if style == "diffusers":
+        return True
+    are_whole = all(names == set(LORA_BLOCK_LAYERS) for names in blocks.values())
+    return are_whole and not top and sorted(blocks) == list(range(len(blocks))) != []
 
 
 def describe(file: str | Path) -> str:
@@ -321,49 +302,53 @@ def describe(file: str | Path) -> str:
     lora = read_lora(file)
     with open_safetensors(Path(file)) as opened:
         dtypes = Counter(opened.get_slice(key).get_dtype() for key in opened.keys())
-    ranks = sorted({a.shape[0] for a, _ in lora.pairs.values()})
-    widths = {_width(layer, *pair) for layer, pair in lora.pairs.items()}
-    base = WIDTHS.get(next(iter(widths)), "unknown base") if len(widths) == 1 else "unknown base"
+    ranks, widths = set(), set()
+    for layer, (a, b) in lora.pairs.items():
+        ranks.add(a.shape[0])
+        widths.add(_width(layer, a, b))
+    base = WIDTHS.get(min(widths), "unknown base") if len(widths) == 1 else "unknown base"
     stored = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())
-    return "\n".join(
-        [
-            f"{file}: {lora.style} style, {Path(file).stat().st_size / 1e6:.1f} MB, tensors: {stored}",
-            f"rank: {_listed(ranks)}, scale (alpha / rank): {_listed(sorted(set(lora.scales.values())))}",
-            f"fits: {base} (width {_listed(sorted(widths))})",
-            f"{'layer':<20}{'blocks':<16}{'change: mean norm':>18}{'largest':>12}",
-            *_kinds(lora),
-        ]
-    )
+    lines = [
+        f"{file}: {lora.style} style, {Path(file).stat().st_size / 1e6:.1f} MB, tensors: {stored}",
+        f"rank: {_listed(ranks)}, scale (alpha / rank): {_listed(set(lora.scales.values()))}",
+        f"fits: {base} (width {_listed(widths)})",
+        f"{'layer':<20}{'blocks':<16}{'change: mean norm':>18}{'largest':>12}",
+        *_kinds(lora),
+    ]
+    return "\n".join(lines)
 
 
-def _listed(numbers: list[float]) -> str:
-    return ", ".join(f"{number:g}" for number in numbers[:6]) + (", ..." if len(numbers) > 6 else "")
+def _listed(numbers: Iterable[float]) -> str:
+    shown = [f"{number:g}" for number in sorted(numbers)]
+    return ", ".join(shown[:6]) + (", ..." if len(shown) > 6 else "")
 
 
 def _width(layer: str, a: torch.Tensor, b: torch.Tensor) -> int:
-    """The transformer's width by the side of the layer that has it."""
+    """The transformer's width, from the side of the layer that has it."""
     return a.shape[1] if _READS_WIDTH.search(layer) else b.shape[0]
 
 
 def _kinds(lora: Lora) -> list[str]:
+    """A line for each kind of layer: its blocks, and how strongly the LoRA changes it."""
     norms, blocks = defaultdict(list), defaultdict(list)
-    for layer, pair in lora.pairs.items():
-        match = _BLOCK["native"].fullmatch(layer)
-        kind = match[2] if match else layer
-        norms[kind].append(_norm(*pair))
-        blocks[kind] += [int(layer.split(".")[1])] if match else []
-    order = [*_BLOCK_LAYERS, *_TOP_LAYERS]
-    return [
-        f"{kind:<20}{_range(blocks[kind]):<16}{sum(norms[kind]) / len(norms[kind]):>18.4g}{max(norms[kind]):>12.4g}"
-        for kind in sorted(norms, key=order.index)
-    ]
+    for layer, (a, b) in lora.pairs.items():
+        number, kind = split_layer(layer)
+        norms[kind].append(_norm(a, b))
+        if number is not None:
+            blocks[kind].append(number)
+    lines = []
+    for kind in (*LORA_BLOCK_LAYERS, *LORA_TOP_LAYERS):
+        if values := norms[kind]:
+            mean = sum(values) / len(values)
+            lines.append(f"{kind:<20}{_range(blocks[kind]):<16}{mean:>18.4g}{max(values):>12.4g}")
+    return lines
 
 
-def _range(blocks: list[int]) -> str:
+def _range(blocks: Sequence[int]) -> str:
     return f"{len(blocks)} ({min(blocks)}-{max(blocks)})" if blocks else "-"
 
 
 def _norm(a: torch.Tensor, b: torch.Tensor) -> float:
-    """Frobenius norm of B @ A by way of two rank x rank products: the whole matrix is never made."""
+    """The Frobenius norm of B @ A, from two rank x rank products: the whole matrix is never made."""
     a, b = a.flatten(1).double(), b.flatten(1).double()
     return ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt().item()

@@ -12,9 +12,10 @@ from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from refalign import RefAlignWanPipeline, lora
+from refalign import RefAlignWanPipeline, keys
 from refalign.cli import main
-from refalign.lora import STYLES, native_lora, read_lora, write_lora
+from refalign.keys import LORA_STYLES
+from refalign.lora import native_lora, read_lora, write_lora
 from tests.conftest import FIXTURES, TARGETS
 
 
@@ -77,7 +78,7 @@ def trained(transformer) -> dict[str, torch.Tensor]:
 # Ours, written
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", LORA_STYLES)
 def test_what_is_written_changes_the_model_as_the_adapter_did(pipeline, inputs, tmp_path, style):
     base = velocity(pipeline.transformer, inputs)
     layers = native_lora(add_lora(pipeline.transformer), ALPHA / RANK)
@@ -150,7 +151,7 @@ def test_comfyui_knows_every_key(transformer, tmp_path, style):
     assert load_file(file).keys() == {f"{module}.{suffix}" for module in modules for suffix in suffixes[style]}
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", LORA_STYLES)
 def test_no_scale_is_left_to_be_applied_twice(trained, tmp_path, style):
     file = write_lora(trained, tmp_path / "lora.safetensors", style)
     with safe_open(file, "pt") as opened:
@@ -181,7 +182,7 @@ def test_bfloat16_stays_where_that_loses_nothing(transformer, scale, dtype):
     assert {tensor.dtype for tensor in native.values()} == {dtype}
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", LORA_STYLES)
 def test_a_bfloat16_lora_loads(pipeline, inputs, tmp_path, style):
     layers = {key: tensor.bfloat16() for key, tensor in add_lora(pipeline.transformer).items()}
     pipeline.transformer.delete_adapters("default")
@@ -212,7 +213,7 @@ def test_native_lora_names_what_it_cannot_export(transformer, change, message):
 @pytest.mark.parametrize(
     ("name", "style", "message"),
     [
-        ("lora.pt", "native", "has to end in .safetensors"),
+        ("lora.pt", "native", "must end in .safetensors"),
         ("lora.safetensors", "comfyui", "native, diffusers, kohya"),
         ("there.safetensors", "native", "exists already"),
     ],
@@ -226,15 +227,15 @@ def test_write_lora_says_what_is_wrong(trained, tmp_path, name, style, message):
 
 @pytest.mark.parametrize("layers", [{}, {"blocks.0.attn1.to_q.lora_A.weight": torch.zeros(2, 2)}], ids=len)
 def test_write_lora_takes_native_keys_only(tmp_path, layers):
-    with pytest.raises(ValueError, match="has to be a native LoRA"):
+    with pytest.raises(ValueError, match="must be a native LoRA"):
         write_lora(layers, tmp_path / "lora.safetensors", "native")
 
 
 # Others', read
 
 
-@pytest.mark.parametrize("first", STYLES)
-@pytest.mark.parametrize("second", STYLES)
+@pytest.mark.parametrize("first", LORA_STYLES)
+@pytest.mark.parametrize("second", LORA_STYLES)
 def test_every_style_becomes_every_other_and_comes_back(trained, tmp_path, first, second):
     layers = trained
     for number, style in enumerate((first, second, first)):
@@ -250,12 +251,12 @@ def test_every_style_becomes_every_other_and_comes_back(trained, tmp_path, first
 @given(
     layers=st.sets(
         st.one_of(
-            st.builds("blocks.{}.{}".format, st.integers(0, 99), st.sampled_from(lora._BLOCK_LAYERS)),
-            st.sampled_from(lora._TOP_LAYERS),
+            st.builds("blocks.{}.{}".format, st.integers(0, 99), st.sampled_from(keys.LORA_BLOCK_LAYERS)),
+            st.sampled_from(keys.LORA_TOP_LAYERS),
         ),
         min_size=1,
     ),
-    style=st.sampled_from(STYLES),
+    style=st.sampled_from(LORA_STYLES),
 )
 def test_every_layers_name_survives_every_style(tmp_path_factory, layers, style):
     file = tmp_path_factory.mktemp("lora") / "lora.safetensors"
@@ -368,7 +369,7 @@ def test_metadata_on_native_keys_is_told(saved, caplog):
     ],
 )
 def test_what_is_no_lora_pair_is_named_not_dropped(saved, key, named):
-    with pytest.raises(ValueError, match=f"1 tensors are no LoRA matrices.*{named}"):
+    with pytest.raises(ValueError, match=f"1 tensors are not LoRA matrices.*{named}"):
         read_lora(saved({**random_pairs(f"diffusion_model.{Q}"), key: torch.zeros(24)}))
 
 
@@ -383,7 +384,7 @@ def test_what_is_no_lora_pair_is_named_not_dropped(saved, key, named):
         (random_pairs(Q, down="lora_A.a", up="lora_B.a") | random_pairs(Q), {}, "twice.*one adapter"),
         ({f"{Q}.lora_A.weight": torch.zeros(2, 2)}, {}, "has no lora_B"),
         ({f"{Q}.alpha": torch.tensor(2.0)}, {}, "has no lora_A"),
-        ({**random_pairs(Q), f"{Q}.alpha": torch.zeros(2)}, {}, "is one number"),
+        ({**random_pairs(Q), f"{Q}.alpha": torch.zeros(2)}, {}, "must be one number"),
         ({**random_pairs(Q), f"{Q}.alpha": torch.tensor(float("nan"))}, {}, "finite"),
         ({key: tensor.int() for key, tensor in random_pairs(Q).items()}, {}, "floating point"),
         ({f"{Q}.lora_A.weight": torch.zeros(2, 4), f"{Q}.lora_B.weight": torch.zeros(4, 3)}, {}, "no common rank"),
@@ -448,7 +449,7 @@ def test_inspect_tells_the_base_by_its_width(saved, capsys, width, layer, base):
     assert f"fits: {base} (width {width})" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", LORA_STYLES)
 def test_convert_writes_the_style(trained, tmp_path, capsys, style):
     source = write_lora(trained, tmp_path / "source.safetensors", "native")
     words = ["lora", "convert", source, "--output", tmp_path / "out.safetensors", "--to", style]

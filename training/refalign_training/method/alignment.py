@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from refalign.keys import projector_key, projector_name
 from refalign_training.method.losses import AlignmentLoss, reference_alignment_loss
 
 
@@ -174,8 +175,8 @@ class ReferenceAlignment(nn.Module):
             )
 
     def native_state_dict(self) -> dict[str, torch.Tensor]:
-        """The projectors under their native keys: `blocks.{layer}.input_mlp.proj.{0,2}.weight`, or `.conv.*`."""
-        return {self._native_key(key): tensor for key, tensor in self.projectors.state_dict().items()}
+        """The projectors under their native keys ([`refalign.keys.projector_key`])."""
+        return {projector_key(name): tensor for name, tensor in self.projectors.state_dict().items()}
 
     def load_native_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """
@@ -184,7 +185,6 @@ class ReferenceAlignment(nn.Module):
         Raises:
             ValueError: naming the keys that are missing, unknown, or whose tensors have another shape.
         """
-        own = {self._native_key(key): key for key in self.projectors.state_dict()}
         expected = {key: tuple(tensor.shape) for key, tensor in self.native_state_dict().items()}
         given = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
         problems = {
@@ -197,12 +197,7 @@ class ReferenceAlignment(nn.Module):
         if any(problems.values()):
             named = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in problems.items() if keys)
             raise ValueError(f"The projectors do not fit layers {self.layers} ({named}). Check model and layers.")
-        self.projectors.load_state_dict({own[key]: tensor for key, tensor in state_dict.items()})
-
-    @staticmethod
-    def _native_key(key: str) -> str:
-        layer, name = key.split(".", 1)
-        return f"blocks.{layer}.input_mlp.{name}"
+        self.projectors.load_state_dict({projector_name(key): tensor for key, tensor in state_dict.items()})
 
 
 def normalize_over_grid(features: torch.Tensor) -> torch.Tensor:

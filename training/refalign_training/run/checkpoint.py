@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from refalign.files import new_file, read_json
+from refalign.keys import projector_key
 from refalign_training.run.parallel import Parallel
 
 
@@ -276,7 +277,7 @@ def read_weights(checkpoint: Path, average: bool) -> dict[str, torch.Tensor]:
 def read_projectors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The alignment's projectors under their native keys; empty if the run had none."""
     tensors = read_tensors(checkpoint, "weights.alignment.projectors.")
-    return {"blocks.{}.input_mlp.{}".format(*name.split(".", 1)): tensor for name, tensor in tensors.items()}
+    return {projector_key(name): tensor for name, tensor in tensors.items()}
 
 
 @contextmanager
