@@ -14,9 +14,10 @@ from refalign_training.method.alignment import ReferenceAlignment
 from refalign_training.method.losses import add_noise, timestep_gate, timestep_table
 from refalign_training.method.objective import Batch, Objective
 from refalign_training.method.options import AlignmentOptions, ObjectiveOptions
-from refalign_training.run.batches import Order, load_batches
+from refalign_training.run.batches import load_batches
 from refalign_training.run.inputs import CachedSamples
 from refalign_training.run.networks import load_transformer, make_alignment
+from refalign_training.run.order import Order
 from refalign_training.run.parallel import Parallel
 from refalign_training.run.resume import find_start
 from tests.training.small_run import World, run_command

@@ -17,9 +17,10 @@ from refalign_training.data.sample import Unusable
 from refalign_training.data.source import Dataset
 from refalign_training.method.objective import Batch
 from refalign_training.method.options import ObjectiveOptions
-from refalign_training.run.batches import Order, load_batches
+from refalign_training.run.batches import load_batches
 from refalign_training.run.config import DataOptions, ModelOptions
 from refalign_training.run.inputs import CachedSamples, OnlineSamples, open_samples
+from refalign_training.run.order import Order
 from tests.training.small_cache import FRAMES, HEIGHT, WIDTH, cache_command, write_clips, write_teacher
 
 

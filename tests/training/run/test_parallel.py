@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from refalign_training.method.objective import Batch
 from refalign_training.method.options import ObjectiveOptions
-from refalign_training.run.batches import Order, load_batches
+from refalign_training.run.batches import load_batches
 from refalign_training.run.checkpoint import find_checkpoint, read_state, read_tensors
 from refalign_training.run.config import RunCommand
 from refalign_training.run.inputs import CachedSamples
 from refalign_training.run.log import read_metrics
+from refalign_training.run.order import Order
 from tests.training.small_run import (
     assert_equal_runs,
     assert_holds_no_base,

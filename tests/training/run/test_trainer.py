@@ -25,7 +25,6 @@ from refalign_training.publish.export import ExportCommand, export
 from refalign_training.run import trainer
 from refalign_training.run.checkpoint import find_checkpoint, read_projectors, read_state, read_tensors
 from refalign_training.run.log import NUM_BINS, read_metrics
-from refalign_training.run.stopping import Stopping
 from refalign_training.run.trainer import Trainer, run
 from tests.conftest import GOLDEN_FILES
 from tests.tiny_pipeline import tiny_transformer
@@ -298,33 +297,6 @@ def test_a_signal_ends_and_saves_the_step(command, number, code):
     whole = command("whole", steps=step)
     assert run(whole) == 0
     assert_equal_runs(asked.output, whole.output)
-
-
-def test_the_first_ctrl_c_is_noted_and_the_second_one_interrupts():
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with Stopping() as stopping:
-        assert stopping.signal == 0
-        signal.raise_signal(signal.SIGINT)
-        assert stopping.signal == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-
-
-def test_after_sigterm_another_one_is_noted_too_but_ctrl_c_interrupts():
-    with Stopping() as stopping:
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)
-        assert stopping.signal == signal.SIGTERM
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-
-
-def test_handlers_are_given_back_after_an_error():
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(ValueError), Stopping():
-        raise ValueError
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.slow

@@ -12,8 +12,8 @@ from PIL import Image
 from refalign.video import read_video
 from refalign_training.cache.files import CacheFolder
 from refalign_training.cache.reader import Cache
-from refalign_training.run.batches import hold_out
 from refalign_training.run.inputs import CachedSamples
+from refalign_training.run.order import hold_out
 from refalign_training.run.parallel import Parallel
 from refalign_training.run.trainer import Trainer
 from refalign_training.run.validation import QUANTILES, Validation, beside, strip

@@ -146,10 +146,11 @@ def dry_run(command: RunCommand) -> int:
     import numpy as np
     import torch
 
-    from refalign_training.run.batches import Order, hold_out, read_first
+    from refalign_training.run.batches import read_first
     from refalign_training.run.inputs import open_samples
     from refalign_training.run.log import check_tracker
     from refalign_training.run.networks import make_alignment, transformer_config
+    from refalign_training.run.order import Order, hold_out
     from refalign_training.run.resume import checkpoint_to_resume, find_start
 
     resumes = checkpoint_to_resume(command) is not None

@@ -1,6 +1,8 @@
 """One process or many, behind one seam: each with all weights (DDP), or each with its part (FSDP2)."""
 
 import os
+import resource
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -110,6 +112,13 @@ class Parallel:
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()
+
+    def peak_memory(self) -> float:
+        """The most memory so far in GiB: what tensors took of the GPU, what the process took of the CPU's."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2**30
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
     def close(self) -> None:
         """Ends the processes' work together."""

@@ -1,7 +1,9 @@
-"""How a run ends before its last step."""
+"""What a run's processes do about signals: the trainer saves before it ends, its workers live until then."""
 
 import logging
+import os
 import signal
+import threading
 from types import FrameType
 
 
@@ -27,3 +29,20 @@ class Stopping:
             raise KeyboardInterrupt
         self.signal = number
         logger.warning("Asked to stop: the step is finished and saved first.")
+
+
+def outlive_signals(worker: int) -> None:
+    """
+    Terminals and clusters send a signal to all processes of a job. The trainer answers it, and needs its workers for
+    the rest of its step: only the trainer's own SIGTERM ends them.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS has none
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(trainer: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+        pass
+    os._exit(0)

@@ -11,8 +11,6 @@ Killed, it goes on with `--resume latest` from its last checkpoint to the same n
 import importlib.metadata
 import logging
 import math
-import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from refalign.files import fetch, new_file
 from refalign_training.cache.encoders import vae_config
 from refalign_training.method.objective import Batch, Objective
-from refalign_training.run.batches import Order, hold_out, load_batches, read_first
+from refalign_training.run.batches import load_batches, read_first
 from refalign_training.run.checkpoint import (
     checkpoint_name,
     read_state,
@@ -36,6 +34,7 @@ from refalign_training.run.config import RunCommand, accumulation, check, flatte
 from refalign_training.run.inputs import CachedSamples, open_samples
 from refalign_training.run.log import Metrics, RunLog, append_skipped, check_tracker
 from refalign_training.run.networks import load_transformer, make_alignment, take_plain_attention
+from refalign_training.run.order import Order, hold_out
 from refalign_training.run.parallel import Parallel, gradient_norm
 from refalign_training.run.plots import describe_timesteps, plot_timesteps
 from refalign_training.run.resume import (
@@ -313,7 +312,7 @@ class Trainer:
             "learning_rate": optimizer.lr * learning_rate_factor(self.step - 1, self.command.steps, optimizer),
             "speed/samples_per_second": steps * self.command.batch.size / seconds,
             "speed/data_wait": self._waited / seconds,
-            "memory/peak_gib": _peak_memory(self.parallel.device),
+            "memory/peak_gib": self.parallel.peak_memory(),
         }
         bar.set_postfix({"step": self.step, "loss": f"{values.get('loss', math.nan):.4f}"}, refresh=False)
         if self.log is not None:
@@ -395,11 +394,3 @@ class Trainer:
 
 def _is_due(step: int, every: int) -> bool:
     return bool(every) and step % every == 0
-
-
-def _peak_memory(device: torch.device) -> float:
-    """In GiB: of the GPU what tensors took at most, of the CPU what the process did."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
