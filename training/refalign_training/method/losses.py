@@ -4,17 +4,14 @@ Shapes: `tokens` are those of one sample's references, one reference behind the 
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 
 NUM_TRAIN_TIMESTEPS = 1000
-# Tokens of student and of teacher that are compared at once: large enough for a matrix product at full speed, small
-# enough that a block, unlike all pairs of tokens, is small beside the tokens themselves
-BLOCK_SIZE = 1024
 
 
 # -- Flow matching ----------------------------------------------------------------------------------------------------
@@ -220,8 +217,8 @@ def reference_alignment_loss(
         positive = mean over i of relu((1 - cos_ii) - positive_margin)
         negative = mean over (i, j) of different subjects of relu(negative_margin - (1 - cos_ij))
 
-    The pairs are compared block by block, once in the forward pass and again in the backward pass: what is held in
-    between are the two arguments. Pairs of one subject are not computed at all.
+    References are compared pair by pair, once in the forward pass and again in the backward pass: only the two
+    arguments are held in between. Pairs of one subject are not computed at all.
 
     Args:
         student (`torch.Tensor` of shape `(batch, references * tokens_per_reference, dim)`): projected tokens.
@@ -249,116 +246,75 @@ def reference_alignment_loss(
             f"dim) with `tokens_per_reference` = {tokens_per_reference}. Pass the tokens of whole references."
         )
     batch, references = student.shape[0], student.shape[1] // tokens_per_reference
-    positive, negative, cosine, active_negatives = _BlockwiseAlignment.apply(
-        student,
-        teacher.detach(),
-        tokens_per_reference,
-        _subjects(subject_ids, keep, batch, references),
-        positive_margin,
-        negative_margin,
-    )
+    margins = (positive_margin, negative_margin)
+    samples = []
+    with torch.autocast(student.device.type, enabled=False):
+        students = student.unflatten(1, (references, -1))
+        teachers = _normalize(teacher.detach()).unflatten(1, (references, -1))
+        for number, subjects in enumerate(_subjects(subject_ids, keep, batch, references)):
+            samples.append(_sample_losses(students[number], teachers[number], subjects, margins))
+    positive, negative, cosine, active_negatives = map(torch.stack, zip(*samples, strict=True))
     return AlignmentLoss(positive + negative_weight * negative, positive, negative, cosine, active_negatives)
 
 
-def _subjects(subject_ids, keep, batch: int, references: int) -> list[list[int]]:
-    """The subject of each reference of each sample; none for a sample that is not kept."""
+def _subjects(subject_ids, keep, batch: int, references: int) -> list[list[int] | None]:
+    """The subject of each reference of each sample; None for a sample that is not kept."""
     ids = torch.arange(references) if subject_ids is None else torch.as_tensor(subject_ids)
     if tuple(ids.shape) not in ((references,), (batch, references)):
         raise ValueError(
-            f"`subject_ids` has shape {tuple(ids.shape)}, but has to be ({references},) or ({batch}, {references}): "
-            "one number a reference."
+            f"`subject_ids` has shape {tuple(ids.shape)}, but must be ({references},) or ({batch}, {references}): "
+            "one number per reference."
         )
     kept = torch.ones(batch, dtype=torch.bool) if keep is None else torch.as_tensor(keep)
     if tuple(kept.shape) != (batch,):
-        raise ValueError(f"`keep` has shape {tuple(kept.shape)}, but has to be ({batch},): one boolean a sample.")
-    return [row if is_kept else [] for row, is_kept in zip(ids.expand(batch, -1).tolist(), kept.tolist(), strict=True)]
+        raise ValueError(f"`keep` has shape {tuple(kept.shape)}, but must be ({batch},): one boolean per sample.")
+    subjects: list[list[int] | None] = ids.expand(batch, -1).tolist()
+    for number in (~kept.bool()).nonzero().flatten().tolist():
+        subjects[number] = None
+    return subjects
 
 
-class _BlockwiseAlignment(torch.autograd.Function):
-    """The means of [`reference_alignment_loss`], and their gradient to the student, from the same blocks."""
-
-    @staticmethod
-    def forward(ctx, student, teacher, tokens_per_reference, subjects, positive_margin, negative_margin):
-        ctx.save_for_backward(student, teacher)
-        ctx.settings = (tokens_per_reference, subjects, positive_margin, negative_margin)
-        dtype = torch.promote_types(student.dtype, torch.float32)
-        positive, negative, cosine, active = (student.new_zeros(len(subjects), dtype=dtype) for _ in range(4))
-        with torch.autocast(student.device.type, enabled=False):
-            for i, sample_subjects in enumerate(subjects):
-                sample = _Sample(student[i], teacher[i], tokens_per_reference, sample_subjects, dtype)
-                for subject, rows in sample.blocks:
-                    student_rows, _ = sample.student_rows(rows)
-                    own = sample.own_cosines(student_rows, rows)
-                    cosine[i] += own.sum() / len(student[i])
-                    positive[i] += (1 - own - positive_margin).relu().sum() / len(student[i])
-                    for columns, excess in sample.negatives(student_rows, subject, negative_margin):
-                        excess = excess.relu_()
-                        negative[i] += (excess @ sample.teacher_scale[columns]).sum() / sample.num_negatives
-                        active[i] += excess.gt_(0).sum() / sample.num_negatives
-        ctx.mark_non_differentiable(cosine, active)
-        return positive, negative, cosine, active
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_positive, grad_negative, *_):
-        student, teacher = ctx.saved_tensors
-        tokens_per_reference, subjects, positive_margin, negative_margin = ctx.settings
-        grad_student = torch.zeros_like(student)
-        with torch.autocast(student.device.type, enabled=False):
-            for i, sample_subjects in enumerate(subjects):
-                sample = _Sample(student[i], teacher[i], tokens_per_reference, sample_subjects, grad_positive.dtype)
-                for subject, rows in sample.blocks:
-                    student_rows, scale = sample.student_rows(rows)
-                    gradient = torch.zeros_like(student_rows)
-                    for columns, excess in sample.negatives(student_rows, subject, negative_margin):
-                        # relu's gradient at each pair is 0 or 1: the sum of the teacher's tokens that cost something
-                        is_active = excess.gt_(0).mul_(sample.teacher_scale[columns])
-                        gradient.addmm_(is_active, sample.teacher[columns].to(gradient))
-                    gradient *= grad_negative[i] / max(sample.num_negatives, 1)
-                    is_far = 1 - sample.own_cosines(student_rows, rows) > positive_margin
-                    pull = is_far * sample.teacher_scale[rows] * grad_positive[i] / len(student[i])
-                    gradient.addcmul_(sample.teacher[rows].to(gradient), pull[:, None], value=-1)
-                    # Through the normalisation: only what is at right angles to a token turns it
-                    along = (gradient * student_rows).sum(-1, keepdim=True)
-                    grad_student[i, rows] = gradient.addcmul_(student_rows, along, value=-1).mul_(scale[:, None])
-        return grad_student, None, None, None, None, None
+def _sample_losses(
+    student: torch.Tensor, teacher: torch.Tensor, subjects: list[int] | None, margins: tuple[float, float]
+) -> tuple[torch.Tensor, ...]:
+    """The fields of [`AlignmentLoss`] but `total`, of tokens `(references, tokens_per_reference, dim)`."""
+    if subjects is None:
+        zero = student[:0].sum(dtype=teacher.dtype)  # its gradient is there, and 0
+        return zero, zero, zero.detach(), zero.detach()
+    references = []
+    for number, subject in enumerate(subjects):
+        others = [teacher[i] for i, other in enumerate(subjects) if other != subject]
+        arguments = (student[number], teacher[number], others, margins)
+        # Computed again in the backward pass: the matrices of all references at once are large
+        references.append(checkpoint(_reference_losses, *arguments, use_reentrant=False, preserve_rng_state=False))
+    positive, negative, cosine, active = map(torch.stack, zip(*references, strict=True))
+    pairs = sum(len(subjects) - subjects.count(subject) for subject in subjects) or 1
+    return positive.mean(), negative.sum() / pairs, cosine.mean(), active.sum() / pairs
 
 
-class _Sample:
-    """The tokens of one sample, normalised and compared block by block; in a block all tokens show one subject."""
+def _reference_losses(
+    student: torch.Tensor, teacher: torch.Tensor, others: list[torch.Tensor], margins: tuple[float, float]
+) -> tuple[torch.Tensor, ...]:
+    """
+    A reference's tokens against the teacher's of the same places and against all of other subjects' references: the
+    mean loss of the former, the sum over references of the mean loss of the latter, the mean cosine, and the share
+    of active pairs, summed up as well.
+    """
+    positive_margin, negative_margin = margins
+    student = _normalize(student)
+    cosines = (student * teacher).sum(-1)
+    positive = (1 - cosines - positive_margin).relu().mean()
+    excesses = [(student @ other.T).sub_(1 - negative_margin).relu_() for other in others]
+    negative = sum((excess.mean() for excess in excesses), torch.zeros_like(positive))
+    active = sum((excess.detach().sign().mean() for excess in excesses), torch.zeros_like(positive))
+    return positive, negative, cosines.detach().mean(), active.detach()
 
-    def __init__(self, student, teacher, tokens_per_reference: int, subjects: list[int], dtype: torch.dtype):
-        self.student, self.teacher = student, teacher
-        norms = torch.linalg.vector_norm(teacher, dim=-1, dtype=dtype)
-        self.teacher_norms = norms.masked_fill_(norms == 0, 1)  # a token of zeros has a cosine of 0 to all
-        self.teacher_scale = self.teacher_norms.reciprocal()
-        self.num_negatives = tokens_per_reference**2 * sum(a != b for a in subjects for b in subjects)
-        size = math.ceil(tokens_per_reference / math.ceil(tokens_per_reference / BLOCK_SIZE))  # no small last block
-        self.blocks: list[tuple[int, slice]] = []
-        for reference, subject in enumerate(subjects):
-            end = (reference + 1) * tokens_per_reference
-            starts = range(reference * tokens_per_reference, end, size)
-            self.blocks += [(subject, slice(start, min(start + size, end))) for start in starts]
 
-    def student_rows(self, rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        """Normalised tokens, and by what they were multiplied for it."""
-        norms = torch.linalg.vector_norm(self.student[rows], dim=-1, dtype=self.teacher_norms.dtype)
-        scale = norms.reciprocal().masked_fill(norms == 0, 0)  # a token of zeros has no direction to turn from
-        return self.student[rows] * scale[:, None], scale
-
-    def own_cosines(self, student_rows: torch.Tensor, rows: slice) -> torch.Tensor:
-        """Cosine of each student's token and the teacher's token of the same place."""
-        return (student_rows * self.teacher[rows]).sum(-1) * self.teacher_scale[rows]
-
-    def negatives(
-        self, student_rows: torch.Tensor, subject: int, margin: float
-    ) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Other subjects' columns, and how far each pair with them is inside the margin: cos - (1 - margin), times the
-        norm of the teacher's token, whose sign is the same and which spares a pass over the pairs."""
-        for other, columns in self.blocks:
-            if other != subject:
-                bound = (margin - 1) * self.teacher_norms[columns]
-                yield columns, torch.addmm(bound, student_rows, self.teacher[columns].to(student_rows).T)
+def _normalize(tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens of length 1, at least in float32. A token of zeros stays one, and has no direction to turn from."""
+    tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    norms = torch.linalg.vector_norm(tokens, dim=-1, keepdim=True)
+    return tokens * norms.masked_fill(norms == 0, math.inf).reciprocal()
 
 
 def _check_same_shape(**tensors: torch.Tensor) -> None:
