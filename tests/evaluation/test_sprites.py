@@ -7,23 +7,14 @@ import numpy as np
 import pytest
 
 from refalign_evaluation.cli import main
-from refalign_evaluation.sprites import (
-    Case,
-    Judge,
-    Verdict,
-    drawn_clip,
-    evaluate,
-    judge,
-    make_cases,
-    references_of,
-    summarise,
-    swapped,
-)
+from refalign_evaluation.judge import Case, Judge, Verdict, judge
+from refalign_evaluation.sprites import drawn_clip, evaluate, make_cases, references_of, summarise, swapped
+from refalign_training.sprites.subject import Subject, subjects
 from refalign_training.sprites.vae import draw_frames
-from refalign_training.sprites.world import ACTS, CROSSES, Scene, subjects
+from refalign_training.sprites.world import ACTS, CROSSES
 
 
-SAMPLES = 5
+SAMPLES = 3
 FIGURES = ("identity", "identity_same_colours", "motion", "both_right", "swapped", "doubled", "missing", "confusion")
 
 
@@ -37,14 +28,21 @@ def clips(cases) -> list[np.ndarray]:
     return [drawn_clip(case) for case in cases]
 
 
+@pytest.fixture(scope="module")
+def judged() -> Judge:
+    """One for all tests: it keeps what it draws."""
+    return Judge()
+
+
 def two(acts=("hops", "spins")) -> Case:
     """A case of two subjects."""
     case = make_cases(1, seed=3)[1]
     return dataclasses.replace(case, scene=dataclasses.replace(case.scene, acts=acts))
 
 
-def confusion_of(case: Case, shown: Scene) -> str:
-    return judge(case, draw_frames(shown), Judge()).confusion
+def confusion_of(case: Case, judged: Judge, *shown: Subject) -> str:
+    scene = dataclasses.replace(case.scene, subjects=shown)
+    return judge(case, draw_frames(scene), judged).confusion
 
 
 def test_drawn_clips_are_right(cases, clips):
@@ -73,43 +71,49 @@ def test_one_is_told_from_seven_others_of_any_and_of_its_colours(cases):
 
 
 @pytest.mark.parametrize("act", ACTS)
-def test_each_act_is_told_from_the_others(act, cases):
+def test_each_act_is_told_from_the_others(act, cases, judged):
     scene = dataclasses.replace(cases[0].scene, acts=(act,))
-    verdict = judge(dataclasses.replace(cases[0], scene=scene), draw_frames(scene), Judge())
+    verdict = judge(dataclasses.replace(cases[0], scene=scene), draw_frames(scene), judged)
     assert verdict.motion and verdict.identity
-    assert not judge(cases[0], draw_frames(scene), Judge()).motion or cases[0].scene.acts == (act,)
 
 
-def test_exchanged_subjects_are_swapped():
+def test_another_act_than_the_prompts_is_told(cases, judged):
+    (asked,) = cases[0].scene.acts
+    other = "grows" if asked == "falls" else "falls"
+    scene = dataclasses.replace(cases[0].scene, acts=(other,))
+    assert not judge(cases[0], draw_frames(scene), judged).motion
+
+
+def test_exchanged_subjects_are_swapped(judged):
     case = two()
-    assert confusion_of(case, dataclasses.replace(case.scene, subjects=case.scene.subjects[::-1])) == "swapped"
+    assert confusion_of(case, judged, *case.scene.subjects[::-1]) == "swapped"
 
 
-def test_the_same_subject_twice_is_doubled():
+def test_the_same_subject_twice_is_doubled(judged):
     case = two()
-    assert confusion_of(case, dataclasses.replace(case.scene, subjects=case.scene.subjects[:1] * 2)) == "doubled"
+    first = case.scene.subjects[0]
+    assert confusion_of(case, judged, first, first) == "doubled"
 
 
-def test_a_place_where_nothing_happens_is_missing():
+def test_a_place_where_nothing_happens_is_missing(judged):
     case = two()
     clip = drawn_clip(case).copy()
     clip[:, :, 32:] = clip[0, :, 62:63]  # the edge's colours, row by row
-    assert judge(case, clip, Judge()).confusion == "missing"
+    assert judge(case, clip, judged).confusion == "missing"
 
 
-def test_a_stranger_is_none_of_the_others():
+def test_a_stranger_is_none_of_the_others(judged):
     case = two()
-    stranger = case.others[0]
-    assert confusion_of(case, dataclasses.replace(case.scene, subjects=(case.scene.subjects[0], stranger))) == "other"
+    assert confusion_of(case, judged, case.scene.subjects[0], case.others[0]) == "other"
 
 
-def test_two_that_change_places_are_right():
+def test_two_that_change_places_are_right(judged):
     case = two((CROSSES, CROSSES))
-    verdict = judge(case, drawn_clip(case), Judge())
+    verdict = judge(case, drawn_clip(case), judged)
     assert (verdict.confusion, verdict.motion) == ("right", True)
 
 
-def test_a_copied_pose_is_noticed(cases):
+def test_a_copied_pose_is_noticed(cases, judged):
     case = next(case for case in cases if case.scene.acts == ("hops",) or "slides" in case.scene.acts[0])
     from refalign_training.sprites import world
 
@@ -119,8 +123,8 @@ def test_a_copied_pose_is_noticed(cases):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(world, "pose", tilted)
         clip = draw_frames(case.scene)
-    assert judge(case, clip, Judge()).copied
-    assert not judge(case, drawn_clip(case), Judge()).copied
+    assert judge(case, clip, judged).copied
+    assert not judge(case, drawn_clip(case), judged).copied
 
 
 def test_figures_are_shares_of_their_clips():
@@ -141,7 +145,7 @@ def test_intervals_are_wilsons():
 
 def test_the_command_writes_its_figures(tmp_path, capsys):
     file = tmp_path / "figures.json"
-    assert main(["sprites", "--drawn", "--samples", "2", "--json", str(file), "--sheet", str(tmp_path / "a.png")]) == 0
+    assert main(["sprites", "--drawn", "--samples", "1", "--json", str(file), "--sheet", str(tmp_path / "a.png")]) == 0
     figures = json.loads(file.read_text("utf-8"))
     assert set(FIGURES) | {"copy_paste", "psnr", "intervals", "clips", "model"} <= figures.keys()
     assert "identity" in capsys.readouterr().out

@@ -18,6 +18,7 @@ from refalign_training.cli import main
 from refalign_training.method.teachers import load_teacher
 from refalign_training.run.config import OptimizerOptions
 from refalign_training.sprites import ablation, recipe, teacher, vae
+from refalign_training.sprites.subject import subjects
 from refalign_training.sprites.text import MAX_SEQUENCE_LENGTH, make_tokenizer
 from refalign_training.sprites.training import train_part
 from refalign_training.sprites.vae import (
@@ -28,7 +29,7 @@ from refalign_training.sprites.vae import (
     new_vae,
     to_model,
 )
-from refalign_training.sprites.world import all_captions, subjects
+from refalign_training.sprites.world import all_captions
 
 
 # -- The loop ---------------------------------------------------------------------------------------------------------
@@ -241,11 +242,14 @@ def test_arms_that_are_done_are_not_trained_again(tmp_path, monkeypatch):
         figures = dict.fromkeys(ablation.MEASURES, 0.5)
         (output / "model.json").write_text(json.dumps(figures), "utf-8")
 
+    plotted = []
     monkeypatch.setattr(recipe, "train", train)
+    monkeypatch.setattr(ablation, "plot", lambda results, output: plotted.append(len(results)))
     monkeypatch.setattr(ablation, "plot_features", lambda *_: None)
     command = dataclasses.replace(recipe.SpritesCommand(), output=tmp_path, steps=10)
     assert ablation.run(command) == 0
     assert len(trained_arms) == len(ablation.ARMS) * len(ablation.SEEDS)
+    assert plotted == list(range(1, len(trained_arms) + 1))
     results = json.loads((folder / "ablation.json").read_text("utf-8"))
     (folder / "ablation.json").write_text(json.dumps(results[1:]), "utf-8")
     trained_arms.clear()

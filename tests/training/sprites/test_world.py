@@ -1,6 +1,7 @@
 """The small world is the same each time and what masks and captions say; its dataset is in OpenS2V-5M's format."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,18 +10,15 @@ from refalign_training.cli import main
 from refalign_training.data.sample import Fault
 from refalign_training.data.source import read_source
 from refalign_training.sprites.dataset import draw_clip, scene_of_clip, write_dataset
+from refalign_training.sprites.subject import COLOURS, draw_reference, of_same_colours, subjects
 from refalign_training.sprites.world import (
     ACTS,
-    COLOURS,
     CROSSES,
     NUM_FRAMES,
     Scene,
     all_captions,
     captions,
-    draw_reference,
     draw_scene,
-    of_same_colours,
-    subjects,
 )
 
 
@@ -141,6 +139,10 @@ def test_the_first_reference_is_the_left_subject(samples):
 
 
 def test_most_references_can_come_from_another_clip(tmp_path):
+    videos = tmp_path / "data/Videos/total_part1"
+    videos.mkdir(parents=True)
+    for number in range(60):
+        (videos / f"sprite{number:06d}.mp4").touch()  # there already: only annotations are written
     dataset = write_dataset(tmp_path / "data", 60)
     references = [reference for sample in read_source(dataset) for reference in sample.references]
     assert sum(bool(reference.cross) for reference in references) > len(references) / 2
@@ -162,12 +164,10 @@ def test_check_finds_no_fault(dataset, tmp_path, capsys):
 
 
 def test_a_dataset_that_was_broken_off_goes_on_to_the_same(dataset, tmp_path):
-    again = write_dataset(tmp_path / "data", CLIPS)
-    videos = sorted(again.videos.rglob("*.mp4"))
-    again.annotations[0].unlink()
-    again.cross_pairs[0].unlink()
+    shutil.copytree(dataset.videos, tmp_path / "data/Videos")
+    videos = sorted((tmp_path / "data/Videos").rglob("*.mp4"))
     videos[0].unlink()
     kept = videos[1].stat().st_mtime_ns
-    write_dataset(tmp_path / "data", CLIPS)
+    again = write_dataset(tmp_path / "data", CLIPS)
     assert videos[0].is_file() and videos[1].stat().st_mtime_ns == kept
     assert json.loads(again.annotations[0].read_text()) == json.loads(dataset.annotations[0].read_text())

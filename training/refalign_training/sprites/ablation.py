@@ -47,10 +47,11 @@ def run(command: "SpritesCommand") -> int:
     folder.mkdir(parents=True, exist_ok=True)
     steps = command.steps or STEPS
     results = _read(folder / RESULTS)
+    done = [(result["name"], result["steps"]) for result in results]
     for seed in SEEDS:
         for arm, options in ARMS.items():
             name = f"{arm.replace(' ', '-')}-{seed}"
-            if any(done["name"] == name and done["steps"] == steps for done in results):
+            if (name, steps) in done:
                 continue
             logger.info("Arm %s, seed %d", arm, seed)
             schedule = ["--steps", str(steps), "--objective.detail-steps", str(steps * 4 // 5)]
@@ -80,11 +81,15 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     """The means over seeds as a Markdown table, with the spread from the lowest to the highest."""
     lines = [f"| arm | seeds | {' | '.join(MEASURES)} |", "|---" * (2 + len(MEASURES)) + "|"]
     for arm in ARMS:
-        rows = [result["figures"] for result in results if result["arm"] == arm]
-        if rows:
-            cells = [_cell([row[name] for row in rows]) for name in MEASURES]
-            lines.append(f"| {arm} | {len(rows)} | {' | '.join(cells)} |")
+        columns = {name: _values(results, arm, name) for name in MEASURES}
+        if count := len(columns[MEASURES[0]]):
+            lines.append(f"| {arm} | {count} | {' | '.join(map(_cell, columns.values()))} |")
     return "\n".join(lines) + "\n"
+
+
+def _values(results: Sequence[Mapping[str, Any]], arm: str, name: str) -> list[float]:
+    """An arm's figures of that name, one for each seed that is done."""
+    return [result["figures"][name] for result in results if result["arm"] == arm]
 
 
 def _cell(values: Sequence[float]) -> str:
@@ -93,15 +98,16 @@ def _cell(values: Sequence[float]) -> str:
 
 
 def plot(results: Sequence[Mapping[str, Any]], output: Path) -> None:
-    """Each arm's measures, a dot a seed."""
+    """Each arm's measures, with a dot for each seed."""
     from matplotlib.figure import Figure
 
-    arms = [arm for arm in ARMS if any(result["arm"] == arm for result in results)]
+    found = {result["arm"] for result in results}
+    arms = [arm for arm in ARMS if arm in found]
     figure = Figure(figsize=(9, 1.2 + 0.5 * len(arms)), layout="constrained")
     panels = figure.subplots(1, 4, sharey=True)
     for panel, name in zip(panels, ("identity", "identity_same_colours", "motion", "both_right"), strict=True):
         for row, arm in enumerate(arms):
-            values = [result["figures"][name] for result in results if result["arm"] == arm]
+            values = _values(results, arm, name)
             panel.plot(values, [row] * len(values), "o", color="#0072B2", alpha=0.7)
         panel.set(title=name.replace("_", " "), xlim=(0, 1), ylim=(len(arms) - 0.5, -0.5))
         panel.grid(axis="x", alpha=0.3)

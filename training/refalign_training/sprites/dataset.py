@@ -18,25 +18,25 @@ from tqdm import tqdm
 
 from refalign.files import new_file
 from refalign.video import write_video
+from refalign_training.data.masks import box_area
 from refalign_training.data.randomness import numpy_generator
 from refalign_training.data.source import Dataset
+from refalign_training.sprites.subject import SIDE, Subject, subjects
 from refalign_training.sprites.world import (
     FPS,
     NUM_FRAMES,
-    SIDE,
     Drawn,
     Scene,
-    Subject,
     captions,
     draw_scene,
     random_scene,
-    subjects,
 )
 
 
 logger = logging.getLogger(__name__)
 
 PART = "total_part1"
+Box = tuple[int, int, int, int]  # left, top, right, bottom
 CLIPS_OF_A_CAST = 200  # which shows the same subjects, so that most references can come from another clip
 SMALLEST_BOX = 0.105  # of the frame's area, in the annotated frame; the reader leaves out subjects below 0.1
 MOST_TRIES = 20
@@ -48,8 +48,8 @@ class Clip(NamedTuple):
     scene: Scene
     drawn: Drawn
     frame: int
-    boxes: tuple[tuple[int, int, int, int], ...]
-    """`(left, top, right, bottom)` of the subjects in that frame, the largest first."""
+    boxes: tuple[Box, ...]
+    """The subjects' in that frame, the largest first."""
 
 
 def write_dataset(folder: Path, clips: int, seed: int = 0, held_out: bool = False) -> Dataset:
@@ -96,26 +96,28 @@ def draw_clip(number: int, seed: int, held_out: bool) -> Clip:
     """
     scene = scene_of_clip(number, seed, held_out)
     generator = numpy_generator("sprites frame", seed, number)
-    moved = [replace(scene, seed=scene.seed + i) for i in range(MOST_TRIES)]
-    for candidate in itertools.chain.from_iterable((scene, scene.mirrored()) for scene in moved):
+    for number_of_try in range(2 * MOST_TRIES):
+        candidate = replace(scene, seed=scene.seed + number_of_try // 2)
+        if number_of_try % 2:
+            candidate = candidate.mirrored()
         drawn = draw_scene(candidate)
-        for frame in generator.permutation(NUM_FRAMES):
-            boxes = _boxes(drawn, int(frame))
+        for frame in generator.permutation(NUM_FRAMES).tolist():
+            boxes = _boxes(drawn, frame)
             if boxes is not None:
-                return Clip(candidate, drawn, int(frame), boxes)
+                return Clip(candidate, drawn, frame, boxes)
     raise ValueError(f"Clip {number} of seed {seed} has no frame in which its subjects can be annotated.")
 
 
-def _boxes(drawn: Drawn, frame: int) -> tuple[tuple[int, int, int, int], ...] | None:
+def _boxes(drawn: Drawn, frame: int) -> tuple[Box, ...] | None:
     """The subjects' boxes in a frame; none if one is too small or hidden, or the larger one is not the left one."""
-    boxes = [_box(mask[frame]) for mask in drawn.masks]
-    areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in boxes]
+    boxes = list(map(_box, drawn.masks[:, frame]))
+    areas = list(map(box_area, boxes))
     is_apart = len(boxes) == 1 or boxes[0][2] <= boxes[1][0] or boxes[1][2] <= boxes[0][0]
     is_large = min(areas) >= SMALLEST_BOX * SIDE * SIDE
     return tuple(boxes) if is_apart and is_large and areas[0] >= areas[-1] else None
 
 
-def _box(mask: np.ndarray) -> tuple[int, int, int, int]:
+def _box(mask: np.ndarray) -> Box:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if not len(rows):
         return 0, 0, 0, 0
@@ -149,10 +151,11 @@ def _record(clip: Clip, path: str) -> dict[str, Any]:
     for index, mask in enumerate(clip.drawn.masks, 1):
         rle = coco.encode(np.asfortranarray(mask[frame], dtype=np.uint8))
         masks[str(index)] = {"size": [SIDE, SIDE], "counts": rle["counts"].decode("ascii"), "score": [1.0]}
-    objects = [
-        {"class_name": subject.shape, "bbox": list(map(float, box)), "gme_score": 0.5, "aes_score": 5.0}
-        for subject, box in zip(scene.subjects, clip.boxes, strict=True)
-    ]
+    objects = []
+    for subject, box in zip(scene.subjects, clip.boxes, strict=True):
+        values = {"class_name": subject.shape, "bbox": list(map(float, box)), "gme_score": 0.5, "aes_score": 5.0}
+        objects.append(values)
+    shapes = [subject.shape for subject in scene.subjects]
     return {
         "metadata": {
             "cut": [0, NUM_FRAMES],
@@ -169,7 +172,7 @@ def _record(clip: Clip, path: str) -> dict[str, Any]:
         },
         "word_tags": {
             "background": [scene.place],
-            "subject": [subject.shape for subject in scene.subjects],
+            "subject": shapes,
             "object": [],
             "pre_define": [],
         },
@@ -181,7 +184,7 @@ def _record(clip: Clip, path: str) -> dict[str, Any]:
                 "img_height": SIDE,
                 "annotations": objects,
             },
-            "mask_map": {str(index): {"class_name": s.shape} for index, s in enumerate(scene.subjects, 1)},
+            "mask_map": {str(index): {"class_name": shape} for index, shape in enumerate(shapes, 1)},
             "mask_annotation": {str(frame): masks},
         },
     }

@@ -226,7 +226,7 @@ def train(command: SpritesCommand, output: Path, options: list[str]) -> None:
 
 def _make_model(command: SpritesCommand) -> None:
     """The Hub repo that `refalign` carries, with the average of the weights."""
-    from refalign_training.sprites.world import Subject, draw_reference
+    from refalign_training.sprites.subject import Subject, draw_reference
 
     folder = command.output / "subjects"
     folder.mkdir(exist_ok=True)
@@ -260,34 +260,17 @@ def make_model(command: SpritesCommand, run: Path, output: Path) -> None:
         seen = state["step"] * state["options"]["batch.size"]
         weights = sum(parameter.numel() for parameter in pipeline.transformer.parameters())
         rows = [(name, *_shown(name, figures)) for name in figures["intervals"]]
-        card = fill_card(
-            "sprites",
-            None,
-            None,
-            rows=rows,
-            figures=figures,
-            parts=parts,
-            steps=state["step"],
-            seen=seen,
-            weights=weights,
-        )
+        numbers = {"steps": state["step"], "seen": seen, "weights": weights}
+        card = fill_card("sprites", None, None, rows=rows, figures=figures, parts=parts, **numbers)
         (folder / "README.md").write_text(card, "utf-8")
         complete_repo(folder)
 
 
 def measure(model: Path, output: Path, samples: int, options: Sequence[str] = ()) -> dict[str, Any]:
     """The figures of `refalign-eval sprites` for a pipeline folder, which the file `output` then holds."""
-    command = [
-        sys.executable,
-        "-m",
-        "refalign_evaluation.cli",
-        "sprites",
-        "--model",
-        str(model),
-        "--json",
-        str(output),
-    ]
-    code = subprocess.run([*command, "--samples", str(samples), *options]).returncode
+    command = [sys.executable, "-m", "refalign_evaluation.cli", "sprites", "--model", str(model)]
+    command += ["--json", str(output), "--samples", str(samples), *options]
+    code = subprocess.run(command).returncode
     if code:
         raise ValueError(f"refalign-eval ended with exit code {code}.")
     return json.loads(output.read_text("utf-8"))

@@ -14,7 +14,7 @@ from transformers import DINOv3ViTConfig, DINOv3ViTModel
 
 from refalign_training.data.randomness import numpy_generator
 from refalign_training.run.config import OptimizerOptions
-from refalign_training.sprites import world
+from refalign_training.sprites import subject
 from refalign_training.sprites.training import train_part
 from refalign_training.sprites.vae import MODEL_SIDE, letterboxed_reference
 
@@ -33,21 +33,21 @@ STEPS = 2500
 IMAGES = 16_000
 OPTIMIZER = OptimizerOptions(lr=1e-3, warmup_steps=100, schedule="linear", weight_decay=0.05)
 NAMES = (
-    world.SHAPES,
-    tuple(world.COLOURS),
-    tuple(world.COLOURS),
-    world.PATTERNS,
-    world.FACES,
-    world.ACCESSORIES,
+    subject.SHAPES,
+    tuple(subject.COLOURS),
+    tuple(subject.COLOURS),
+    subject.PATTERNS,
+    subject.FACES,
+    subject.ACCESSORIES,
 )
 
 
 def _draw(number: int, held_out: bool, purpose: str) -> tuple[np.ndarray, list[int]]:
     generator = numpy_generator("sprites", purpose, number)
-    pool = world.subjects(held_out)
-    subject = pool[generator.integers(len(pool))]
-    labels = [names.index(value) for names, value in zip(NAMES, dataclasses.astuple(subject), strict=True)]
-    return letterboxed_reference(subject, generator), labels
+    pool = subject.subjects(held_out)
+    drawn = pool[generator.integers(len(pool))]
+    labels = list(map(tuple.index, NAMES, dataclasses.astuple(drawn)))
+    return letterboxed_reference(drawn, generator), labels
 
 
 def draw_references(count: int, held_out: bool, purpose: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -98,12 +98,14 @@ def train_teacher(folder: Path, steps: int = STEPS, images: int = IMAGES) -> tup
 @torch.no_grad()
 def top_1(teacher: DINOv3ViTModel, count: int = 300) -> float:
     """How often, of so many held-out subjects, a picture is nearest to the other picture of the same subject."""
-    pool = world.subjects(held_out=True)
+    pool = subject.subjects(held_out=True)
     chosen = numpy_generator("teacher top 1").permutation(len(pool))[:count]
     views = []
     for view in range(2):
-        generators = [numpy_generator("teacher top 1", view, int(i)) for i in chosen]
-        images = [letterboxed_reference(pool[i], g) for i, g in zip(chosen, generators, strict=True)]
+        images = []
+        for number in chosen.tolist():
+            generator = numpy_generator("teacher top 1", view, number)
+            images.append(letterboxed_reference(pool[number], generator))
         tokens = teacher(normalised(np.stack(images))).last_hidden_state[:, 1 + CONFIG["num_register_tokens"] :]
         views.append(F.normalize(tokens.mean(1), dim=-1))
     nearest = (views[0] @ views[1].T).argmax(1)

@@ -1,5 +1,6 @@
 """The small world's tokenizer and text encoder: T5's and UMT5's classes at tiny size."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,11 +22,28 @@ OPTIMIZER = OptimizerOptions(lr=3e-3, warmup_steps=20, schedule="linear", weight
 
 def make_tokenizer() -> T5TokenizerFast:
     """A piece for each word of the captions, and for each character, so that other words are read too."""
-    words = {word.strip(",.") for caption, _ in all_captions() for word in caption.split()}
+    words = set()
+    for caption, _ in all_captions():
+        words.update(map(_bare, caption.split()))
     characters = "▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,!?'-"
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    pieces = [*((f"▁{word}", -2.0) for word in sorted(words)), *((character, -9.0) for character in characters)]
-    return T5TokenizerFast(vocab=special + pieces, extra_ids=0)
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces += [(f"▁{word}", -2.0) for word in sorted(words)]
+    pieces += [(character, -9.0) for character in characters]
+    return T5TokenizerFast(vocab=pieces, extra_ids=0)
+
+
+def _bare(word: str) -> str:
+    return word.strip(",.")
+
+
+def _numbered(facts: Sequence[Facts]) -> tuple[torch.Tensor, list[int]]:
+    """What captions say as numbers `(captions, facts)`, and how many values each fact has."""
+    columns, counts = [], []
+    for fact in zip(*facts, strict=True):
+        values = sorted(set(map(str, fact)))
+        columns.append([values.index(str(value)) for value in fact])
+        counts.append(len(values))
+    return torch.tensor(columns).T, counts
 
 
 def train_text_encoder(folder: Path, steps: int = STEPS) -> tuple[T5TokenizerFast, UMT5EncoderModel, float]:
@@ -36,11 +54,10 @@ def train_text_encoder(folder: Path, steps: int = STEPS) -> tuple[T5TokenizerFas
     captions, facts = zip(*all_captions(), strict=True)
     tokenizer = make_tokenizer()
     tokens = tokenizer(list(captions), padding=True, return_tensors="pt")
-    names = [sorted({str(fact[i]) for fact in facts}) for i in range(len(Facts._fields))]
-    targets = torch.tensor([[names[i].index(str(fact[i])) for i in range(len(names))] for fact in facts])
+    targets, counts = _numbered(facts)
     torch.manual_seed(0)
     encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **CONFIG))
-    heads = nn.ModuleList(nn.Linear(CONFIG["d_model"], len(values)) for values in names)
+    heads = nn.ModuleList(nn.Linear(CONFIG["d_model"], count) for count in counts)
 
     def logits(rows: torch.Tensor) -> list[torch.Tensor]:
         mask = tokens.attention_mask[rows]
@@ -50,13 +67,12 @@ def train_text_encoder(folder: Path, steps: int = STEPS) -> tuple[T5TokenizerFas
     def loss(step: int, half: int) -> torch.Tensor:
         rows = torch.from_numpy(numpy_generator("text batch", step, half).integers(len(captions), size=32))
         repeated = targets[rows].repeat_interleave(tokens.attention_mask[rows].sum(1), 0)
-        return sum(F.cross_entropy(value, repeated[:, i]) for i, value in enumerate(logits(rows)))
+        return sum(map(F.cross_entropy, logits(rows), repeated.unbind(1)))
 
     train_part(folder, {"text_encoder": encoder, "heads": heads}, loss, OPTIMIZER, steps)
+    lengths = tokens.attention_mask.sum(1)
     with torch.no_grad():
-        lengths = tokens.attention_mask.sum(1).tolist()
-        told = [value.argmax(1).split(lengths) for value in logits(torch.arange(len(captions)))]
-    is_right = [
-        [(told[i][row] == targets[row, i]).all().item() for i in range(len(names))] for row in range(len(facts))
-    ]
-    return tokenizer, encoder.eval(), sum(all(row) for row in is_right) / len(is_right)
+        told = [value.argmax(1) for value in logits(torch.arange(len(captions)))]
+    is_right = (torch.stack(told, 1) == targets.repeat_interleave(lengths, 0)).all(1)
+    captions_right = [part.all().item() for part in is_right.split(lengths.tolist())]
+    return tokenizer, encoder.eval(), sum(captions_right) / len(captions_right)

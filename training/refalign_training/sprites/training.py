@@ -64,6 +64,6 @@ def train_part(
 def _sum_gradients(state: TrainState, parallel: Parallel) -> None:
     if parallel.world_size > 1:
         gradients = [parameter.grad for parameter in state.parameters.values() if parameter.grad is not None]
-        total = parallel.sum(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, part in zip(gradients, total.split([g.numel() for g in gradients]), strict=True):
+        total = parallel.sum(torch.cat(list(map(torch.flatten, gradients))))
+        for gradient, part in zip(gradients, total.split(list(map(torch.numel, gradients))), strict=True):
             gradient.copy_(part.view_as(gradient))

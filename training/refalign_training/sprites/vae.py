@@ -15,16 +15,9 @@ from torch import nn
 from refalign.reference_images import prepare_reference_image
 from refalign_training.data.randomness import numpy_generator, seed_of
 from refalign_training.run.config import OptimizerOptions
+from refalign_training.sprites.subject import SIDE, Subject, draw_reference, subjects
 from refalign_training.sprites.training import train_part
-from refalign_training.sprites.world import (
-    NUM_FRAMES,
-    SIDE,
-    Subject,
-    draw_reference,
-    draw_scene,
-    random_scene,
-    subjects,
-)
+from refalign_training.sprites.world import NUM_FRAMES, Scene, draw_scene, random_scene
 
 
 MODEL_SIDE = SIDE // 2  # pixels of a frame as the models see it
@@ -52,11 +45,13 @@ NOISE = 0.05  # on latents, so that the decoder is smooth where the transformer 
 PENALTY = 1e-4  # of latents' squares, else they grow until that noise is nothing
 
 
-def draw_frames(scene) -> np.ndarray:
+def draw_frames(scene: Scene) -> np.ndarray:
     """A scene's clip as the models see it: uint8 `(frames, 64, 64, 3)`."""
-    side = (MODEL_SIDE, MODEL_SIDE)
-    frames = draw_scene(scene).frames
-    return np.stack([np.asarray(Image.fromarray(frame).resize(side, Image.Resampling.BICUBIC)) for frame in frames])
+    frames = []
+    for frame in draw_scene(scene).frames:
+        small = Image.fromarray(frame).resize((MODEL_SIDE, MODEL_SIDE), Image.Resampling.BICUBIC)
+        frames.append(np.asarray(small))
+    return np.stack(frames)
 
 
 def draw_random(number: int, held_out: bool, purpose: str) -> tuple[np.ndarray, np.ndarray]:
@@ -181,15 +176,17 @@ def _draw_batch(
 @torch.no_grad()
 def measure_latents(vae: AutoencoderKLWan, videos: np.ndarray, references: np.ndarray) -> None:
     """Stores the latents' mean and standard deviation in the configuration: what the pipelines normalise by."""
-    batches = [*videos[:, None], *references[:, None, None]]
-    latents = [vae.encode(to_model(batch)).latent_dist.mode().transpose(0, 1).flatten(1) for batch in batches]
+    latents = []
+    for batch in (*videos[:, None], *references[:, None, None]):
+        encoded = vae.encode(to_model(batch)).latent_dist.mode()
+        latents.append(encoded.transpose(0, 1).flatten(1))
     values = torch.cat(latents, 1)
     vae.register_to_config(latents_mean=values.mean(1).tolist(), latents_std=values.std(1).tolist())
 
 
 @torch.no_grad()
 def vae_psnr(vae: AutoencoderKLWan, videos: np.ndarray) -> float:
-    """Of clips encoded and decoded, in decibels: the mean over clips."""
+    """The peak signal-to-noise ratio of clips encoded and decoded, in decibels: the mean over clips."""
     values = []
     for video in videos[:, None]:
         pixels = to_model(video)
