@@ -249,9 +249,10 @@ def _load_pipeline(command: Generate):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     from refalign import RefAlignWanPipeline
+    from refalign.devices import find_device
     from refalign.files import PICKLES
 
-    device = _device(command.device)
+    device = find_device(command.device)
     if command.offload == "model" and device.type == "cpu":
         raise ValueError("--offload model moves parts to a GPU, but the device is cpu. Use --offload none.")
     loras = [_read_lora(lora) for lora in command.lora]
@@ -292,21 +293,6 @@ def _folder_or_hub_id(name: str) -> str:
     if not Path(name).is_dir() and not HUB_ID.fullmatch(name):
         raise ValueError(f"{name} is neither a folder here nor a Hub id (ORG/NAME).")
     return name
-
-
-def _device(name: str):
-    import torch
-
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).cpu()  # a device that torch knows, but that is not here, fails only here
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {error}") from None
-    return device
 
 
 def _load_native(command: Generate, dtype):

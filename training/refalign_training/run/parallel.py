@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from refalign.devices import find_device
 from refalign_training.run.config import wants_shards
 
 
@@ -29,15 +30,16 @@ class Parallel:
     """
 
     def __init__(self, mode: Literal["auto", "ddp", "fsdp2"] = "auto", device: str = "auto") -> None:
-        _check_device(device)
-        # Without an accelerator it has to be told: else each process takes itself for the only one
-        is_cpu = device == "cpu" or (device == "auto" and not torch.accelerator.is_available())
-        state = PartialState(cpu=is_cpu)
-        self.rank, self.world_size = state.process_index, state.num_processes
+        found = find_device(device)
         launched = int(os.environ.get("WORLD_SIZE", 1))
+        if found.index is not None and launched > 1:
+            raise ValueError(f"--device {device} is one device for all processes. Pass {found.type}.")
+        # Without an accelerator it must be told: else each process takes itself for the only one
+        state = PartialState(cpu=found.type == "cpu")
+        self.rank, self.world_size = state.process_index, state.num_processes
         if self.world_size != launched:
             raise ValueError(f"{launched} processes were started, but {device} lets {self.world_size} work together.")
-        self.device = state.device if device in ("auto", state.device.type) else torch.device(device)
+        self.device = state.device if device in ("auto", state.device.type) else found
         self.is_sharded = wants_shards(mode) and self.world_size > 1
         self._wrapped: list[nn.Module] = []
 
@@ -124,21 +126,6 @@ class Parallel:
         """Ends the processes' work together."""
         if self.world_size > 1:
             dist.destroy_process_group()
-
-
-def _check_device(name: str) -> None:
-    """Raises ValueError for a device that is none, or not here."""
-    if name == "auto":
-        return
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device {name} is no device: {error}") from None
-    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if device.type != "cpu" and (here is None or here.type != device.type):
-        raise ValueError(f"--device {name} cannot be used: this machine has {here.type if here else 'a CPU alone'}.")
-    if device.index is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ValueError(f"--device {name} is one device for all processes. Pass {device.type}.")
 
 
 def _move(module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
