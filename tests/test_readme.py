@@ -12,8 +12,8 @@ from torch.distributed.run import get_args_parser
 from refalign.cli import Command
 from refalign.video import read_video
 from refalign_evaluation.sprites import Sprites
-from refalign_training.cli import Command as TrainingCommand
-from refalign_training.run.config import RunCommand, check, expand_config, flatten
+from refalign_training import cli as training_cli
+from refalign_training.run.config import RunCommand, check, flatten
 from tests.drawn_references import draw_face, draw_pet, draw_place
 
 
@@ -64,7 +64,7 @@ def understand(program: str, arguments: list[str]) -> object:
     if program == "refalign-eval":
         return tyro.cli(Sprites, args=arguments[1:])
     if program == "refalign-train":
-        command = tyro.cli(TrainingCommand, args=expand_config(arguments))
+        command = training_cli.parse(arguments)
         if isinstance(command, RunCommand):
             check(command)
         return command
@@ -114,4 +114,4 @@ def test_its_table_of_options_is_understood(row):
 @pytest.mark.parametrize("row", DATASETS)
 def test_its_table_of_datasets_is_understood(row):
     options = [word for options in re.findall(r"`(--[^`]* [^`]*)`", row) for word in shlex.split(options)]
-    assert tyro.cli(TrainingCommand, args=["check", *options])
+    assert training_cli.parse(["check", *options])

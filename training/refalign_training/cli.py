@@ -6,18 +6,19 @@ Nothing heavy is imported before the command line is understood, so that `--help
 import logging
 import signal
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 from tyro.conf import subcommand
 
 from refalign_training import cache
+from refalign_training.bounds import InvalidOption
 from refalign_training.cache.command import CacheCommand
 from refalign_training.data import check
 from refalign_training.data.check import Check
 from refalign_training.publish import export
 from refalign_training.publish.export import ExportCommand
-from refalign_training.run.config import RunCommand, expand_config
+from refalign_training.run.config import RunCommand, read_command
 from refalign_training.sprites import command as sprites
 from refalign_training.sprites.recipe import SpritesCommand
 
@@ -35,8 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit code. Errors of users are told in one line, without a traceback."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of an exception, so that nothing half is left
     try:
-        arguments = expand_config(sys.argv[1:] if arguments is None else arguments)
-        command = tyro.cli(Command, args=arguments, prog="refalign-train", description="Training for RefAlign.")
+        command = parse(sys.argv[1:] if arguments is None else arguments)
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         logging.getLogger("httpx").setLevel(logging.WARNING)
         runners = {
@@ -47,12 +47,19 @@ def main(arguments: list[str] | None = None) -> int:
             SpritesCommand: sprites.run,
         }
         return runners[type(command)](command)
-    except (ValueError, OSError, ImportError) as error:
+    except (InvalidOption, ValueError, OSError, ImportError) as error:
         print(f"refalign-train: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("refalign-train: interrupted; no unfinished file is left.", file=sys.stderr)
         return 130
+
+
+def parse(arguments: list[str]) -> Any:
+    """The command and its options that a command line gives."""
+    if arguments[:1] == ["run"]:
+        return read_command(arguments[1:])
+    return tyro.cli(Command, args=arguments, prog="refalign-train", description="Training for RefAlign.")
 
 
 def _train(command: RunCommand) -> int:

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import tyro
 
+from refalign_training.bounds import InvalidOption
 from refalign_training.data import source as source_module
 from refalign_training.data.sample import Clip, Fault, Sample
 from refalign_training.data.sample_files import write_sample
@@ -96,7 +97,7 @@ def test_reading_may_stop_early_and_change_threads(tmp_path, monkeypatch):
         ({"data": "table", "annotations": ("own",), "videos": "none"}, "There is no folder"),
         ({"data": "table", "annotations": ("own",), "cross_pairs": ("own",)}, "are OpenS2V-5M's"),
         ({"data": "opens2v", "annotations": ("own",), "videos": ".", "cross_pairs": ("none",)}, "does not exist"),
-        ({"data": "zip", "annotations": ("own",)}, "has to be opens2v"),
+        ({"data": "zip", "annotations": ("own",)}, "data is 'zip': it must be 'opens2v'"),
     ],
 )
 def test_what_is_missing_is_said_at_once(own, values, message):
@@ -105,7 +106,7 @@ def test_what_is_missing_is_said_at_once(own, values, message):
         name: tuple(map(paths.get, value)) if isinstance(value, tuple) else paths.get(value, value)
         for name, value in values.items()
     }
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, InvalidOption), match=message):
         read_source(Source(**given))
 
 

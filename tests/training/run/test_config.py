@@ -18,10 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import refalign_training.run.config as config
+from refalign_training.bounds import InvalidOption
 from refalign_training.cache.command import CacheCommand
 from refalign_training.data.source import Source
 from refalign_training.run import resume
-from refalign_training.run.config import RunCommand, check, expand_config, flatten, to_yaml
+from refalign_training.run.config import RunCommand, check, flatten, read_command, to_yaml
 from refalign_training.run.resume import changed_options
 
 
@@ -44,7 +45,7 @@ def read(tmp_path):
 
 
 def parse(*arguments: str) -> RunCommand:
-    return tyro.cli(RunCommand, args=expand_config(["run", *arguments])[1:])
+    return read_command(arguments)
 
 
 def changed(command: RunCommand) -> dict[str, Any]:
@@ -76,8 +77,8 @@ def test_both_forms_of_the_option_name_the_file(tmp_path, form):
     assert parse(*(word.format(file) for word in form)).steps == 5
 
 
-def test_without_a_file_the_line_stays_as_it_is():
-    assert expand_config(["run", "--steps", "5"]) == ["run", "--steps", "5"]
+def test_no_file_is_needed():
+    assert changed(parse("--output", "run", "--steps", "5")) == {"steps": 5}
 
 
 @pytest.mark.parametrize(
@@ -101,13 +102,13 @@ def test_the_command_line_wins_over_the_file(tmp_path, in_file, on_the_line, opt
 
 @pytest.mark.parametrize("text", ["[1, 2]", "steps", "", "a: [", "\t: 1"])
 def test_a_file_of_something_else_is_refused_by_name(read, text):
-    with pytest.raises(ValueError, match=r"run\.yaml (cannot be read|has to hold)"):
+    with pytest.raises(ValueError, match=r"run\.yaml (cannot be read|must hold)"):
         read(text)
 
 
 def test_a_missing_file_is_named():
     with pytest.raises(ValueError, match=r"nowhere\.yaml does not exist"):
-        expand_config(["run", "--config", "nowhere.yaml"])
+        parse("--config", "nowhere.yaml")
 
 
 def test_a_file_that_is_no_text_is_named(tmp_path):
@@ -124,14 +125,14 @@ def test_a_file_cannot_name_another(read):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("step: 1", "unknown key step. Did you mean steps?"),
-        ("optimizer: {emma_decay: 1}", "unknown key optimizer.emma_decay. Did you mean optimizer.ema_decay?"),
+        ("step: 1", "step is not an option. Did you mean steps?"),
+        ("optimizer: {emma_decay: 1}", "optimizer.emma_decay is not an option. Did you mean optimizer.ema_decay?"),
         ("data: {source: {rule: {max_refs: 1}}}", "Did you mean data.source.rule.max_references?"),
-        ("optimiser: {lr: 1}", "unknown key optimiser. Did you mean optimizer?"),
-        ("lr: 1", "unknown key lr. Did you mean optimizer.lr?"),
-        ("model: {rank: 1}", "unknown key model.rank. Did you mean lora.rank?"),
-        ("zzzzzz: 1", "unknown key zzzzzz."),
-        ("1: 2", "unknown key 1."),
+        ("optimiser: {lr: 1}", "optimiser is not an option. Did you mean optimizer?"),
+        ("lr: 1", "lr is not an option. Did you mean optimizer.lr?"),
+        ("model: {rank: 1}", "model.rank is not an option. Did you mean lora.rank?"),
+        ("zzzzzz: 1", "zzzzzz is not an option."),
+        ("1: 2", "1 is not an option."),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_known_one(read, text, told):
@@ -157,7 +158,6 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(read, text, told):
         ("data: {source: {rule: {unscored: false}}}", "data.source.rule.unscored", False),
         ("data: {source: {rule: {max_image_similarity: null}}}", "data.source.rule.max_image_similarity", None),
         ("data: {source: {rule: {max_image_similarity: }}}", "data.source.rule.max_image_similarity", None),
-        ("alignment: {layers: []}", "alignment.layers", []),
         ("alignment: {layers: 3}", "alignment.layers", [3]),
         ("lora: {targets: to_q}", "lora.targets", ["to_q"]),
         ('model: {revision: "0123"}', "model.revision", "0123"),
@@ -177,56 +177,84 @@ def test_null_is_none(read, option):
 @pytest.mark.parametrize(
     ("text", "told"),
     [
-        ("steps: [1, 2]", "steps is [1, 2], but has to be one value."),
-        ("steps: {a: 1}", "steps is {'a': 1}, but has to be a value"),
-        ("steps: yes", "steps is True, but has to be a value"),
-        ("steps:", "steps is None, but has to be a value."),
-        ("output:", "output is None, but has to be a value."),
-        ("model: {base: null}", "model.base is None"),
-        ("log: {tracker: no}", "log.tracker is False"),
-        ("alignment: {layers: true}", "alignment.layers is True"),
-        ("alignment: {layers: [[1]]}", "alignment.layers is [[1]]"),
-        ("lora: {targets: null}", "lora.targets is None"),
-        ("lora: {targets: [yes]}", "lora.targets is [True]"),
-        ("data: {source: {annotations: [null]}}", "data.source.annotations is [None]"),
-        ("model: {gradient_checkpointing: maybe}", "model.gradient_checkpointing is 'maybe', but has to be true or"),
-        ("model: {gradient_checkpointing: null}", "model.gradient_checkpointing is None"),
-        ("model: {gradient_checkpointing: 1}", "model.gradient_checkpointing is 1, but has to be true or false."),
-        ("model: {revision: 0123}", "model.revision is 83, but has to be text; put it in quotes."),
-        ("output: 2026-01-01", "output is datetime.date(2026, 1, 1), but has to be text; put it in quotes."),
-        ("optimizer:", "optimizer is None, but has to hold options of its own."),
-        ("optimizer: 3", "optimizer is 3, but has to hold options of its own."),
-        ("data: {source: folder}", "data.source is 'folder', but has to hold options of its own."),
+        ("steps: [1, 2]", "steps is [1, 2]: it must be a whole number."),
+        ("steps: {a: 1}", "steps is {'a': 1}: it must be a whole number."),
+        ("steps: yes", "steps is True: it must be a whole number."),
+        ("steps:", "steps is None: it must be a whole number."),
+        ("steps: 1e4", "steps is 10000.0: it must be a whole number."),
+        ("steps: 1.5", "steps is 1.5: it must be a whole number."),
+        ('steps: "5"', "steps is '5': it must be a whole number."),
+        ("steps: 0", "steps is 0: it must be above 0."),
+        ("output:", "output is None: it must be text; put it in quotes."),
+        ("training: all", "training is 'all': it must be 'lora' or 'full'."),
+        ("model: {base: null}", "model.base is None: it must be text; put it in quotes."),
+        ("log: {tracker: no}", "log.tracker is False: it must be 'tensorboard', 'trackio', 'wandb' or 'none'."),
+        ("optimizer: {lr: fast}", "optimizer.lr is 'fast': it must be a number."),
+        ("optimizer: {lr: yes}", "optimizer.lr is True: it must be a number."),
+        ("optimizer: {lr: .inf}", "optimizer.lr is inf: it must be a finite number."),
+        ("optimizer: {betas: 0.9}", "optimizer.betas is 0.9: it must be a list."),
+        ("optimizer: {betas: [0.9]}", "optimizer.betas lacks a value."),
+        (
+            "optimizer: {betas: [0.9, 0.9, 0.9]}",
+            "optimizer.betas is (0.9, 0.9, 0.9): it must be a list of 2 or fewer.",
+        ),
+        ("alignment: {layers: true}", "alignment.layers is True: it must be a whole number."),
+        ("alignment: {layers: [[1]]}", "alignment.layers is [1]: it must be a whole number."),
+        ("alignment: {layers: [a]}", "alignment.layers is 'a': it must be a whole number."),
+        ("alignment: {layers: []}", "alignment.layers is []: it must be a list of 1 or more."),
+        ("lora: {targets: null}", "lora.targets is None: it must be text; put it in quotes."),
+        ("lora: {targets: [yes]}", "lora.targets is True: it must be text; put it in quotes."),
+        ("data: {source: {annotations: [null]}}", "data.source.annotations is None: it must be text"),
+        (
+            "model: {gradient_checkpointing: maybe}",
+            "model.gradient_checkpointing is 'maybe': it must be true or false.",
+        ),
+        ("model: {gradient_checkpointing: null}", "model.gradient_checkpointing is None: it must be true or false."),
+        ("model: {gradient_checkpointing: 1}", "model.gradient_checkpointing is 1: it must be true or false."),
+        ("model: {revision: 0123}", "model.revision is 83: it must be text; put it in quotes."),
+        ("model: {revision: 1e5}", "model.revision is 100000.0: it must be text; put it in quotes."),
+        ("output: 2026-01-01", "output is {'date': '2026-01-01'}: it must be text; put it in quotes."),
+        ("optimizer:", "optimizer is None: it must be a section with options of its own."),
+        ("optimizer: 3", "optimizer is 3: it must be a section with options of its own."),
+        ("data: {source: folder}", "data.source is 'folder': it must be a section with options of its own."),
     ],
 )
-def test_what_a_command_line_would_misread_is_refused(read, text, told):
+def test_a_file_with_a_wrong_value_is_refused(read, text, told):
     with pytest.raises(ValueError) as error:
         read(text if text.startswith("output") else f"output: run\n{text}")
     assert f"run.yaml: {told}" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("words", "told"),
     [
-        ("steps: 1e4", "--steps"),
-        ("steps: 1.5", "--steps"),
-        ("optimizer: {lr: fast}", "--optimizer.lr"),
-        ("optimizer: {betas: 0.9}", "--optimizer.betas"),
-        ("training: all", "--training"),
-        ("alignment: {layers: [a]}", "--alignment.layers"),
+        (["--steps", "0"], "steps is 0: it must be above 0."),
+        (["--optimizer.lr", "nan"], "optimizer.lr is nan: it must be a finite number."),
+        (["--optimizer.betas", "0.9", "1"], "optimizer.betas is 1.0: it must be below 1."),
+        (["--data.recipe.height", "40"], "data.recipe.height is 40: it must be a multiple of 16."),
+        (["--data.recipe.num-frames", "80"], "data.recipe.num_frames is 80: it must be 4k + 1, such as 81."),
+        (["--alignment.decay-steps", "5"], "alignment.decay_start is None and decay_steps 5: set both."),
     ],
 )
-def test_wrong_types_are_told_as_on_the_command_line(read, capsys, text, told):
+def test_a_command_line_with_a_wrong_value_is_refused_in_the_same_words(words, told):
+    with pytest.raises(ValueError) as error:
+        parse("--output", "run", *words)
+    assert str(error.value).startswith(told)
+
+
+def test_a_word_of_a_wrong_type_is_told(capsys):
     with pytest.raises(SystemExit) as exit:
-        read(f"output: run\n{text}")
+        parse("--output", "run", "--steps", "1.5")
     assert exit.value.code == 2
-    assert told in capsys.readouterr().err
+    assert "--steps" in capsys.readouterr().err
 
 
 # -- Round trip -------------------------------------------------------------------------------------------------------
 
 TEXTS = st.text("abz019 ./_:#'\"é-", min_size=1, max_size=8).map(lambda text: f"x{text}")
 FLOATS = st.floats(0, 1e6, allow_nan=False) | st.sampled_from([5e-5, 1e-8, 1e16])
+BETAS = st.floats(0, 1, exclude_max=True)
 VALUES = {
     "steps": st.integers(1, 10**9),
     "seed": st.integers(-(10**6), 10**6),
@@ -236,7 +264,7 @@ VALUES = {
     "model.start": st.none() | TEXTS.map(Path),
     "model.gradient_checkpointing": st.booleans(),
     "lora.alpha": FLOATS,
-    "lora.targets": st.lists(TEXTS, max_size=3).map(tuple),
+    "lora.targets": st.lists(TEXTS, min_size=1, max_size=3).map(tuple),
     "data.cache": st.none() | TEXTS.map(Path),
     "data.source.data": st.sampled_from([None, "folder", "samples"]),
     "data.source.annotations": st.lists(TEXTS.map(Path), max_size=3).map(tuple),
@@ -244,8 +272,8 @@ VALUES = {
     "data.source.rule.max_image_similarity": st.none() | FLOATS,
     "optimizer.lr": FLOATS,
     "optimizer.projector_lr": st.none() | FLOATS,
-    "optimizer.betas": st.tuples(FLOATS, FLOATS),
-    "alignment.layers": st.lists(st.integers(0, 99), max_size=5).map(tuple),
+    "optimizer.betas": st.tuples(BETAS, BETAS),
+    "alignment.layers": st.lists(st.integers(0, 99), min_size=1, max_size=5).map(tuple),
     "alignment.spatial_norm": st.booleans(),
     "alignment.stop_step": st.none() | st.integers(0, 10**6),
     "log.tracker": st.sampled_from(["tensorboard", "none"]),
@@ -336,23 +364,12 @@ def test_the_defaults_pass():
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"steps": 0}, "steps is 0: it has to be 1 or more"),
-        ({"batch__micro": 0}, "batch.micro is 0"),
-        ({"checkpoints__keep_last": 0}, "checkpoints.keep_last is 0"),
-        ({"checkpoints__keep_every": 0}, "checkpoints.keep_every is 0"),
-        ({"data__workers": -1}, "data.workers is -1"),
-        ({"optimizer__lr": -1.0}, "optimizer.lr is -1.0"),
-        ({"optimizer__lr": float("nan")}, "optimizer.lr is nan"),
-        ({"optimizer__lr": float("inf")}, "optimizer.lr is inf"),
-        ({"optimizer__projector_lr": -1.0}, "optimizer.projector_lr is -1.0"),
         ({"batch__size": 3, "batch__micro": 2}, "batch.size is 3, which 1 processes with batch.micro 2"),
-        ({"objective__no_text": 0.9}, "more than 1 in sum"),
-        ({"optimizer__ema_decay": 1.0}, "optimizer.ema_decay is 1.0"),
-        ({"optimizer__ema_decay": -0.1}, "optimizer.ema_decay is -0.1"),
-        ({"lora__dropout": 1.0}, "lora.dropout is 1.0"),
+        ({"optimizer__warmup_steps": 10_001}, "optimizer.warmup_steps is 10001, more than the 10000 steps"),
         ({"data__cache": None}, "Pass either data.cache"),
         ({"data__source__data": "folder"}, "are both set"),
-        ({"data__cache": None, "data__source__data": "folder"}, "data.teacher has to name"),
+        ({"data__teacher": "t"}, "data.teacher goes with a dataset"),
+        ({"data__cache": None, "data__source__data": "folder"}, "data.teacher must name"),
         (
             {
                 "data__cache": None,
@@ -364,9 +381,37 @@ def test_the_defaults_pass():
         ),
     ],
 )
-def test_values_that_cannot_be_meant_are_refused_by_name(changes, told):
+def test_options_that_do_not_fit_each_other_are_refused_by_name(changes, told):
     with pytest.raises(ValueError) as error:
         check(cached(**changes))
+    assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"steps": 0}, "steps is 0: it must be above 0."),
+        ({"batch__micro": 0}, "micro is 0"),
+        ({"lora__rank": 0}, "rank is 0"),
+        ({"checkpoints__keep_last": 0}, "keep_last is 0"),
+        ({"checkpoints__keep_every": 0}, "keep_every is 0"),
+        ({"data__workers": -1}, "workers is -1: it must be 0 or more."),
+        ({"optimizer__lr": -1.0}, "lr is -1.0"),
+        ({"optimizer__lr": float("nan")}, "lr is nan"),
+        ({"optimizer__lr": float("inf")}, "lr is inf"),
+        ({"optimizer__projector_lr": -1.0}, "projector_lr is -1.0"),
+        ({"objective__no_text": 0.9}, "with no_references and neither it must be 1 or less in sum, but is 1.1"),
+        ({"alignment__decay_start": 5}, "decay_start is 5 and decay_steps 0: set both"),
+        ({"alignment__layers": ()}, "layers is (): it must be a list of 1 or more"),
+        ({"optimizer__ema_decay": 1.0}, "ema_decay is 1.0: it must be below 1."),
+        ({"optimizer__ema_decay": -0.1}, "ema_decay is -0.1"),
+        ({"lora__dropout": 1.0}, "dropout is 1.0"),
+        ({"model__compile": 1}, "compile is 1: it must be true or false."),
+    ],
+)
+def test_values_that_cannot_be_meant_are_refused(changes, told):
+    with pytest.raises(InvalidOption) as error:
+        cached(**changes)
     assert told in str(error.value)
 
 
@@ -423,8 +468,8 @@ class TestRecipe:
         told = comments(path)
         lines = re.findall(r"^(?:refalign-train|accelerate launch .*-m refalign_training.cli) (run .+)$", told, re.M)
         for line in lines:
-            words = expand_config(shlex.split(line, comments=True))
-            assert tyro.cli(RunCommand, args=words[1:]).config == path.relative_to(CONFIGS.parents[1])
+            words = shlex.split(line, comments=True)
+            assert parse(*words[1:]).config == path.relative_to(CONFIGS.parents[1])
         assert lines
 
     def test_names_files_that_are_there(self, path):

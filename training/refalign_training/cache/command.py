@@ -61,7 +61,6 @@ class CacheCommand:
 
 
 def check(command: CacheCommand) -> None:
-    command.recipe.check()
     families = set(command.families)
     if command.source.data is None:
         raise ValueError("Pass the dataset: --data and what belongs to it.")

@@ -175,7 +175,6 @@ def is_selected(sample: Sample, terms: list[tuple[str, Callable[[float, float], 
 
 
 def _check_options(command: Check, opens_files: bool) -> None:
-    command.recipe.check()
     for name in ("limit", "max_samples"):
         if (value := getattr(command, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; pass 1 or more.")

@@ -1,62 +1,67 @@
-"""What may be chosen about samples: which subjects become references, and how pixels are made. Imports nothing heavy:
-command lines are made of it."""
+"""What may be chosen about samples: which subjects become references, and how pixels are made.
 
-from dataclasses import dataclass
-from typing import Literal
+Nothing heavy is imported: command lines are made of it.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, AllowInfNan, Field, NonNegativeInt
+from pydantic.dataclasses import dataclass
+
+from refalign_training.bounds import Options, Share
+
+
+def _whole_latents(num_frames: int) -> int:
+    if num_frames % 4 != 1:
+        raise ValueError("it must be 4k + 1, such as 81.")
+    return num_frames
+
+
+Side = Annotated[int, Field(ge=16, multiple_of=16)]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Options):
     """How pixels are made of a sample (RefAlign, arXiv 2603.25743, section 4)."""
 
-    height: int = 480
-    """In pixels, a multiple of 16."""
-    width: int = 832
-    """In pixels, a multiple of 16."""
-    num_frames: int = 81
-    """4k + 1."""
-    stride: float = 3.0
-    """From one taken frame to the next, in frames of 25 a second; 1.5625 is real time at the model's 16 a second."""
-    cross_probability: float = 0.23
-    """Of taking a reference from another clip, where there is one."""
+    height: Side = 480
+    """The height of the clips in pixels, a multiple of 16."""
+    width: Side = 832
+    """The width of the clips in pixels, a multiple of 16."""
+    num_frames: Annotated[int, Field(ge=1), AfterValidator(_whole_latents)] = 81
+    """The number of frames of a clip, 4k + 1."""
+    stride: Annotated[float, Field(gt=0)] = 3.0
+    """The distance from one taken frame to the next, in frames of a video with 25 per second. 1.5625 is real time at
+    the model's 16 per second."""
+    cross_probability: Share = 0.23
+    """The probability that a reference is taken from another clip of the subject, where there is one."""
     augment: Literal["regular", "all", "none"] = "regular"
-    """Which references are augmented: those cut from the clip itself, also all others, or none."""
+    """Which references are augmented: regular takes those that are cut from the clip itself, all takes the others
+    too, none takes none."""
     seed: int = 0
-    """With the sample's id and the variant or epoch, all that randomness depends on."""
-
-    def check(self) -> None:
-        """Raises ValueError for what no video can be made with."""
-        if min(self.height, self.width) < 16 or self.height % 16 or self.width % 16:
-            raise ValueError(f"The size is {self.height}x{self.width}; height and width have to be multiples of 16.")
-        if self.num_frames < 1 or self.num_frames % 4 != 1:
-            raise ValueError(f"The number of frames is {self.num_frames}; it has to be 4k + 1, such as 81.")
-        if not (self.stride > 0 and 0 <= self.cross_probability <= 1):
-            raise ValueError(
-                f"The stride is {self.stride} and the probability of a cross pair {self.cross_probability}; they have "
-                "to be above 0, and from 0 to 1."
-            )
+    """The seed. With the sample's id and the variant or epoch, it decides everything random."""
 
 
 @dataclass(frozen=True)
-class SelectionRule:
+class SelectionRule(Options):
     """Which subjects of a clip become references: the largest that score high enough in one of two ways."""
 
-    min_aesthetic: float = 4.5
-    """An aesthetic score from which a subject is taken..."""
-    min_gme: float = 0.6
-    """... or a GME score, of its image against its name, from which it is."""
+    min_aesthetic: Annotated[float, AllowInfNan()] = 4.5
+    """The aesthetic score from which a subject is taken."""
+    min_gme: Annotated[float, AllowInfNan()] = 0.6
+    """The GME score (of the subject's image against its name) from which it is taken, whatever its aesthetic score."""
     unscored: bool = True
-    """Whether subjects without either score are taken: OpenS2V-5M's whose mask was empty. Their box is."""
-    min_crop_ratio: float = 0.10
-    """Smallest area of a subject's box, as a share of its frame's."""
-    max_references: int = 3
-    """The largest ones are taken; from your own data, the first ones."""
+    """Take subjects without either score: those of OpenS2V-5M whose mask was empty. Their box is used."""
+    min_crop_ratio: Share = 0.10
+    """The smallest area of a subject's box, as a share of its frame's area."""
+    max_references: NonNegativeInt = 3
+    """How many references a sample has at most. The largest subjects are taken; of your own data, the first ones."""
     duplicate_iou: float = 0.8
-    """Of two subjects with an intersection over union above this, the larger one stays."""
+    """Of two subjects whose boxes have an intersection over union above this, only the larger one is taken."""
     max_image_similarity: float | None = 0.98
-    """Cross pairs more similar than this are near copies, and teach what the clip's own reference does; None: any."""
-    max_cross_views: int = 8
-    """Most views from other clips that a reference gets; of more, the ones most similar to it."""
+    """Cross pairs that are more similar than this are near copies and are left out. None: all are taken."""
+    max_cross_views: NonNegativeInt = 8
+    """How many views from other clips a reference gets at most. The most similar ones are taken."""
 
     def passes(self, aesthetic: float | None, gme: float | None) -> bool:
         """Whether the scores do; `None` where there is none, NaN where there is a bad one."""

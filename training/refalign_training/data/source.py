@@ -4,39 +4,50 @@ import hashlib
 import sqlite3
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic.dataclasses import dataclass
+
+from refalign_training.bounds import Many, Options
 from refalign_training.data.fields import Place
 from refalign_training.data.recipe import SelectionRule
 from refalign_training.data.sample import Fault, Sample, Unusable
 
 
+Format = Literal["opens2v", "phantom", "table", "folder", "samples"]
+Paths = Annotated[tuple[Path, ...], Many]
+
+
 @dataclass(frozen=True)
-class Source:
+class Source(Options):
     """A dataset: what format it has, and where it is."""
 
-    data: Literal["opens2v", "phantom", "table", "folder", "samples"]
-    """The format: OpenS2V-5M, Phantom-Data, a table or a folder of your own, or files that the subset tool wrote."""
-    annotations: tuple[Path, ...] = ()
-    """The annotation files. opens2v: Jsons/mask_and_bbox/total_part*.json, full or high quality. phantom: .parquet.
-    table: .jsonl, .csv or .parquet with video, prompt and references. samples: lines of JSON. folder: none."""
+    data: Format
+    """The format of the dataset: OpenS2V-5M, Phantom-Data, a table or a folder of your own, or samples that
+    `refalign-train check --write` wrote."""
+    annotations: Paths = ()
+    """The annotation files. For opens2v they are Jsons/mask_and_bbox/total_part*.json, full or high quality; for
+    phantom .parquet files; for table .jsonl, .csv or .parquet files with the columns video, prompt and references;
+    for samples JSONL files. A folder has none."""
     videos: Path | None = None
-    """The folder that all paths start from. opens2v: of total_part1, total_part2, ... phantom: of Koala-36M's mp4s.
-    folder: the folder itself. table, samples: by default each annotation file's own."""
-    cross_pairs: tuple[Path, ...] = ()
-    """opens2v alone: lists of pairs of Jsons/cross_video_pairs, for references from other clips of a subject."""
+    """The folder that all paths of the annotations start from. For opens2v it holds total_part1, total_part2, ...;
+    for phantom the mp4 files of Koala-36M; for folder it is the dataset itself. For table and samples it is each
+    annotation file's own folder by default."""
+    cross_pairs: Paths = ()
+    """Lists of pairs (Jsons/cross_video_pairs) for references from other clips of a subject. Only for opens2v."""
     rule: SelectionRule = field(default_factory=SelectionRule)
-    """Which subjects become references."""
+    """The rule that selects which subjects become references."""
 
 
 @dataclass(frozen=True)
 class Dataset(Source):
     """The dataset, which not every command needs."""
 
-    data: Literal["opens2v", "phantom", "table", "folder", "samples"] | None = None
-    """The format: OpenS2V-5M, Phantom-Data, a table or a folder of your own, or files that the subset tool wrote."""
+    data: Format | None = None
+    """The format of the dataset: OpenS2V-5M, Phantom-Data, a table or a folder of your own, or samples that
+    `refalign-train check --write` wrote."""
 
 
 def read_source(source: Source) -> Iterator[Sample | Fault]:
@@ -83,11 +94,11 @@ def _read(source: Source) -> Iterator[Sample | Fault]:
             return read_folder(source.videos, source.rule)
         case "samples":
             return read_samples_file(source.annotations, source.videos)
-    raise ValueError(f"--data is {source.data!r}; it has to be opens2v, phantom, table, folder or samples.")
+    raise ValueError(f"--data is {source.data!r}; it must be opens2v, phantom, table, folder or samples.")
 
 
 def _drop_duplicates(items: Iterator[Sample | Fault]) -> Iterator[Sample | Fault]:
-    # 8 bytes an id on disk: a set of five million takes 0.4 GB of memory. Two of them collide once in a million runs
+    # 8 bytes per id on disk: a set of five million takes 0.4 GB of memory. Two of them collide once in a million runs
     with tempfile.TemporaryDirectory(prefix="refalign-ids-") as folder:
         database = sqlite3.connect(Path(folder) / "ids", check_same_thread=False)
         try:

@@ -1,53 +1,74 @@
-"""What can be chosen of the method. Imports nothing heavy: the command line reads it."""
+"""What can be chosen of the method. Nothing heavy is imported: the command line reads it."""
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic.dataclasses import dataclass
+
+from refalign_training.bounds import InvalidOption, Many, Options, Share
 
 
 @dataclass(frozen=True)
-class ObjectiveOptions:
+class ObjectiveOptions(Options):
     """What is predicted under which conditions (RefAlign, arXiv 2603.25743, section 4)."""
 
     timesteps: Literal["refalign", "logit_normal", "uniform"] = "refalign"
-    """refalign: shift 5, bump weights, the paper's. logit_normal: shift 3, unweighted. uniform: shift 7, unweighted,
-    for tiny models."""
-    detail_weight: float = 1.0
-    """How much more than others those positions count at first whose latents differ from their neighbours'."""
-    detail_steps: int = 0
-    """The step until which that weight falls evenly to 1; 0: it stays."""
-    no_text: float = 0.1
-    """Share of samples without their text."""
-    no_references: float = 0.1
-    """Share of samples without their references."""
-    neither: float = 0.1
-    """Share of samples without both."""
-    max_sequence_length: int = 512
-    """Text tokens, padded with zeros; what the pipeline is later called with."""
+    """How timesteps are drawn and weighted. refalign is the paper's: shift 5 and bump weights. logit_normal has shift
+    3 and no weights. uniform has shift 7 and no weights, for tiny models."""
+    detail_weight: NonNegativeFloat = 1.0
+    """The weight of positions whose latents differ from their neighbours', beside 1 for the others."""
+    detail_steps: NonNegativeInt = 0
+    """The step until which the detail weight falls evenly to 1. 0: it never falls."""
+    no_text: Share = 0.1
+    """The share of samples that are trained without their text."""
+    no_references: Share = 0.1
+    """The share of samples that are trained without their references."""
+    neither: Share = 0.1
+    """The share of samples that are trained without text and references."""
+    max_sequence_length: PositiveInt = 512
+    """The number of text tokens, padded with zeros. The pipeline must be called with the same number."""
+
+    @model_validator(mode="after")
+    def _shares_of_all(self) -> Self:
+        total = self.no_text + self.no_references + self.neither
+        if total > 1:
+            told = f"is {self.no_text}: with no_references and neither it must be 1 or less in sum, but is {total:g}."
+            raise InvalidOption(type(self), "no_text", told)
+        return self
 
 
 @dataclass(frozen=True)
-class AlignmentOptions:
+class AlignmentOptions(Options):
     """The reference alignment loss. The defaults are the paper's."""
 
-    weight: float = 1.0
-    """Of the loss; 0: no alignment, no projectors, no teacher."""
-    layers: tuple[int, ...] = tuple(range(9))
-    """Aligned blocks, counted from 0."""
+    weight: NonNegativeFloat = 1.0
+    """The weight of the alignment loss. 0: no alignment, so no projectors and no teacher."""
+    layers: Annotated[tuple[NonNegativeInt, ...], Many, Field(min_length=1)] = tuple(range(9))
+    """The blocks whose hidden states are aligned, counted from 0."""
     projector: Literal["linear", "conv"] = "linear"
-    """conv is iREPA's."""
+    """The kind of projector: linear is the paper's, conv is iREPA's."""
     spatial_norm: bool = False
-    """Normalise the teacher's features over the grid (iREPA)."""
+    """Normalise the teacher's features over the grid, as iREPA does."""
     positive_margin: float = 0.0
-    """Distance to the own features that costs nothing."""
+    """The distance to the subject's own features below which the loss is 0."""
     negative_margin: float = 1.0
-    """Distance to other subjects' features above which nothing costs."""
-    negative_weight: float = 1.0
-    """Of the push from other subjects; 0: none."""
-    gate_power: float = 3.0
-    """The loss is weighted by (t / 1000) to this power; 0: at all timesteps alike."""
-    decay_start: int | None = None
-    """The step from which its weight falls along half a cosine; None: never."""
-    decay_steps: int = 0
-    """How long that takes."""
-    stop_step: int | None = None
-    """The step from which there is no alignment any more; None: never."""
+    """The distance to other subjects' features above which the loss is 0."""
+    negative_weight: NonNegativeFloat = 1.0
+    """The weight of the push away from other subjects. 0: there is none."""
+    gate_power: NonNegativeFloat = 3.0
+    """The loss is weighted by (t / 1000) to this power. 0: it has the same weight at all timesteps."""
+    decay_start: NonNegativeInt | None = None
+    """The step from which the weight falls along half a cosine. None: it never falls."""
+    decay_steps: NonNegativeInt = 0
+    """The number of steps over which the weight falls to 0."""
+    stop_step: NonNegativeInt | None = None
+    """The step from which there is no alignment any more. None: it never stops."""
+
+    @model_validator(mode="after")
+    def _decay_is_whole(self) -> Self:
+        if (self.decay_start is None) != (self.decay_steps == 0):
+            told = (
+                f"is {self.decay_start} and decay_steps {self.decay_steps}: set both. To end at once, use stop_step."
+            )
+            raise InvalidOption(type(self), "decay_start", told)
+        return self

@@ -5,185 +5,205 @@ A file's keys are the options' names: `optimizer: {lr: 5e-5}` is `--optimizer.lr
 
 import dataclasses
 import difflib
-import math
+import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import field
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
+import tyro
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, TypeAdapter
+from pydantic.dataclasses import dataclass
+
+from refalign_training.bounds import UNKNOWN, InvalidOption, Listed, Many, Options, ShareBelowOne
 from refalign_training.data.recipe import Recipe
 from refalign_training.data.source import Dataset
 from refalign_training.method.options import AlignmentOptions, ObjectiveOptions
 
 
 @dataclass(frozen=True)
-class ModelOptions:
+class ModelOptions(Options):
     """The transformer that is trained."""
 
     base: str = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
-    """A Wan 2.1 or RefAlign pipeline, folder or Hub id: its transformer is trained, its VAE and text encoder used."""
+    """The Wan 2.1 or RefAlign pipeline, as a folder or a Hub id. Its transformer is trained; its VAE and text encoder
+    are used as they are."""
     revision: str | None = None
-    """Of the base on the Hub."""
+    """The revision of the base on the Hub."""
     start: Path | None = None
     """Weights to start from instead of the base's, with the projectors that come with them: an earlier run or one of
-    its checkpoints (of its last step, not the average), a folder that `refalign-train export` wrote of full training,
-    or a native safetensors file."""
+    its checkpoints (whose last weights are taken, not the average), a folder that `refalign-train export` wrote of a
+    full training, or a native safetensors file."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
-    """What is computed in. Trained weights, gradients and optimiser are always in float32; what is frozen is not."""
+    """The precision of the computation and of frozen weights. Trained weights, gradients and the optimiser's state
+    are always in float32."""
     gradient_checkpointing: bool = True
-    """Compute each block again in the backward pass: a third more time, a fraction of the memory."""
+    """Compute each block again in the backward pass. A step takes a third more time and a fraction of the memory."""
     compile: bool = False
-    """Compile the blocks by torch.compile: a minute or more at the start, then faster steps."""
+    """Compile the blocks by torch.compile. The start takes a minute or more, then steps are faster."""
 
 
 @dataclass(frozen=True)
-class LoraOptions:
+class LoraOptions(Options):
     """The adapters, if `training` is `lora`."""
 
-    rank: int = 64
-    """Of each adapter."""
-    alpha: float = 64.0
-    """Adapters are scaled by alpha / rank."""
-    dropout: float = 0.0
-    """Of the adapters' inputs."""
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
-    """Names of the layers that get one, by their ends."""
+    rank: PositiveInt = 64
+    """The rank of each adapter."""
+    alpha: NonNegativeFloat = 64.0
+    """The adapters' scale, times their rank: they are scaled by alpha / rank."""
+    dropout: ShareBelowOne = 0.0
+    """The probability that an input of an adapter is dropped."""
+    targets: Annotated[tuple[str, ...], Many, Field(min_length=1)] = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "ffn.net.0.proj",
+        "ffn.net.2",
+    )
+    """The layers that get an adapter, by the ends of their names."""
 
 
 @dataclass(frozen=True)
-class DataOptions:
-    """Either a cache, or a dataset whose encoders run along with the training (slower, but new augmentation each
-    epoch)."""
+class DataOptions(Options):
+    """What is trained on: a cache, or a dataset whose encoders run along with the training. A dataset is slower, but
+    is augmented anew in each epoch."""
 
     cache: Path | None = None
-    """A folder that `refalign-train cache` made."""
+    """The folder that `refalign-train cache` made."""
     source: Dataset = field(default_factory=Dataset)
     """The dataset, if there is no cache."""
     recipe: Recipe = field(default_factory=Recipe)
-    """How pixels are made of it."""
+    """How pixels are made of the dataset, if there is no cache."""
     teacher: str | None = None
-    """The vision model that references are aligned to, if there is no cache: folder or Hub id."""
+    """The vision model whose features references are aligned to, if there is no cache, as a folder or a Hub id."""
     teacher_revision: str | None = None
-    """Of the teacher on the Hub."""
-    workers: int = 4
-    """Processes that read and decode, for each training process; 0: none of their own."""
+    """The revision of the teacher on the Hub."""
+    workers: NonNegativeInt = 4
+    """How many processes read and decode for each training process. 0: it reads and decodes itself."""
 
 
 @dataclass(frozen=True)
-class BatchOptions:
-    """How many samples at once."""
+class BatchOptions(Options):
+    """How many samples are taken at once."""
 
-    size: int = 8
-    """Samples a step, of all processes together: changing the number of processes changes nothing."""
-    micro: int = 1
-    """Samples that a process takes at once, all of one shape and number of references. `size` is reached by
-    accumulation: size / (micro * processes) times a step."""
+    size: PositiveInt = 8
+    """The number of samples per step, of all processes together. The number of processes changes nothing."""
+    micro: PositiveInt = 1
+    """The number of samples that a process takes at once, all of one shape and number of references. Gradients are
+    accumulated over size / (micro * processes) of them per step."""
 
 
 @dataclass(frozen=True)
-class OptimizerOptions:
-    """AdamW or Muon, and how the learning rate goes."""
+class OptimizerOptions(Options):
+    """The optimiser, and how the learning rate changes."""
 
     name: Literal["adamw", "adamw8bit", "muon"] = "adamw"
-    """adamw8bit keeps its state in 8 bits (needs bitsandbytes). muon changes the matrices of the blocks by Muon and
-    all else by AdamW. Neither works with fsdp2."""
-    lr: float = 5e-5
+    """The optimiser. adamw8bit is AdamW with its state in 8 bits, and needs bitsandbytes. muon changes the matrices of
+    the blocks by Muon and all other weights by AdamW. Only adamw works with fsdp2."""
+    lr: NonNegativeFloat = 5e-5
     """AdamW's learning rate."""
-    muon_lr: float = 1e-2
+    muon_lr: NonNegativeFloat = 1e-2
     """Muon's learning rate."""
-    projector_lr: float | None = None
-    """Of the projectors; by default the same."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Of AdamW."""
+    projector_lr: NonNegativeFloat | None = None
+    """The projectors' learning rate. None: it is AdamW's."""
+    betas: Annotated[tuple[ShareBelowOne, ShareBelowOne], Listed] = (0.9, 0.999)
+    """AdamW's betas."""
     eps: float = 1e-8
-    """Of AdamW."""
-    weight_decay: float = 0.01
-    """Of matrices; biases, norms and modulation have none."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm; 0: never."""
+    """AdamW's epsilon."""
+    weight_decay: NonNegativeFloat = 0.01
+    """The weight decay of matrices. Biases, norms and modulation have none."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """The norm that gradients are scaled down to. 0: they are never scaled."""
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """Of the learning rate after the warm-up, down to 0 at the last step unless constant."""
-    warmup_steps: int = 0
-    """The learning rate rises over so many steps."""
-    ema_decay: float | None = None
-    """Of a moving average of the trained weights, which is then what is exported; None: no average."""
+    """How the learning rate changes after the warm-up: not at all, or along half a cosine or a line to 0 at the last
+    step."""
+    warmup_steps: NonNegativeInt = 0
+    """The number of steps over which the learning rate rises at the start."""
+    ema_decay: ShareBelowOne | None = None
+    """The decay of a moving average of the trained weights, which is then what is exported. None: there is no
+    average."""
 
 
 @dataclass(frozen=True)
-class CheckpointOptions:
-    """What is kept to go on from. The last step and a SIGTERM save too."""
+class CheckpointOptions(Options):
+    """What is kept to go on from. A checkpoint is also written after the last step and on SIGTERM."""
 
-    every: int = 500
-    """Steps between checkpoints."""
-    keep_last: int = 2
-    """Of the latest ones, so many are kept."""
-    keep_every: int | None = None
-    """Those at multiples of so many steps are kept for good; None: none."""
+    every: PositiveInt = 500
+    """The number of steps from one checkpoint to the next."""
+    keep_last: PositiveInt = 2
+    """How many of the newest checkpoints to keep."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints of steps that are multiples of this number are kept for good. None: there are none."""
 
 
 @dataclass(frozen=True)
-class LogOptions:
-    """What can be watched. `metrics.jsonl` in the run's folder holds all numbers, whatever the tracker."""
+class LogOptions(Options):
+    """What can be watched. All figures are in `metrics.jsonl` in the run's folder, whatever the tracker."""
 
-    every: int = 10
-    """Steps between two lines."""
+    every: PositiveInt = 10
+    """The number of steps from one log line to the next."""
     tracker: Literal["tensorboard", "trackio", "wandb", "none"] = "tensorboard"
-    """trackio and wandb have to be installed; wandb sends to its server."""
+    """The tracker that shows the figures. trackio and wandb must be installed; wandb sends them to its server."""
     project: str = "refalign"
-    """The tracker's name for a group of runs."""
-    gradients_every: int = 100
-    """Steps between measurements of the two losses' own gradients, which take two extra passes; 0: none."""
+    """The name of the project in the tracker."""
+    gradients_every: NonNegativeInt = 100
+    """The number of steps from one measurement of the two losses' own gradients to the next. Each takes two more
+    passes. 0: they are never measured."""
 
 
 @dataclass(frozen=True)
-class ValidationOptions:
+class ValidationOptions(Options):
     """What is measured on samples that are held out. It changes nothing about the run."""
 
-    every: int = 500
-    """Steps between validations; 0: none."""
-    samples: int = 16
-    """So many samples of the dataset are held out, always the same ones and a tenth of it at most; 0: none."""
+    every: NonNegativeInt = 500
+    """The number of steps from one validation to the next. 0: there is none."""
+    samples: NonNegativeInt = 16
+    """How many samples of the dataset are held out: always the same ones, and a tenth of the dataset at most."""
     cache: Path | None = None
-    """A cache whose first `samples` are validated on; the dataset's own are all trained on then."""
-    videos: int = 2
-    """Of so many of them videos are made, with the references beside them."""
-    video_steps: int = 30
-    """Denoising steps of the videos."""
-    guidance_scale: float = 7.5
+    """A cache whose first samples are validated on. All samples of the dataset are then trained on."""
+    videos: NonNegativeInt = 2
+    """How many of the samples are shown as videos, with the references beside them."""
+    video_steps: PositiveInt = 30
+    """The number of denoising steps of the videos."""
+    guidance_scale: NonNegativeFloat = 7.5
     """How closely the videos follow the prompt."""
-    image_guidance_scale: float = 5.0
+    image_guidance_scale: NonNegativeFloat = 5.0
     """How closely the videos follow the references."""
 
 
 @dataclass(frozen=True)
-class RunCommand:
-    """Train: LoRA or all weights, on one GPU or many. Stopped, --resume latest goes on exactly where it was."""
+class RunCommand(Options):
+    """Train adapters or all weights, on one GPU or many. A stopped run goes on exactly by --resume latest."""
 
     output: Path
     """The run's folder."""
     config: Path | None = None
-    """A YAML file with these options; what the command line says goes before it."""
+    """A YAML file with these options. What the command line says overrides it."""
     training: Literal["lora", "full"] = "lora"
-    """Adapters alone, or all weights of the transformer."""
-    steps: int = 10_000
-    """Optimiser steps in all."""
+    """What is trained: adapters alone (lora), or all weights of the transformer (full)."""
+    steps: PositiveInt = 10_000
+    """The number of optimiser steps of the whole run."""
     seed: int = 0
-    """With it and the data, everything random is given."""
+    """The seed. With the data, it decides everything random."""
     resume: str | None = None
-    """latest, or a checkpoint's folder, to go on with; auto: the latest if there is one, else start."""
+    """What to go on from: latest, or the folder of a checkpoint. auto takes the latest checkpoint, and starts if there
+    is none."""
     allow_changes: bool = False
-    """Go on although the dataset or the options are others than the checkpoint's."""
+    """Go on although the dataset or the options differ from the checkpoint's."""
     dry_run: bool = False
-    """Say what would be done, with an estimate of memory and time, and do nothing."""
+    """Only say what would be done, with an estimate of the memory and time."""
     parallel: Literal["auto", "ddp", "fsdp2"] = "auto"
-    """How several processes share the work: each with all weights (ddp), or each with its part (fsdp2). auto: fsdp2 if
-    accelerate's file says FSDP, else ddp."""
+    """How several processes share the work: each holds all weights (ddp), or its part of them (fsdp2). auto is fsdp2
+    if accelerate's file says FSDP, else ddp."""
     device: str = "auto"
-    """cuda, mps, cpu; auto takes the first there is, and each process its own GPU."""
-    max_skipped_steps: int = 10
-    """The run ends after so many steps in a row whose loss or gradient was not finite. Such steps change no weight."""
+    """The device: cuda, mps or cpu. auto takes the first that there is, and for each process its own GPU."""
+    max_skipped_steps: PositiveInt = 10
+    """The run ends after this number of steps in a row whose loss or gradient is not finite. Such steps change no
+    weight."""
     model: ModelOptions = field(default_factory=ModelOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
     data: DataOptions = field(default_factory=DataOptions)
@@ -196,25 +216,39 @@ class RunCommand:
     validation: ValidationOptions = field(default_factory=ValidationOptions)
 
 
-def expand_config(arguments: Sequence[str]) -> list[str]:
+_TREE = TypeAdapter(RunCommand)
+
+
+def read_command(words: Sequence[str], prog: str = "refalign-train run") -> RunCommand:
     """
-    The arguments of a command line in which those of `--config FILE` stand before the line's own.
+    The options that a command line gives. Those of `--config FILE` stand before the line's own.
 
     Raises:
-        ValueError: if the file is none, or has a key that no option has.
+        ValueError: if an option is unknown or cannot be used.
+        SystemExit: if the command line is not understood, or asks for help.
     """
-    words = list(arguments)
-    if words[:1] != ["run"]:
-        return words
+    path = _config_path(words)
+    with naming_sections():
+        return tyro.cli(RunCommand, args=[*(_words_of_file(path) if path else ()), *words], prog=prog)
+
+
+def _config_path(words: Sequence[str]) -> Path | None:
     for number, word in enumerate(words):
         name, _, value = word.partition("=")
         if name == "--config":
-            path = value or (words[number + 1] if number + 1 < len(words) else "")
-            content = read_yaml(Path(path))
-            if "config" in content:
-                raise ValueError(f"{path} names another file as config, but a run has one.")
-            return [*words[:1], *_arguments(content, RunCommand, path), *words[1:]]
-    return words
+            return Path(value or "".join(words[number + 1 : number + 2]))
+    return None
+
+
+def _words_of_file(path: Path) -> list[str]:
+    content = read_yaml(path)
+    if "config" in content:
+        raise ValueError(f"{path} names another file as config, but a run has one.")
+    # As JSON, lists are tuples and text is a path, but nothing else is taken for another type. It has no dates
+    text = json.dumps({"output": ".", **content}, default=lambda value: {type(value).__name__: str(value)})
+    with naming_sections(f"{path}: "):
+        _TREE.validate_json(text)
+    return list(_words(content))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -222,95 +256,86 @@ def read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
+        content = yaml.load(path.read_text("utf-8"), _with_exponents(yaml.SafeLoader))
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} has to hold options such as `steps: 1000`, but holds {content!r:.80}.")
+        raise ValueError(f"{path} must hold options such as `steps: 1000`, but holds {content!r:.80}.")
     return content
 
 
-def _arguments(content: Mapping[str, Any], cls: type, path: str, prefix: str = "") -> Iterator[str]:
-    """The options of a mapping as words of a command line."""
-    types = get_type_hints(cls)
-    for key, value in content.items():
-        if key not in types:
-            raise ValueError(f"{path} has the unknown key {prefix}{key}.{_nearest(f'{prefix}{key}')}")
-        option = f"{prefix}{key}"
-        if dataclasses.is_dataclass(types[key]):
-            if not isinstance(value, dict):
-                raise ValueError(f"{path}: {option} is {value!r:.80}, but has to hold options of its own.")
-            yield from _arguments(value, types[key], path, f"{option}.")
-        elif misfit := _misfit(value, types[key]):
-            raise ValueError(f"{path}: {option} is {value!r:.80}, but has to be {misfit}.")
-        elif isinstance(value, bool):
-            yield f"--{option if value else f'{prefix}no-{key}'}".replace("_", "-")
-        else:
-            values = value if isinstance(value, list) else [value]
-            yield from (f"--{option}".replace("_", "-"), *map(str, values))
+def _with_exponents(kind: Any) -> Any:
+    """A loader or dumper of YAML to which 1e-5 is a number, as in YAML 1.2."""
+    kind = type(kind.__name__, (kind,), {})
+    kind.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), None)
+    return kind
 
 
-def _misfit(value: Any, kind: Any) -> str | None:
-    """What a value of YAML has to be instead, if a command line would take it for something else."""
-    kinds = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    if value is None:
-        return None if NoneType in kinds else "a value"
-    if isinstance(value, dict) or isinstance(value, bool) != (bool in kinds):
-        return "true or false" if bool in kinds else "a value; put text in quotes"
-    if isinstance(value, list):
-        parts = next((get_args(k) for k in kinds if get_origin(k) is tuple), None)
-        return "one value" if parts is None else next(filter(None, (_misfit(v, parts[0]) for v in value)), None)
-    # 0123 is 83 to YAML, and 2026-01-01 a date
-    return None if isinstance(value, str) or not {str, Path} & {*kinds} else "text; put it in quotes"
+def _words(content: Mapping[str, Any]) -> Iterator[str]:
+    """The options of a file as words of a command line."""
+    for name, value in _leaves(content):
+        section, _, key = name.rpartition(".")
+        negation = "no-" if value is False else ""
+        yield "--" + ".".join(filter(None, (section, negation + key))).replace("_", "-")
+        if not isinstance(value, bool):
+            yield from map(str, value if isinstance(value, list) else [value])
+
+
+@contextmanager
+def naming_sections(place: str = "") -> Iterator[None]:
+    """Within it, an option that cannot be used is a ValueError with the option's dotted name."""
+    try:
+        yield
+    except InvalidOption as error:
+        name = f"{_sections()[error.section]}{error.name}".rstrip(".")
+        hint = _nearest(name) if error.problem == UNKNOWN else ""
+        raise ValueError(f"{place}{name} {error.problem}{hint}") from None
+
+
+def _sections(options: type = RunCommand, prefix: str = "") -> dict[type, str]:
+    """The classes of the tree, and what their options' names begin with."""
+    sections = {options: prefix}
+    for name, kind in get_type_hints(options).items():
+        if dataclasses.is_dataclass(kind):
+            sections |= _sections(kind, f"{prefix}{name}.")
+    return sections
 
 
 def _nearest(key: str) -> str:
     names = list(flatten(RunCommand(Path())))
-    sections = {name.rpartition(".")[0] for name in names} - {""}
+    sections = [prefix.rstrip(".") for prefix in _sections().values()]
     same = [name for name in names if name.rpartition(".")[2] == key.rpartition(".")[2]]
-    matches = same or difflib.get_close_matches(key, [*names, *sorted(sections)], n=1, cutoff=0.5)
+    matches = same or difflib.get_close_matches(key, [*names, *sections], n=1, cutoff=0.5)
     return f" Did you mean {matches[0]}?" if matches else ""
 
 
-def flatten(options: Any, prefix: str = "") -> dict[str, Any]:
-    """Every option of a tree by its dotted name, as values that JSON and YAML know."""
-    flat: dict[str, Any] = {}
-    for part in dataclasses.fields(options):
-        value = getattr(options, part.name)
-        if dataclasses.is_dataclass(value):
-            flat |= flatten(value, f"{prefix}{part.name}.")
+def flatten(command: RunCommand) -> dict[str, Any]:
+    """Every option by its dotted name, as values that JSON and YAML know."""
+    return dict(_leaves(_TREE.dump_python(command, mode="json")))
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
         else:
-            flat[f"{prefix}{part.name}"] = _plain(value)
-    return flat
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    return [_plain(part) for part in value] if isinstance(value, tuple) else value
+            yield f"{prefix}{name}", value
 
 
 def to_yaml(command: RunCommand) -> str:
     """The options as a YAML file that makes the same run."""
     import yaml
 
-    tree: dict[str, Any] = {}
-    for name, value in flatten(command).items():
-        *sections, key = name.split(".")
-        place = tree
-        for section in sections:
-            place = place.setdefault(section, {})
-        place[key] = value
-    for name in ("config", "resume", "allow_changes", "dry_run"):  # of the call, not of the run
-        del tree[name]
-    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
+    of_the_call = {"config", "resume", "allow_changes", "dry_run"}
+    tree = _TREE.dump_python(command, mode="json", exclude=of_the_call)
+    return yaml.dump(tree, Dumper=_with_exponents(yaml.SafeDumper), sort_keys=False, allow_unicode=True)
 
 
 def accumulation(command: RunCommand, world_size: int) -> int:
     """
-    How many micro-batches each process takes a step.
+    How many micro-batches each process takes per step.
 
     Raises:
         ValueError: if the processes cannot share the batch evenly.
@@ -331,52 +356,30 @@ def wants_shards(mode: str) -> bool:
 
 
 def check(command: RunCommand) -> None:
-    """Raises ValueError, naming the option, for values that cannot be meant or do not fit each other."""
-    values = flatten(command)
-    least = {
-        "steps": 1, "max_skipped_steps": 1, "batch.size": 1, "batch.micro": 1, "lora.rank": 1, "data.workers": 0,
-        "checkpoints.every": 1, "checkpoints.keep_last": 1, "checkpoints.keep_every": 1, "log.every": 1,
-        "log.gradients_every": 0, "validation.every": 0, "validation.samples": 0, "validation.videos": 0,
-        "validation.video_steps": 1, "validation.guidance_scale": 0, "validation.image_guidance_scale": 0,
-        "optimizer.warmup_steps": 0, "optimizer.lr": 0, "optimizer.muon_lr": 0, "optimizer.projector_lr": 0,
-        "optimizer.weight_decay": 0, "optimizer.max_grad_norm": 0, "alignment.weight": 0, "alignment.decay_steps": 0,
-        "alignment.decay_start": 0, "alignment.stop_step": 0, "alignment.gate_power": 0,
-        "alignment.negative_weight": 0, "objective.no_text": 0, "objective.no_references": 0, "objective.neither": 0,
-        "objective.max_sequence_length": 1, "objective.detail_weight": 0, "objective.detail_steps": 0,
-        "lora.alpha": 0, "lora.dropout": 0,
-    }  # fmt: skip
-    for name, minimum in least.items():
-        if values[name] is not None and not minimum <= values[name] < math.inf:  # NaN is not
-            raise ValueError(f"{name} is {values[name]}: it has to be {minimum} or more.")
+    """Raises ValueError, naming the option, for options that do not fit each other."""
     accumulation(command, world_size=1)
-    optimizer, objective, alignment = command.optimizer, command.objective, command.alignment
-    if not all(0 <= beta < 1 for beta in optimizer.betas):
-        raise ValueError(f"optimizer.betas are {optimizer.betas}: they have to be from 0 to below 1.")
+    _check_data(command)
+    optimizer = command.optimizer
     if optimizer.warmup_steps > command.steps:
         raise ValueError(f"optimizer.warmup_steps is {optimizer.warmup_steps}, more than the {command.steps} steps.")
-    if objective.no_text + objective.no_references + objective.neither > 1:
-        raise ValueError("objective.no_text, no_references and neither are shares of all samples, more than 1 in sum.")
-    if optimizer.ema_decay is not None and not 0 <= optimizer.ema_decay < 1:
-        raise ValueError(f"optimizer.ema_decay is {optimizer.ema_decay}: it has to be from 0 to below 1, or None.")
-    if not command.lora.targets or not alignment.layers:
-        raise ValueError("lora.targets and alignment.layers have to name a layer or more. No alignment is weight 0.")
-    if (alignment.decay_start is None) != (alignment.decay_steps == 0):
-        raise ValueError("alignment.decay_start and decay_steps go together. To end at once, pass stop_step.")
-    if command.lora.dropout >= 1:
-        raise ValueError(f"lora.dropout is {command.lora.dropout}: it has to be below 1.")
     if optimizer.name != "adamw" and wants_shards(command.parallel):
         raise ValueError(f"optimizer.name {optimizer.name} does not work with fsdp2. Choose adamw, or parallel ddp.")
-    if command.data.cache is not None and command.data.source.data is not None:
+
+
+def _check_data(command: RunCommand) -> None:
+    data = command.data
+    has_cache, has_dataset = data.cache is not None, data.source.data is not None
+    if has_cache and has_dataset:
         raise ValueError("data.cache and data.source.data are both set. --data.cache None leaves the cache out.")
-    if (command.data.cache is None) == (command.data.source.data is None):
+    if not has_cache and not has_dataset:
         raise ValueError(
             "Pass either data.cache, a folder of `refalign-train cache`, or a dataset as data.source.data."
         )
-    if command.data.cache is not None and command.data.teacher is not None:
+    if has_cache and data.teacher is not None:
         raise ValueError("data.teacher goes with a dataset: a cache has its teacher's features. Leave it out.")
-    if command.data.cache is None and command.data.teacher is None and alignment.weight:
+    if has_dataset and data.teacher is None and command.alignment.weight:
         raise ValueError(
-            "Without a cache, data.teacher has to name the vision model to align to; or alignment.weight 0."
+            "Without a cache, data.teacher must name the vision model to align to; or alignment.weight 0."
         )
-    if command.validation.cache is not None and command.data.cache is None:
+    if has_dataset and command.validation.cache is not None:
         raise ValueError("validation.cache goes with data.cache.")

@@ -69,7 +69,6 @@ class OnlineSamples:
         fetches: bool = True,
     ) -> None:
         self.recipe, self.device = options.recipe, device
-        self.recipe.check()
         self.samples = [sample for sample in usable(read_source(options.source)) if sample.prompts]
         if not self.samples:
             raise ValueError(
