@@ -81,7 +81,6 @@ def fill(folder: Path, output: Path, processes: int, options: Options) -> float:
         "--height": options.height,
         "--width": options.width,
         "--num-frames": options.num_frames,
-        "--unit-size": 4,
         "--workers": 0,
         "--device": "cpu",
     }

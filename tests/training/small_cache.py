@@ -1,6 +1,7 @@
 """A folder of tiny clips with captions and references, a tiny teacher, and the command that caches them."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors.torch import load
 
 from refalign.video import write_video
 from refalign_training.cache.command import CacheCommand
+from refalign_training.cache.reader import Cache
 from refalign_training.data.recipe import Recipe
 from refalign_training.data.source import Dataset
 
@@ -57,7 +59,6 @@ def cache_command(clips: Path, output: Path, model: Path, teacher: Path | None =
         "recipe": Recipe(height=HEIGHT, width=WIDTH, num_frames=FRAMES),
         "dtype": "float32",
         "workers": 0,
-        "unit_size": 2,
         "device": "cpu",
     }
     return change(CacheCommand(**values), **changes)
@@ -71,11 +72,24 @@ def change(command: CacheCommand, **changes: Any) -> CacheCommand:
 
 def all_items(cache: Path) -> dict[str, dict[str, torch.Tensor]]:
     """The tensors of all items of a cache of files, by path."""
-    files = sorted((cache / "items").rglob("*.safetensors"))
+    files = sorted(cache.glob("*/*/[!.]*.safetensors"))
     return {str(file.relative_to(cache)): load(file.read_bytes()) for file in files}  # a copy: no mapped file
 
 
-def stamps(cache: Path, pattern: str = "items/**/*.safetensors") -> dict[str, tuple[int, int]]:
+def stamps(cache: Path, pattern: str = "*/*/[!.]*.safetensors") -> dict[str, tuple[int, int]]:
     """Inode and time of each file: what was written again has others."""
-    files = [file for file in cache.glob(pattern) if not any(part.startswith(".") for part in file.parts)]
-    return {str(file.relative_to(cache)): (file.stat().st_ino, file.stat().st_mtime_ns) for file in files}
+    return {
+        str(file.relative_to(cache)): (file.stat().st_ino, file.stat().st_mtime_ns) for file in cache.glob(pattern)
+    }
+
+
+def item_file(cache: Path, sample_id: str, family: str, variant: int = 0) -> Path:
+    """The file of a sample's item."""
+    opened = Cache(cache)
+    entry = next(entry for entry in opened.samples if entry.sample_id == sample_id)
+    return opened.item(entry, family, variant)
+
+
+def failures(cache: Path) -> list[dict[str, Any]]:
+    """The lines of failed.jsonl."""
+    return [json.loads(line) for line in (cache / "failed.jsonl").read_text("utf-8").splitlines()]

@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from refalign.files import identity
-from refalign_training.cache.decoding import Decoded
 from refalign_training.cache.encoders import (
     PARTS,
     TeacherEncoder,
@@ -22,6 +21,7 @@ from refalign_training.cache.encoders import (
     vae_config,
 )
 from refalign_training.cache.reader import normalize_latents
+from refalign_training.data.decoding import Decoded
 from refalign_training.method.teachers import load_teacher
 from tests.mock_hub import MockHub
 from tests.training.small_cache import write_teacher

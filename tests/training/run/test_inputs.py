@@ -21,7 +21,7 @@ from refalign_training.run.batches import load_batches
 from refalign_training.run.config import DataOptions, ModelOptions
 from refalign_training.run.inputs import CachedSamples, OnlineSamples, open_samples
 from refalign_training.run.order import Order
-from tests.training.small_cache import FRAMES, HEIGHT, WIDTH, cache_command, write_clips, write_teacher
+from tests.training.small_cache import FRAMES, HEIGHT, WIDTH, cache_command, item_file, write_clips, write_teacher
 
 
 CPU = torch.device("cpu")
@@ -209,8 +209,7 @@ def test_online_another_sample_takes_the_place_of_a_broken_one(open_online, clip
 def test_another_sample_takes_the_place_of_one_that_the_cache_lost(training_world, tmp_path):
     shutil.copytree(training_world.cache, tmp_path / "cache")
     samples = CachedSamples(tmp_path / "cache", needs_teacher=True)
-    item = samples.cache.item(samples.cache.samples[2], "references")
-    cut(samples.cache._folder.item("references", item))
+    cut(item_file(tmp_path / "cache", "clip02", "references"))
     loaded = load(samples, steps=4)
     unusable = [pair for batch in loaded for pair in batch.unusable]
     assert {sample_id for sample_id, _ in unusable} == {"clip02"}

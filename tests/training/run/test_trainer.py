@@ -19,8 +19,6 @@ from safetensors.torch import save_file
 from refalign.hub import PROJECTORS
 from refalign.keys import diffusers_to_native
 from refalign_training import cli
-from refalign_training.cache.files import CacheFolder
-from refalign_training.cache.reader import Cache
 from refalign_training.publish.export import ExportCommand, export
 from refalign_training.run import trainer
 from refalign_training.run.checkpoint import find_checkpoint, read_projectors, read_state, read_tensors
@@ -28,6 +26,7 @@ from refalign_training.run.log import NUM_BINS, read_metrics
 from refalign_training.run.trainer import Trainer, run
 from tests.conftest import GOLDEN_FILES
 from tests.tiny_pipeline import tiny_transformer
+from tests.training.small_cache import item_file
 from tests.training.small_run import World, assert_equal_runs, changed, final_tensors, run_command, start, wait
 
 
@@ -59,12 +58,6 @@ def ids_by_step(command, steps: int) -> list[list[str]]:
 
 
 # -- The guard --------------------------------------------------------------------------------------------------------
-
-
-def item_file(cache: Path, sample_id: str, family: str) -> Path:
-    opened = Cache(cache)
-    entry = next(entry for entry in opened.samples if entry.sample_id == sample_id)
-    return CacheFolder(cache).item(family, opened.item(entry, family))
 
 
 def poison(cache: Path, sample_id: str) -> None:

@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 
 from refalign.video import read_video
-from refalign_training.cache.files import CacheFolder
 from refalign_training.cache.reader import Cache
 from refalign_training.run.inputs import CachedSamples
 from refalign_training.run.order import hold_out
@@ -129,7 +128,7 @@ def broken_cache(training_world, tmp_path):
         shutil.copytree(training_world.cache, tmp_path / "broken")
         cache = Cache(tmp_path / "broken")
         for row in rows:
-            CacheFolder(tmp_path / "broken").item("video", cache.item(cache.samples[row], "video")).unlink()
+            cache.item(cache.samples[row], "video").unlink()
         return tmp_path / "broken"
 
     return copy

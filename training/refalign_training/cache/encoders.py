@@ -17,7 +17,7 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from refalign.files import fetch, identity
-from refalign_training.cache.decoding import Decoded
+from refalign_training.data.decoding import Decoded
 
 
 MAX_SEQUENCE_LENGTH = 512  # of RefAlignWanPipeline: longer prompts are cut there

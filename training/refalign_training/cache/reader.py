@@ -1,7 +1,22 @@
-"""Reads a cache for training."""
+"""
+What lies in a cache's folder, and how training reads it.
+
+    plan.json                            what the last `cache` command set out to compute
+    samples.parquet                      what the last one that came to its end has made
+    failed.jsonl                         faults of the dataset, items that failed, references that were lost
+    video-1f0c.../recipe.json            a family made in one way; another model, size or dtype is another folder
+    video-1f0c.../ab/<key>.safetensors   an item
+
+An item's key is a digest of its sample: id, annotation, variant, names, sizes and times of its files (to read millions
+of videos takes as long as to encode them). So a dataset may be moved, or copied with its times (`cp -p`, `rsync -a`),
+while a file that is touched is encoded again. Every file is written beside its place and renamed: an item that exists
+is done. [`Cache`] reads samples.parquet, which names the folders and items: a command with other settings that runs,
+or was killed, changes nothing for it until one comes to its end.
+"""
 
 import hashlib
 import itertools
+import json
 import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,22 +27,23 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
+from pyarrow import parquet
+from safetensors import SafetensorError
+from safetensors.torch import load
 
-from refalign_training.cache.files import FAMILIES, CacheFolder, Item, Outcome, digest, done, read_outcomes
-from refalign_training.cache.items import find_item, read_item
-from refalign_training.cache.plan import item_ingredients, text_digests
+from refalign.files import read_json
+from refalign_training.cache.command import FAMILIES
 
 
 logger = logging.getLogger(__name__)
 
+PLAN, INDEX, FAILED, RECIPE = "plan.json", "samples.parquet", "failed.jsonl", "recipe.json"
+BUCKET = ("frames", "height", "width", "num_references")
+
 # (frames, height, width, number of references), in pixels of the video
 Bucket = tuple[int, int, int, int]
-# An item in 52 bytes: there may be millions
-ITEM = np.dtype([("key", "V32"), ("size", "i8"), ("offset", "i8"), ("shard", "i4")])
-NO_SHARD = -1
-NOT_USABLE = -1
-_NONE = np.empty((0, 1), np.int32)
 
 
 def normalize_latents(latents: torch.Tensor, vae_config: Mapping[str, Sequence[float]]) -> torch.Tensor:
@@ -39,8 +55,66 @@ def normalize_latents(latents: torch.Tensor, vae_config: Mapping[str, Sequence[f
         vae_config (`Mapping`): with `latents_mean` and `latents_std`, as [`AutoencoderKLWan`]'s config.
     """
     latents = latents.float()
-    mean, std = (latents.new_tensor(vae_config[n]).view(-1, 1, 1, 1) for n in ("latents_mean", "latents_std"))
+    mean = latents.new_tensor(vae_config["latents_mean"]).view(-1, 1, 1, 1)
+    std = latents.new_tensor(vae_config["latents_std"]).view(-1, 1, 1, 1)
     return (latents - mean) / std
+
+
+# -- Files ------------------------------------------------------------------------------------------------------------
+
+
+def digest(value: Any) -> str:
+    """128 bits of the sha256 of the value as JSON, in hexadecimal digits. Paths count by their name alone."""
+    text = json.dumps(value, sort_keys=True, default=lambda path: path.name)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def text_key(prompts: Sequence[str]) -> str:
+    """The key of an item of the family `text`, which depends on the captions alone."""
+    return digest([list(prompts), 0])
+
+
+def item_path(folder: Path, key: str) -> Path:
+    """The file of an item in its family's folder."""
+    return folder / key[:2] / f"{key}.safetensors"
+
+
+def read_item(path: Path) -> dict[str, torch.Tensor]:
+    """An item's tensors. Raises ValueError if it is not there, or not whole."""
+    try:
+        return load(path.read_bytes())
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}). `refalign-train cache --verify` finds all such items."
+        ) from error
+
+
+def check_format(root: Path) -> None:
+    """Raises ValueError for a cache of an earlier version."""
+    if (root / "cache.json").exists():
+        raise ValueError(
+            f"{root} is a cache of an earlier version, which this one cannot read. Make a new cache in another folder."
+        )
+
+
+def open_index(root: Path) -> tuple[dict[str, Any], parquet.ParquetFile]:
+    """
+    What all samples have in common, and the table of them: `families`, by name the folder and the number of variants,
+    and the `digest` of the plan. Raises ValueError if the folder is not a cache.
+    """
+    check_format(root)
+    try:
+        table = parquet.ParquetFile(root / INDEX)
+    except FileNotFoundError:
+        raise ValueError(
+            f"{root} is not a cache, or not a finished one: it has no {INDEX}. Run `refalign-train cache` to its end."
+        ) from None
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{root / INDEX} is damaged ({error}). Remove it and run `refalign-train cache`.") from None
+    return json.loads(table.metadata.metadata[b"cache"]), table
+
+
+# -- Samples ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +123,7 @@ class Entry:
 
     sample_id: str
     bucket: Bucket
-    """Frames, height and width of the video in pixels, 0 without the family `video`; references, 0 without them."""
+    """Frames, height and width of the video in pixels, and the number of references; 0 for what was not computed."""
     variants: tuple[int, ...]
     """Those that can be read: of as many references as the first one."""
     row: int
@@ -59,143 +133,104 @@ class Entry:
 class Samples(Sequence[Entry]):
     """A cache's samples in the dataset's order, each made when it is asked for."""
 
-    def __init__(self, ids: pa.ChunkedArray, buckets: np.ndarray, subjects: np.ndarray) -> None:
-        self.ids, self.buckets, self.subjects = ids, buckets, subjects
+    def __init__(self, table: pa.Table) -> None:
+        self.table = table.combine_chunks()
+        columns = [table[name].to_numpy() for name in BUCKET]
+        self.buckets = np.stack(columns, axis=1)
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.table)
 
     def __getitem__(self, row: Any) -> Any:
         if isinstance(row, slice):
             return [self[i] for i in range(*row.indices(len(self)))]
         row = range(len(self))[row]
-        variants = tuple(np.flatnonzero(self.subjects[row] != NOT_USABLE).tolist())
-        return Entry(self.ids[row].as_py(), tuple(self.buckets[row].tolist()), variants, row)
+        subjects = self.table["subjects"][row].as_py()
+        variants = tuple(variant for variant, numbers in enumerate(subjects) if numbers is not None)
+        return Entry(self.table["id"][row].as_py(), tuple(self.buckets[row].tolist()), variants, row)
 
 
 class Cache:
     """
-    A cache made by `refalign-train cache`. It takes some 250 bytes of memory a sample, and can be pickled.
+    A cache made by `refalign-train cache`. It takes some 250 bytes of memory per sample, and can be pickled.
 
     Args:
         folder (`str` or `Path`): its folder.
         families (`Sequence[str]`, *optional*): the ones needed; by default all that were computed.
 
     Raises:
-        ValueError: if it is none, a family was not computed, families do not belong together, or no sample is left.
+        ValueError: if it is not a cache, a family was not computed, families do not belong together, or no sample is
+            left.
 
     Attributes:
-        samples (`Samples`): those that are complete in all needed families, in the dataset's order; also as arrays,
-            `samples.ids`, and `samples.buckets` `(samples, 4)`.
+        samples (`Samples`): those that are complete in all needed families, in the dataset's order; also as an array,
+            `samples.buckets` `(samples, 4)`.
         excluded (`Counter[str]`): how many are not, by reason.
-        settings (`dict`): what it was made with.
+        recipes (`dict`): what each family was made with.
     """
 
     def __init__(self, folder: str | Path, families: Sequence[str] | None = None) -> None:
-        self._folder = CacheFolder(Path(folder))
-        self.settings = self._folder.read_settings()
-        made = self.settings["families"]
-        self.families = tuple(family for family in FAMILIES if family in (made if families is None else families))
+        self.root = Path(folder)
+        header, table = open_index(self.root)
+        made = header["families"]
+        wanted = made if families is None else families
+        self.families = tuple(family for family in FAMILIES if family in wanted)
         if missing := [family for family in self.families if family not in made]:
             raise ValueError(f"{folder} has no {', '.join(missing)}. Compute it: refalign-train cache --families ...")
+        self.folders = {family: self.root / made[family]["folder"] for family in self.families}
+        self.recipes = {family: read_json(path / RECIPE) for family, path in self.folders.items()}
         self._check_agreement()
-        self._shards: list[str] = []
-        self._subjects: list[tuple[int, ...]] = []
         self.excluded: Counter[str] = Counter()
-        self._read_records()
+        missing = [f"{family}_missing" for family in self.families]
+        self.samples = Samples(self._complete(table.read(["id", *BUCKET, "subjects", *self.families, *missing])))
         self._tell_what_is_left_out()
 
     def _check_agreement(self) -> None:
-        """Families may be rebuilt alone; those of one cache have to belong to the same videos and VAE."""
-        ingredients = {family: self.settings["families"][family]["ingredients"] for family in self.families}
-        for (a, of_a), (b, of_b) in itertools.combinations(ingredients.items(), 2):
-            own = {"family", "schema", "dtype", "vae_dtype"} | ({"model"} if b in ("text", "teacher") else set())
-            for name in sorted((set(of_a) & set(of_b)) - own):
-                if of_a[name] != of_b[name]:
+        """Families may be computed apart; those of one cache must belong to the same videos and VAE."""
+        for a, b in itertools.combinations(self.families, 2):
+            own = {"family", "schema", "dtype", "vae_dtype"}
+            if b in ("text", "teacher"):
+                own.add("model")
+            for name in sorted(self.recipes[a].keys() & self.recipes[b].keys() - own):
+                ours, theirs = self.recipes[a][name], self.recipes[b][name]
+                if ours != theirs:
                     raise ValueError(
-                        f"{self._folder.root} has `{a}` of {name} {of_a[name]}, but `{b}` of {name} {of_b[name]}. "
+                        f"{self.root} has `{a}` of {name} {ours}, but `{b}` of {name} {theirs}. "
                         "Compute one of them again."
                     )
 
-    # -- Records to columns ----------------------------------------------------------------------------------------
-
-    def _read_records(self) -> None:
-        self._codes: dict[Any, int] = {}  # of shards and of subjects, while records are read
-        units = [columns for unit, plan in self._folder.units().items() if (columns := self._unit(unit, plan))]
-        del self._codes
-        ids, buckets, subjects, *items = zip(*units, strict=True) if units else ([], [_NONE], [_NONE])
-        self.samples = Samples(pa.chunked_array(ids, pa.string()), np.concatenate(buckets), np.concatenate(subjects))
-        self._items = {family: np.concatenate(arrays) for family, arrays in zip(self.families, items, strict=False)}
-
-    def _unit(self, unit: str, plan: str) -> list[Any]:
-        """The columns of a unit: ids, buckets, subjects by variant, and each family's items."""
-        rows = []
-        for outcomes in self._complete(unit, plan):
-            if usable := self._usable(outcomes):
-                rows.append((outcomes[0].id, *usable, *([self._packed(i) for i in o.items] for o in outcomes)))
-        types = [None, np.int32, np.int32, *(ITEM for _ in self.families)]
-        columns = zip(types, zip(*rows, strict=True), strict=True) if rows else ()
-        return [pa.array(c, pa.string()) if kind is None else np.array(list(c), kind) for kind, c in columns]
-
-    def _complete(self, unit: str, plan: str) -> list[tuple[Outcome, ...]]:
-        """What became of a unit's samples in each family, of those that are complete."""
-        made = self.settings["families"]
+    def _complete(self, table: pa.Table) -> pa.Table:
+        """The samples that are complete in all families; the others are counted."""
         for family in self.families:
-            if done(self._folder, family, unit, plan, made[family]) is None:
-                with self._folder.plan(unit).open("rb") as lines:
-                    self.excluded[f"not computed yet in `{family}`"] += sum(1 for _ in lines)
-                return []
-        complete = []
-        records = (read_outcomes(self._folder.record(family, unit)) for family in self.families)
-        for outcomes in zip(*records, strict=True):  # all in the plan's order
-            failed = [f for f, outcome in zip(self.families, outcomes, strict=True) if not outcome.items]
-            if failed:
-                self.excluded[f"failed in `{failed[0]}`"] += 1
-            else:
-                complete.append(outcomes)
-        return complete
-
-    def _usable(self, outcomes: Sequence[Outcome]) -> tuple[Bucket, list[int]] | None:
-        """The bucket, and by variant the code of its subjects; nothing if references and teacher disagree."""
-        items = {family: outcome.items for family, outcome in zip(self.families, outcomes, strict=True)}
-        by_variant = _subjects(items.get("references"), items.get("teacher"))
-        first = next((subjects for subjects in by_variant if subjects is not None), None)
-        if first is None:
-            self.excluded["references and teacher disagree"] += 1
-            return None
-        usable = [s is not None and len(s) == len(first) for s in by_variant]
-        codes = [self._code(s, self._subjects) if u else NOT_USABLE for s, u in zip(by_variant, usable, strict=True)]
-        video = items["video"][0].info if "video" in items else {"frames": 0, "size": (0, 0)}
-        return (video["frames"], *video["size"], len(first)), codes
-
-    def _packed(self, item: Item) -> tuple[bytes, int, int, int]:
-        shard = NO_SHARD if item.shard is None else self._code(item.shard, self._shards)
-        return bytes.fromhex(item.key), item.size, item.offset, shard
-
-    def _code(self, value: Any, values: list[Any]) -> int:
-        if value not in self._codes:
-            self._codes[value] = len(values)
-            values.append(value)
-        return self._codes[value]
+            reasons = table[f"{family}_missing"]
+            for reason in pc.unique(reasons.drop_null()).to_pylist():
+                self.excluded[f"{reason} in `{family}`"] = pc.sum(pc.equal(reasons, reason)).as_py()
+            table = table.filter(pc.is_null(reasons))
+        if {"references", "teacher"} & set(self.families):
+            count = len(table)
+            table = table.filter(pc.greater(table["num_references"], 0))
+            self.excluded["references and teacher disagree"] += count - len(table)
+        return table
 
     def _tell_what_is_left_out(self) -> None:
+        self.excluded = +self.excluded
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.excluded.items()))
-        if not self.samples:
+        if not len(self.samples):
             raise ValueError(
-                f"{self._folder.root} has no sample that is complete in {', '.join(self.families)}: "
-                f"{reasons or 'the dataset is empty'}. Finish it: refalign-train cache, with --retry-quarantined for "
-                "what failed; or ask for fewer families."
+                f"{self.root} has no sample that is complete in {', '.join(self.families)}: "
+                f"{reasons or 'the dataset is empty'}. Finish it: refalign-train cache, with --retry-failed for what "
+                "failed; or ask for fewer families."
             )
         if reasons:
-            logger.warning("%s: %d samples; left out: %s.", self._folder.root, len(self.samples), reasons)
+            logger.warning("%s: %d samples; left out: %s.", self.root, len(self.samples), reasons)
 
     # -- Reading ---------------------------------------------------------------------------------------------------
 
-    def item(self, entry: Entry, family: str, variant: int = 0) -> Item:
-        """Where an item of a sample is; of video and text, the same for all variants."""
-        packed = self._items[family][entry.row, variant if family in ("references", "teacher") else 0]
-        shard = None if packed["shard"] == NO_SHARD else self._shards[packed["shard"]]
-        return Item(packed["key"].tobytes().hex(), int(packed["size"]), 0, {}, shard, int(packed["offset"]))
+    def item(self, entry: Entry, family: str, variant: int = 0) -> Path:
+        """The file of a sample's item; of video and text, the same for all variants."""
+        keys = self.samples.table[family][entry.row].as_py()
+        key = keys[variant if family in ("references", "teacher") else 0]
+        return item_path(self.folders[family], key.hex())
 
     def read(self, entry: Entry, variant: int = 0, prompt: int | None = None) -> dict[str, Any]:
         """
@@ -219,57 +254,35 @@ class Cache:
             raise ValueError(f"{entry.sample_id!r} has variants {entry.variants}, not {variant}.")
         values: dict[str, Any] = {}
         for family in self.families:
-            item = self.item(entry, family, variant)
-            tensors = read_item(self._folder.item(family, item), item)
+            tensors = read_item(self.item(entry, family, variant))
             if family in ("video", "references"):
                 name = "latents" if family == "video" else "reference_latents"
-                values[name] = normalize_latents(tensors["latents"], self.settings["families"][family]["vae"])
+                values[name] = normalize_latents(tensors["latents"], self.recipes[family]["vae"])
             elif family == "teacher":
                 values["teacher_features"] = tensors["features"]
             else:
-                embeds = [tensors[f"prompt_embeds_{i}"] for i in range(len(tensors))]
+                embeds = [tensors[f"prompt_embeds_{number}"] for number in range(len(tensors))]
                 values["prompt_embeds"] = embeds if prompt is None else embeds[prompt]
             if family in ("references", "teacher"):
-                values["subjects"] = torch.tensor(self._subjects[self.samples.subjects[entry.row, variant]])
+                values["subjects"] = torch.tensor(self.samples.table["subjects"][entry.row].as_py()[variant])
         return values
 
     @cached_property
     def empty_prompt_embeds(self) -> torch.Tensor:
         """`(tokens, dim)` of the empty prompt, which conditioning dropout puts in a caption's place. ValueError if the
         family `text` was not computed."""
-        made = self.settings["families"].get("text")
-        key = made and empty_prompt_key(made["ingredients"])
-        item = key and find_item(self._folder.empty_prompt, key)
-        if not item:
+        if "text" not in self.folders:
             raise ValueError(
-                f"{self._folder.root} has no embeddings of the empty prompt. Compute them: refalign-train cache "
+                f"{self.root} has no embeddings of the empty prompt. Compute them: refalign-train cache "
                 "--families text ..."
             )
-        return read_item(self._folder.empty_prompt, item)["prompt_embeds_0"]
+        return read_item(item_path(self.folders["text"], text_key([""])))["prompt_embeds_0"]
 
     @cached_property
     def fingerprint(self) -> str:
         """A digest of all that the samples hold, in their order: another one, another dataset."""
-        total = hashlib.sha256(repr((self.families, self._subjects)).encode())
-        for array in (self.samples.buckets, self.samples.subjects, *(a["key"] for a in self._items.values())):
-            total.update(np.ascontiguousarray(array).tobytes())
+        folders = [path.name for path in self.folders.values()]
+        total = hashlib.sha256(repr(folders).encode())
+        for name in (*BUCKET, "subjects", *self.families):
+            total.update(repr(self.samples.table[name].to_pylist()).encode())
         return total.hexdigest()
-
-
-def empty_prompt_key(ingredients: Mapping[str, Any]) -> str:
-    """The key of the item that holds the empty prompt alone."""
-    return digest(item_ingredients(ingredients, *text_digests([""]), 0))
-
-
-def _subjects(references: Sequence[Item] | None, teacher: Sequence[Item] | None) -> list[tuple[int, ...] | None]:
-    """By variant, numbers of the references' subjects; `None` where the two families saw different references."""
-    if references is None and teacher is None:
-        return [()]
-    pairs = list(zip(references or teacher, teacher or references, strict=False))  # the variants that both have
-    names = ("subjects", "origins")
-    return [_numbers(a.info["subjects"]) if all(a.info[n] == b.info[n] for n in names) else None for a, b in pairs]
-
-
-def _numbers(subjects: Sequence[str]) -> tuple[int, ...]:
-    numbers = {subject: number for number, subject in enumerate(dict.fromkeys(subjects))}
-    return tuple(numbers[subject] for subject in subjects)

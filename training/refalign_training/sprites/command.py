@@ -1,5 +1,6 @@
 """`refalign-train sprites`: one owner of a folder, and either its stages or the ablation."""
 
+import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,14 +38,15 @@ def _owned(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: if it is another one's.
     """
-    from refalign_training.cache.files import Lock
-
-    lock = Lock.take(folder / "lock")
-    if lock is None:
-        raise ValueError(
-            f"{folder} is in use by another refalign-train sprites, or by processes that one which was killed has "
-            "left. Wait for them, or end them."
-        )
-    with lock:
-        os.set_inheritable(lock.descriptor, True)  # held as long as a process lives that this one has started
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        # Not filelock: children must inherit the open file, so that it is held as long as one of them lives
+        os.set_inheritable(lock.fileno(), True)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"{folder} is in use by another refalign-train sprites, or by processes that one which was killed has "
+                "left. Wait for them, or end them."
+            ) from None
         yield
