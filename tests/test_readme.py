@@ -5,14 +5,13 @@ import shlex
 from pathlib import Path
 
 import pytest
-import tyro
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.run import get_args_parser
 
-from refalign.cli import Command
+import refalign.cli
+import refalign_evaluation.cli
+import refalign_training.cli
 from refalign.video import read_video
-from refalign_evaluation.sprites import Sprites
-from refalign_training import cli as training_cli
 from refalign_training.run.config import RunCommand, check, flatten
 from tests.drawn_references import draw_face, draw_pet, draw_place
 
@@ -21,6 +20,11 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 TRAINING = (ROOT / "docs/training.md").read_text("utf-8")
 SPRITES = (ROOT / "docs/sprites.md").read_text("utf-8")
+PROGRAMS = {
+    "refalign": refalign.cli.PROGRAM,
+    "refalign-train": refalign_training.cli.PROGRAM,
+    "refalign-eval": refalign_evaluation.cli.PROGRAM,
+}
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -59,15 +63,11 @@ def commands() -> list[str]:
 
 def understand(program: str, arguments: list[str]) -> object:
     """What a program makes of its arguments; SystemExit or ValueError if it does not understand them."""
-    if program == "refalign":
-        return tyro.cli(Command, args=arguments)
-    if program == "refalign-eval":
-        return tyro.cli(Sprites, args=arguments[1:])
-    if program == "refalign-train":
-        command = training_cli.parse(arguments)
-        if isinstance(command, RunCommand):
-            check(command)
-        return command
+    if program in PROGRAMS:
+        _, options = PROGRAMS[program].parse(arguments)
+        if isinstance(options, RunCommand):
+            check(options)
+        return options
     parser = launch_command_parser() if program == "accelerate" else get_args_parser()
     launch = parser.parse_args(arguments[program == "accelerate" :])
     assert launch.module and launch.training_script == "refalign_training.cli"
@@ -108,10 +108,11 @@ DATASETS = re.findall(r"^\| [^|]* \| (`--data [^|]* \| [^|]*) \|$", TRAINING, fl
 @pytest.mark.parametrize("row", OPTIONS)
 def test_its_table_of_options_is_understood(row):
     for options in re.findall(r"`(--[^`]*)`", row):
-        assert tyro.cli(Command, args=["generate", "--model", "m", *shlex.split(options.partition(",")[0])])
+        words = ["generate", "--model", "m", *shlex.split(options.partition(",")[0])]
+        assert understand("refalign", words)
 
 
 @pytest.mark.parametrize("row", DATASETS)
 def test_its_table_of_datasets_is_understood(row):
     options = [word for options in re.findall(r"`(--[^`]* [^`]*)`", row) for word in shlex.split(options)]
-    assert training_cli.parse(["check", *options])
+    assert understand("refalign-train", ["check", *options])

@@ -3,33 +3,23 @@
 Nothing heavy is imported before the command line is understood, so that `--help` answers at once.
 """
 
-import logging
 import sys
 
-import tyro
-
+from refalign.command_line import Command, Program
+from refalign_evaluation import sprites
 from refalign_evaluation.sprites import Sprites
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs a command and returns its exit code. Errors of users are told in one line, without a traceback."""
-    command = tyro.extras.subcommand_cli_from_dict(
-        {"sprites": Sprites},
-        args=arguments,
-        prog="refalign-eval",
-        description="Evaluation of reference-to-video models.",
-    )
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        from refalign_evaluation import sprites
+PROGRAM = Program(
+    "refalign-eval",
+    "Measure models that make videos of reference images.",
+    {"sprites": Command(Sprites, sprites.run, "--model sprites/model --json figures.json --sheet clips.png")},
+)
 
-        return sprites.run(command)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"refalign-eval: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("refalign-eval: interrupted; no unfinished file is left.", file=sys.stderr)
-        return 130
+
+def main(words: list[str] | None = None) -> int:
+    """Runs a command, by default that of the command line, and returns its exit code."""
+    return PROGRAM.main(words)
 
 
 if __name__ == "__main__":

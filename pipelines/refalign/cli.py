@@ -3,17 +3,15 @@
 Nothing heavy is imported before the command line is understood, so that `--help` answers at once.
 """
 
-import logging
-import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-import tyro
-from tyro.conf import Positional, subcommand
+from tyro.conf import Positional
 
 from refalign import demo, generate
+from refalign.command_line import Command, Program
 from refalign.demo import Demo
 from refalign.generate import Generate
 
@@ -23,29 +21,30 @@ class Convert:
     """Turn a native RefAlign checkpoint, as its authors released it, into a pipeline folder for diffusers."""
 
     checkpoint: str
-    """A safetensors file, a folder of shards, or a Hub id."""
+    """The native checkpoint: a safetensors file, a folder of shards, or a Hub id."""
     base: str
-    """The Wan 2.1 pipeline in diffusers' format (folder or Hub id) whose VAE, text encoder and tokenizer go along."""
+    """The Wan 2.1 pipeline in diffusers' format, as a folder or a Hub id, whose VAE, text encoder and tokenizer are
+    taken."""
     output: Path
-    """A new folder."""
+    """The pipeline folder to write. It must not exist."""
     max_shard_size: str = "5GB"
-    """Of the transformer's files."""
+    """The largest size of a file of the transformer."""
     keep_scheduler: bool = False
     """Take the base's scheduler too, instead of the paper's (Euler, shift 5)."""
     card: str = "auto"
-    """The model card: template, refalign-1.3b or refalign-14b; auto knows the authors' releases by their Hub id."""
+    """The model card: template, refalign-1.3b or refalign-14b. auto knows the authors' releases by their Hub id."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """Write a pipeline for others: one native file (ComfyUI), a Hub repo folder, or the community script."""
+    """Write a pipeline for others: as one native file (ComfyUI), as a Hub repo folder, or its code as one script."""
 
     model: str | None = None
-    """A pipeline folder, or a Hub id."""
+    """The pipeline, as a folder or a Hub id."""
     output: Path | None = None
-    """FILE.safetensors for one native file, else a new folder: a Hub repo."""
+    """What to write: FILE.safetensors is one native file, any other name is a new folder, a Hub repo."""
     community: Path | None = None
-    """Write the pipeline's code as one script for diffusers' custom_pipeline."""
+    """A file for the pipeline's code as one script, for diffusers' custom_pipeline."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +52,13 @@ class Push:
     """Push a pipeline folder to the Hub, so that it loads with and without this package."""
 
     folder: Positional[Path]
-    """The pipeline folder."""
+    """The pipeline folder that is pushed."""
     repo: str
-    """ORG/NAME; made if it does not exist."""
+    """The repo on the Hub, as ORG/NAME. It is made if it does not exist."""
     private: bool = False
-    """Make a new repo private."""
+    """Make the repo private, if it is new."""
     dry_run: bool = False
-    """Only say which files would go. Connects to nothing."""
+    """Only say which files would be pushed, without any connection."""
 
 
 @dataclass(frozen=True)
@@ -67,55 +66,19 @@ class LoraInspect:
     """Show a LoRA's key style, rank, scale, layers and strength, and which base it fits."""
 
     file: Positional[Path]
-    """A Wan LoRA in safetensors."""
+    """The Wan LoRA, a safetensors file."""
 
 
 @dataclass(frozen=True)
 class LoraConvert:
-    """Write a LoRA in another key style; its scale (alpha / rank) is multiplied in."""
+    """Write a LoRA in another key style, with its scale (alpha / rank) multiplied in."""
 
     file: Positional[Path]
-    """A Wan LoRA in safetensors, of any style: ComfyUI's, diffusers', peft's or kohya's (musubi-tuner)."""
+    """The Wan LoRA, a safetensors file of any style: ComfyUI's, diffusers', peft's or kohya's (musubi-tuner)."""
     output: Path
-    """A new FILE.safetensors."""
+    """The safetensors file to write. It must not exist."""
     to: Literal["native", "diffusers", "kohya"]
-    """native is for ComfyUI and diffusers, kohya for musubi-tuner."""
-
-
-LoraCommand = Annotated[LoraInspect, subcommand("inspect")] | Annotated[LoraConvert, subcommand("convert")]
-Command = (
-    Annotated[Demo, subcommand("demo")]
-    | Annotated[Generate, subcommand("generate")]
-    | Annotated[Convert, subcommand("convert")]
-    | Annotated[Export, subcommand("export")]
-    | Annotated[Push, subcommand("push")]
-    | Annotated[LoraCommand, subcommand("lora", description="Look into LoRA files, and change their key style.")]
-)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Runs a command and returns its exit code. Errors of users are told in one line, without a traceback."""
-    command = tyro.cli(Command, args=arguments, prog="refalign", description="RefAlign for diffusers.")
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of an exception, so that nothing half is left
-    runners = {
-        Demo: demo.run,
-        Generate: generate.run,
-        Convert: run_convert,
-        Export: export,
-        Push: push,
-        LoraInspect: inspect_lora,
-        LoraConvert: convert_lora,
-    }
-    try:
-        return runners[type(command)](command)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"refalign: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("refalign: interrupted; no unfinished file is left.", file=sys.stderr)
-        return 130
+    """The key style to write. native is for ComfyUI and diffusers, kohya for musubi-tuner."""
 
 
 def run_convert(command: Convert) -> int:
@@ -165,6 +128,42 @@ def convert_lora(command: LoraConvert) -> int:
     layers = lora.read_lora(command.file).layers
     print(f"Wrote {lora.write_lora(layers, command.output, command.to)}")
     return 0
+
+
+LORA = Program(
+    "refalign lora",
+    "Look into LoRA files, and change their key style.",
+    {
+        "inspect": Command(LoraInspect, inspect_lora, "my-lora.safetensors"),
+        "convert": Command(LoraConvert, convert_lora, "my-lora.safetensors --output comfy.safetensors --to native"),
+    },
+)
+PROGRAM = Program(
+    "refalign",
+    "RefAlign for diffusers: videos of the subjects of reference images.",
+    {
+        "demo": Command(Demo, demo.run, '--subjects dotted-ball --prompt "It slides to the right at night."'),
+        "generate": Command(
+            Generate,
+            generate.run,
+            '--model refalign-1.3b --prompt "A woman walks her dog." --reference woman.png dog.png --output walk.mp4',
+        ),
+        "convert": Command(
+            Convert,
+            run_convert,
+            "--checkpoint gudaochangsheng/RefAlign-1.3B --base Wan-AI/Wan2.1-T2V-1.3B-Diffusers "
+            "--output refalign-1.3b",
+        ),
+        "export": Command(Export, export, "--model refalign-1.3b --output refalign-1.3b.safetensors"),
+        "push": Command(Push, push, "refalign-1.3b --repo ORG/NAME --dry-run"),
+        "lora": LORA,
+    },
+)
+
+
+def main(words: list[str] | None = None) -> int:
+    """Runs a command, by default that of the command line, and returns its exit code."""
+    return PROGRAM.main(words)
 
 
 if __name__ == "__main__":

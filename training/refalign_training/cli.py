@@ -3,14 +3,10 @@
 Nothing heavy is imported before the command line is understood, so that `--help` answers at once.
 """
 
-import logging
-import signal
 import sys
-from typing import Annotated, Any
+from typing import Any
 
-import tyro
-from tyro.conf import subcommand
-
+from refalign.command_line import Command, Program
 from refalign_training import cache
 from refalign_training.bounds import InvalidOption
 from refalign_training.cache.command import CacheCommand
@@ -23,49 +19,40 @@ from refalign_training.sprites import command as sprites
 from refalign_training.sprites.recipe import SpritesCommand
 
 
-Command = (
-    Annotated[Check, subcommand("check")]
-    | Annotated[CacheCommand, subcommand("cache")]
-    | Annotated[RunCommand, subcommand("run")]
-    | Annotated[ExportCommand, subcommand("export")]
-    | Annotated[SpritesCommand, subcommand("sprites")]
-)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Runs a command and returns its exit code. Errors of users are told in one line, without a traceback."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of an exception, so that nothing half is left
-    try:
-        command = parse(sys.argv[1:] if arguments is None else arguments)
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
-        logging.getLogger("httpx").setLevel(logging.WARNING)
-        runners = {
-            Check: check.run,
-            CacheCommand: cache.run,
-            RunCommand: _train,
-            ExportCommand: export.run,
-            SpritesCommand: sprites.run,
-        }
-        return runners[type(command)](command)
-    except (InvalidOption, ValueError, OSError, ImportError) as error:
-        print(f"refalign-train: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("refalign-train: interrupted; no unfinished file is left.", file=sys.stderr)
-        return 130
-
-
-def parse(arguments: list[str]) -> Any:
-    """The command and its options that a command line gives."""
-    if arguments[:1] == ["run"]:
-        return read_command(arguments[1:])
-    return tyro.cli(Command, args=arguments, prog="refalign-train", description="Training for RefAlign.")
-
-
 def _train(command: RunCommand) -> int:
     from refalign_training.run import trainer
 
     return trainer.run(command)
+
+
+def _read_run(_: type, args: list[str], **told: Any) -> RunCommand:
+    return read_command(args, **told)
+
+
+PROGRAM = Program(
+    "refalign-train",
+    "Train RefAlign, or adapters of it: check a dataset, cache what is computed once, train, export.",
+    {
+        "check": Command(Check, check.run, "--data folder --videos CLIPS --preview preview"),
+        "cache": Command(
+            CacheCommand,
+            cache.run,
+            "--data folder --videos CLIPS --output cache/mine --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers "
+            "--teacher facebook/dinov3-vitb16-pretrain-lvd1689m",
+        ),
+        "run": Command(
+            RunCommand, _train, "--config training/configs/lora-1.3b.yaml --output runs/lora --steps 2000", _read_run
+        ),
+        "export": Command(ExportCommand, export.run, "runs/lora --output my-lora"),
+        "sprites": Command(SpritesCommand, sprites.run, "--output sprites"),
+    },
+    errors=(InvalidOption, ValueError, OSError, ImportError),
+)
+
+
+def main(words: list[str] | None = None) -> int:
+    """Runs a command, by default that of the command line, and returns its exit code."""
+    return PROGRAM.main(words)
 
 
 if __name__ == "__main__":

@@ -49,26 +49,28 @@ _OPERATORS = {
 
 @dataclass(frozen=True)
 class Check:
-    """Read a dataset, tell what can be used of it and what is wrong, show samples as the model will see them."""
+    """Read a dataset, say what can be used and what is wrong with it, and show samples as the model will see them."""
 
     source: Annotated[Source, OmitArgPrefixes]
-    """The dataset. Without --videos, opens2v and phantom are read but no video is opened."""
+    """The dataset. Without --videos, opens2v and phantom are read, but no video is opened."""
     recipe: Annotated[Recipe, OmitArgPrefixes] = field(default_factory=Recipe)
-    """How pixels are made of it."""
+    """How pixels are made of the dataset."""
     limit: int | None = None
-    """Stop after so many samples, usable or not."""
+    """Stop after this number of samples, usable or not."""
     preview: Path | None = None
-    """A new folder for samples as the model will see them, with an index.html: as many as --limit, else 16."""
+    """A new folder for samples as the model will see them, with an index.html. It shows 16 samples, or as many as
+    --limit says."""
     faults: Path | None = None
-    """A new JSONL file of every fault. Of each kind 20 are printed."""
+    """A new JSONL file for all faults. The first 20 of each kind are also printed."""
     select: str | None = None
-    """Only samples with these scores, such as "aesthetic>5.5,references>=2" (>, >=, <, <=, =, !=); all have to hold.
-    opens2v: aesthetic, motion, tech, fps, duration, num_frames, height, width, references. table: its columns of
-    numbers."""
+    """Take only samples whose scores fulfil all of these conditions, such as "aesthetic>5.5,references>=2". The signs
+    are >, >=, <, <=, = and !=. opens2v has the scores aesthetic, motion, tech, fps, duration, num_frames, height,
+    width and references; a table has its columns of numbers."""
     write: Path | None = None
-    """A new file of the usable samples, for --data samples."""
+    """A new file for the usable samples, which --data samples reads."""
     max_samples: int | None = None
-    """Stop after so many usable samples: the first ones, so that a subset of opens2v needs few parts of the videos."""
+    """Stop after this number of usable samples. They are the first ones, so that a subset of opens2v needs few parts
+    of the videos."""
 
 
 @dataclass

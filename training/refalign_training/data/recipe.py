@@ -57,7 +57,7 @@ class SelectionRule(Options):
     max_references: NonNegativeInt = 3
     """How many references a sample has at most. The largest subjects are taken; of your own data, the first ones."""
     duplicate_iou: float = 0.8
-    """Of two subjects whose boxes have an intersection over union above this, only the larger one is taken."""
+    """If the boxes of two subjects have an intersection over union above this, only the larger one is taken."""
     max_image_similarity: float | None = 0.98
     """Cross pairs that are more similar than this are near copies and are left out. None: all are taken."""
     max_cross_views: NonNegativeInt = 8

@@ -4,8 +4,8 @@
     refalign-train export RUN --output my-lora
     refalign-train export RUN/checkpoints/step-00005000 --output my-model --push ORG/NAME
 
-Of a LoRA run the adapters, as diffusers and ComfyUI read them; of a full run a whole pipeline and, beside it, its
-transformer as one native file. Nothing heavy is imported before it is needed, so that `--help` answers at once.
+A LoRA run gives its adapters, as diffusers and ComfyUI read them. A full run gives a whole pipeline and, beside it,
+its transformer as one native file. Nothing heavy is imported before it is needed, so that `--help` answers at once.
 """
 
 import tempfile
@@ -25,31 +25,33 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportCommand:
-    """Write a run's weights for others, with a model card: adapters, or a whole pipeline; and push them to the Hub."""
+    """Write a run's weights for others, with a model card: its adapters, or a whole pipeline. --push pushes them."""
 
     checkpoint: Positional[Path]
-    """A run's folder, whose latest checkpoint is taken, or a checkpoint's."""
+    """The folder of a run, whose latest checkpoint is taken, or of a checkpoint."""
     output: Path
-    """A new folder."""
+    """The folder to write. It must not exist."""
     weights: Literal["auto", "average", "last"] = "auto"
-    """The moving average, or the weights of the last step; auto: the average if the run kept one."""
+    """Which weights to write: the moving average, or those of the last step. auto is the average, if the run has
+    one."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Of the weights; auto: float32 for adapters, which are small and then exactly what was trained, else bfloat16.
-    What the model computes in float32 (norms, modulation) stays so."""
+    """The type of the weights. auto is float32 for adapters, which are small and then exactly what was trained, else
+    bfloat16. What the model computes in float32 (norms, modulation) stays in float32."""
     base: str | None = None
-    """Folder or Hub id of the base, if it is no longer where the run had it, or is to be named by its Hub id."""
+    """The base, as a folder or a Hub id, if it is no longer where the run had it, or if the card must name its Hub
+    id."""
     native: bool = True
-    """Of full training, also write the transformer as one native file (ComfyUI). It doubles the size."""
+    """After full training, also write the transformer as one native file (ComfyUI). It doubles the size."""
     licence: str | None = None
-    """As the Hub names it, such as cc-by-nc-4.0; by default the base's."""
+    """The licence, as the Hub names it, such as cc-by-nc-4.0. By default it is the base's."""
     datasets: tuple[str, ...] = ()
-    """Hub ids of what it was trained on, if the run does not know them."""
+    """The Hub ids of the datasets that were trained on, if the run does not know them."""
     push: str | None = None
-    """ORG/NAME on the Hub; made if it does not exist."""
+    """Push the folder to this repo on the Hub, ORG/NAME. It is made if it does not exist."""
     private: bool = False
-    """Make a new repo private."""
+    """Make the repo private, if it is new."""
     dry_run: bool = False
-    """With --push: only say which files would go. The folder is written."""
+    """With --push, only say which files would be pushed. The folder is written."""
 
 
 def run(command: ExportCommand) -> int:

@@ -53,7 +53,7 @@ class LoraOptions(Options):
     rank: PositiveInt = 64
     """The rank of each adapter."""
     alpha: NonNegativeFloat = 64.0
-    """The adapters' scale, times their rank: they are scaled by alpha / rank."""
+    """The numerator of the adapters' scale, which is alpha / rank."""
     dropout: ShareBelowOne = 0.0
     """The probability that an input of an adapter is dropped."""
     targets: Annotated[tuple[str, ...], Many, Field(min_length=1)] = (
@@ -216,12 +216,25 @@ class RunCommand(Options):
     validation: ValidationOptions = field(default_factory=ValidationOptions)
 
 
+def _sections(options: type, prefix: str = "") -> dict[type, str]:
+    """The classes of a tree, and what their options' names begin with."""
+    sections = {options: prefix}
+    for name, kind in get_type_hints(options).items():
+        if dataclasses.is_dataclass(kind):
+            sections |= _sections(kind, f"{prefix}{name}.")
+    return sections
+
+
+SECTIONS = _sections(RunCommand)
 _TREE = TypeAdapter(RunCommand)
 
 
-def read_command(words: Sequence[str], prog: str = "refalign-train run") -> RunCommand:
+def read_command(words: Sequence[str], **told: Any) -> RunCommand:
     """
     The options that a command line gives. Those of `--config FILE` stand before the line's own.
+
+    Args:
+        told: what `tyro.cli` is told besides, such as the program's name.
 
     Raises:
         ValueError: if an option is unknown or cannot be used.
@@ -229,7 +242,7 @@ def read_command(words: Sequence[str], prog: str = "refalign-train run") -> RunC
     """
     path = _config_path(words)
     with naming_sections():
-        return tyro.cli(RunCommand, args=[*(_words_of_file(path) if path else ()), *words], prog=prog)
+        return tyro.cli(RunCommand, args=[*(_words_of_file(path) if path else ()), *words], **told)
 
 
 def _config_path(words: Sequence[str]) -> Path | None:
@@ -289,23 +302,14 @@ def naming_sections(place: str = "") -> Iterator[None]:
     try:
         yield
     except InvalidOption as error:
-        name = f"{_sections()[error.section]}{error.name}".rstrip(".")
+        name = f"{SECTIONS[error.section]}{error.name}".rstrip(".")
         hint = _nearest(name) if error.problem == UNKNOWN else ""
         raise ValueError(f"{place}{name} {error.problem}{hint}") from None
 
 
-def _sections(options: type = RunCommand, prefix: str = "") -> dict[type, str]:
-    """The classes of the tree, and what their options' names begin with."""
-    sections = {options: prefix}
-    for name, kind in get_type_hints(options).items():
-        if dataclasses.is_dataclass(kind):
-            sections |= _sections(kind, f"{prefix}{name}.")
-    return sections
-
-
 def _nearest(key: str) -> str:
     names = list(flatten(RunCommand(Path())))
-    sections = [prefix.rstrip(".") for prefix in _sections().values()]
+    sections = [prefix.rstrip(".") for prefix in SECTIONS.values()]
     same = [name for name in names if name.rpartition(".")[2] == key.rpartition(".")[2]]
     matches = same or difflib.get_close_matches(key, [*names, *sections], n=1, cutoff=0.5)
     return f" Did you mean {matches[0]}?" if matches else ""

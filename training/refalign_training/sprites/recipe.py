@@ -65,24 +65,24 @@ CAST = {
 
 @dataclass(frozen=True)
 class SpritesCommand:
-    """Make the tiny model of drawn figures anew, from nothing. Goes on if it was killed."""
+    """Make the tiny model of drawn figures anew, from nothing. If it was killed, the same command goes on."""
 
     output: Path = Path("sprites")
-    """The folder for all of it; `model` in it is the pipeline."""
+    """The folder for everything that is made. The pipeline is the folder `model` in it."""
     clips: int = 6_000
-    """Clips of the dataset."""
+    """The number of clips of the dataset."""
     processes: int = 2
-    """Processes that train and encode together."""
+    """How many processes train and encode together."""
     only: Stage | None = None
-    """Only this stage, in this process."""
+    """Make only this stage, in this process."""
     until: Stage = "model"
-    """The last stage."""
+    """The last stage to make."""
     steps: int | None = None
-    """Training steps of the transformer; by default the recipe's."""
+    """The number of training steps of the transformer. By default it is the recipe's."""
     samples: int = 96
-    """Clips of one subject, and as many of two, that the finished model is measured on."""
+    """How many clips of one subject, and as many of two, the finished model is measured on."""
     ablation: bool = False
-    """Train the arms of the ablation instead, one after the other, and write `ablation.json` and pictures."""
+    """Train the arms of the ablation instead, one after the other, and write `ablation.json` and its pictures."""
 
 
 def make(command: SpritesCommand, until: Stage) -> None:

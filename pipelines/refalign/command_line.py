@@ -1,0 +1,169 @@
+"""What our programs have in common: commands and their help, `--version`, and errors of users in one line.
+
+Nothing heavy is imported, so that `--help` answers at once.
+"""
+
+import ast
+import difflib
+import inspect
+import itertools
+import logging
+import shutil
+import signal
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from functools import cache, partial
+from typing import Any, get_args, get_type_hints
+
+import tyro
+from tyro.conf import Positional, PositionalMetavarFromFieldName
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
+
+from refalign import __version__
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command of a program."""
+
+    options: type
+    """The dataclass of its options, whose docstring says in a line what it does."""
+    run: Callable[[Any], int]
+    """What runs it, and returns the exit code."""
+    example: str
+    """The options of a call that can be made."""
+    read: Callable[..., Any] = tyro.cli
+    """What makes options of words, called as `tyro.cli` is."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program, or a command that has commands of its own."""
+
+    name: str
+    description: str
+    commands: Mapping[str, "Command | Program"]
+    errors: tuple[type[Exception], ...] = (ValueError, OSError, ImportError)
+    """Errors of users, which are told in one line, without a traceback."""
+
+    def main(self, words: Sequence[str] | None = None) -> int:
+        """Runs the command that words, by default the command line's, give, and returns its exit code."""
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of an exception, so that nothing half is left
+        try:
+            command, options = self.parse(sys.argv[1:] if words is None else words)
+            logging.basicConfig(level=logging.INFO, format="%(message)s")
+            logging.getLogger("httpx").setLevel(logging.WARNING)
+            return command.run(options)
+        except self.errors as error:
+            print(f"{self.name}: {error}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print(f"{self.name}: interrupted; no unfinished file is left.", file=sys.stderr)
+            return 130
+
+    def parse(self, words: Sequence[str]) -> tuple[Command, Any]:
+        """
+        The command that words name, and its options.
+
+        Raises:
+            SystemExit: if help or the version was asked for, or the words are not understood.
+        """
+        name, rest = (words[0], list(words[1:])) if words else ("", [])
+        if name in ("-h", "--help"):
+            print(self._overview())
+            raise SystemExit(0)
+        if name == "--version":
+            print(f"{self.name} {__version__}")
+            raise SystemExit(0)
+        command = self.commands.get(name)
+        if command is None:
+            print(f"{self.name}: {self._correction(name)}", file=sys.stderr)
+            raise SystemExit(2)
+        return command.parse(rest) if isinstance(command, Program) else self._parse_options(name, command, rest)
+
+    def _parse_options(self, name: str, command: Command, words: list[str]) -> tuple[Command, Any]:
+        program, description = f"{self.name} {name}", inspect.getdoc(command.options)
+        if required := ", ".join(_required(command.options)):
+            description += f"\n\nRequired: {required}."
+        told = {"prog": program, "description": description, "registry": REGISTRY}
+        try:
+            return command, command.read(command.options, args=words, config=(PositionalMetavarFromFieldName,), **told)
+        except SystemExit as exit:
+            if not exit.code:
+                print(f"\nExample:\n  {program} {command.example}")
+            raise
+
+    def _overview(self) -> str:
+        lines = [f"usage: {self.name} COMMAND [OPTIONS]", "", self.description, "", "Commands:"]
+        width = max(map(len, self.commands)) + 4
+        for name, command in self.commands.items():
+            told = command.description if isinstance(command, Program) else inspect.getdoc(command.options)
+            columns = shutil.get_terminal_size().columns
+            first, later = f"  {name}".ljust(width), " " * width
+            lines.append(textwrap.fill(told, columns, initial_indent=first, subsequent_indent=later))
+        return "\n".join([*lines, "", f"`{self.name} COMMAND --help` describes a command and its options."])
+
+    def _correction(self, name: str) -> str:
+        names = ", ".join(self.commands)
+        if not name:
+            return f"Name a command: {names}. --help describes them."
+        matches = difflib.get_close_matches(name, self.commands, n=1)
+        hint = f" Did you mean {matches[0]}?" if matches else ""
+        return f"There is no command {name!r}.{hint} The commands are {names}."
+
+
+REGISTRY = ConstructorRegistry()
+
+
+@REGISTRY.struct_rule
+def _rule(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """What tyro does with a dataclass, except that lines of a docstring are joined."""
+    if not is_dataclass(info.type):
+        return None
+    hints = get_type_hints(info.type, include_extras=True)
+    specs = []
+    for field in fields(info.type):
+        text = partial(_description, info.type, field.name)
+        specs.append(StructFieldSpec(field.name, hints[field.name], _default(field), text))
+    return StructConstructorSpec(info.type, tuple(specs))
+
+
+def _default(field: Field) -> Any:
+    if field.default is not MISSING:
+        return field.default
+    is_section = is_dataclass(field.default_factory)  # which has its own defaults
+    return tyro.MISSING_NONPROP if is_section or field.default_factory is MISSING else field.default_factory()
+
+
+def _description(options: type, name: str) -> str | None:
+    texts = (descriptions(kind).get(name) for kind in options.__mro__ if is_dataclass(kind))
+    return next(filter(None, texts), None)
+
+
+@cache
+def descriptions(options: type) -> dict[str, str]:
+    """The docstrings beneath a class's own fields, by the fields' names."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(options))).body
+    texts = {}
+    for statement, text in itertools.pairwise(definition.body):
+        if isinstance(statement, ast.AnnAssign) and isinstance(text, ast.Expr):
+            texts[statement.target.id] = " ".join(ast.literal_eval(text.value).split())
+    return texts
+
+
+def _required(options: type) -> Iterator[str]:
+    """The options that have no default, as the command line writes them."""
+    hints = get_type_hints(options, include_extras=True)
+    for field in fields(options):
+        if field.default is not MISSING or field.default_factory is not MISSING:
+            continue
+        kind = hints[field.name]
+        bare = next(iter(get_args(kind)), kind)
+        if is_dataclass(bare):
+            yield from _required(bare)
+        elif kind == Positional[bare]:
+            yield field.name.upper()
+        else:
+            yield f"--{field.name.replace('_', '-')}"
