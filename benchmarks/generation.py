@@ -29,12 +29,12 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import WanPipeline, WanTransformer3DModel
 from tqdm.auto import tqdm
 
 from benchmarks.machine import in_fresh_process, machine_line, markdown_table, process_memory, reset_peak_memory
 from refalign import RefAlignWanPipeline
-from refalign.pipeline_refalign_wan import guidance_passes
+from refalign.pipeline_refalign_wan import TOKEN_PIXELS, guidance_passes, paper_scheduler
 
 
 Side = Literal["wan", "refalign"]
@@ -122,7 +122,7 @@ def make_pipeline(side: Side, transformer: WanTransformer3DModel) -> WanPipeline
         tokenizer=None,
         text_encoder=None,
         vae=None,
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),
+        scheduler=paper_scheduler(),
         transformer=transformer,
     )
     pipeline.set_progress_bar_config(disable=True)
@@ -212,7 +212,7 @@ def measure_memory(options: Options, results: dict[Case, Result]) -> None:
 
 def table_row(case: Case, result: Result, size: Size) -> list[str]:
     """A row of [`report`]'s table."""
-    tokens = (size.frames + case.references) * (size.height // 16) * (size.width // 16)
+    tokens = (size.frames + case.references) * (size.height // TOKEN_PIXELS) * (size.width // TOKEN_PIXELS)
     factor = case.passes // WAN_PASSES[case.passes]
     wan, refalign = (statistics.median(chain.from_iterable(result.seconds[side])) for side in SIDES)
     ratios = [

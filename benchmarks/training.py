@@ -47,6 +47,7 @@ from tqdm.auto import tqdm
 
 from benchmarks.machine import in_fresh_process, machine_line, markdown_table, process_memory, reset_peak_memory
 from benchmarks.training_inputs import REFERENCES, SIZES, write_cache, write_models
+from refalign.pipeline_refalign_wan import FRAMES_PER_LATENT, TOKEN_PIXELS
 from refalign_training.data.recipe import Recipe
 from refalign_training.data.source import Dataset
 from refalign_training.run.config import RunCommand
@@ -381,7 +382,8 @@ def what_ran(options: Options) -> str:
 
 def tokens(clip: tuple[int, int, int]) -> int:
     frames, height, width = clip
-    return ((frames - 1) // 4 + 1 + REFERENCES) * (height // 16) * (width // 16)
+    latents = (frames - 1) // FRAMES_PER_LATENT + 1
+    return (latents + REFERENCES) * (height // TOKEN_PIXELS) * (width // TOKEN_PIXELS)
 
 
 def main(options: Options) -> None:

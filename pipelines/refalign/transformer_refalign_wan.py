@@ -117,7 +117,7 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
     _no_split_modules = ["RefAlignWanTransformerBlock"]
     _repeated_blocks = ["RefAlignWanTransformerBlock"]
     _cp_plan = {
-        # "" splits Wan 2.2's timestep a token, which a Wan 2.1 model never gets, and forbids all outputs but tensors
+        # "" splits Wan 2.2's timestep per token, which a Wan 2.1 model never gets, and forbids all outputs but tensors
         **{name: plan for name, plan in WanTransformer3DModel._cp_plan.items() if name != ""},
         "token_mask": {0: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True)},
         "all_tokens": ContextParallelOutput(gather_dim=1, expected_dims=3),
@@ -127,16 +127,10 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
     @functools.wraps(WanTransformer3DModel.__init__)
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        for block in self.blocks:
-            block.__class__ = RefAlignWanTransformerBlock  # same parameters, another forward
+        self._take_reference_blocks()
         # Both without parameters: places where context parallelism splits the mask and gathers the tokens
         self.token_mask = TokenMask()
         self.all_tokens = nn.Identity()
-
-    @classmethod
-    def extract_init_dict(cls, config_dict, **kwargs):
-        # `auto_map` is there for AutoModel; diffusers would warn of it at every load
-        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
 
     @classmethod
     def from_wan(cls, transformer: WanTransformer3DModel) -> "RefAlignWanTransformer3DModel":
@@ -158,26 +152,6 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
         for ours, theirs in zip(model.parameters(), transformer.parameters(), strict=True):
             ours.requires_grad_(theirs.requires_grad)
         return model.train(transformer.training)
-
-    @classmethod
-    def from_single_file(cls, pretrained_model_link_or_path_or_dict=None, *, dtype=None, torch_dtype=None, **kwargs):
-        """
-        As diffusers' own, for native and diffusers checkpoints; with `dtype` it keeps in float32 what
-        [`~RefAlignWanTransformer3DModel.from_pretrained`] keeps (norms, modulation, timestep embedding), which
-        diffusers' own casts.
-        """
-        dtype = torch_dtype if dtype is None else dtype
-        if dtype is None or kwargs.get("quantization_config") is not None:
-            return super().from_single_file(pretrained_model_link_or_path_or_dict, dtype=dtype, **kwargs)
-        model = super().from_single_file(pretrained_model_link_or_path_or_dict, **kwargs)
-        return model.cast_weights(dtype)
-
-    def cast_weights(self, dtype: torch.dtype) -> "RefAlignWanTransformer3DModel":
-        """Casts its weights but those that [`~RefAlignWanTransformer3DModel.from_pretrained`] keeps in float32."""
-        for name, parameter in self.named_parameters():
-            is_kept = any(module in name.split(".") for module in self._keep_in_fp32_modules)
-            parameter.data = parameter.data.to(torch.float32 if is_kept else dtype)
-        return self
 
     def enable_cache(self, config: Any) -> None:
         """
@@ -230,8 +204,9 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
             attention_kwargs (`dict`, *optional*):
                 `{"scale": s}` scales the LoRA layers by `s` for this call.
             reference_hidden_states (`torch.Tensor`, *optional*):
-                Clean latents of shape `(batch, channels, references, height, width)`: one latent frame a reference,
-                normalised as the video's are. Zeros are the null reference. `None`: exactly [`WanTransformer3DModel`].
+                Clean latents of shape `(batch, channels, references, height, width)`: one latent frame per
+                reference, normalised as the video's are. Zeros are the null reference. `None`: exactly
+                [`WanTransformer3DModel`].
             output_reference_layers (`Sequence[int]`, *optional*):
                 Blocks, counted from 0, after which the reference tokens are returned too.
 
@@ -316,18 +291,18 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
         video, references = tuple(hidden_states.shape), tuple(reference_hidden_states.shape)
         if len(references) != 5 or references[:2] != video[:2] or references[3:] != video[3:] or references[2] == 0:
             raise ValueError(
-                f"`reference_hidden_states` has shape {references}; beside `hidden_states` of shape {video} it has to "
+                f"`reference_hidden_states` has shape {references}; beside `hidden_states` of shape {video} it must "
                 f"be (batch, channels, references, height, width) = ({video[0]}, {video[1]}, 1 or more, {video[3]}, "
                 f"{video[4]}). Pass `None` where there are no references."
             )
         if timestep.ndim != 1:
             raise ValueError(
-                f"`timestep` has shape {tuple(timestep.shape)}; with references it has to be (batch,): one timestep "
+                f"`timestep` has shape {tuple(timestep.shape)}; with references it must be (batch,): one timestep "
                 "modulates all tokens of a sample."
             )
         if self.config.patch_size[0] != 1:
             raise ValueError(
-                f"`patch_size` is {tuple(self.config.patch_size)}; with references its first number has to be 1, "
+                f"`patch_size` is {tuple(self.config.patch_size)}; with references its first number must be 1, "
                 "because each reference is one latent frame."
             )
         for layer in layers or ():
@@ -336,10 +311,44 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
                     f"`output_reference_layers` names block {layer}, but the blocks are 0 to {len(self.blocks) - 1}."
                 )
 
+    # -- What diffusers 0.42 does not offer; tests/pipelines/test_diffusers.py tells which of it can go ---------------
+
+    def _take_reference_blocks(self) -> None:
+        # diffusers/models/transformers/transformer_wan.py: the class of its blocks is fixed
+        for block in self.blocks:
+            block.__class__ = RefAlignWanTransformerBlock  # same parameters, another forward
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        # diffusers/configuration_utils.py: warns at every load of `auto_map`, which its own AutoModel reads
+        config_dict = dict(config_dict)
+        config_dict.pop("auto_map", None)
+        return super().extract_init_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_single_file(cls, pretrained_model_link_or_path_or_dict=None, *, dtype=None, torch_dtype=None, **kwargs):
+        """
+        Loads a native or diffusers checkpoint, as diffusers' own does. With `dtype` it keeps in float32 what
+        [`~RefAlignWanTransformer3DModel.from_pretrained`] keeps: norms, modulation, timestep embedding.
+        """
+        # diffusers/loaders/single_file_model.py: casts these too
+        dtype = torch_dtype if dtype is None else dtype
+        if dtype is None or kwargs.get("quantization_config") is not None:
+            return super().from_single_file(pretrained_model_link_or_path_or_dict, dtype=dtype, **kwargs)
+        model = super().from_single_file(pretrained_model_link_or_path_or_dict, **kwargs)
+        return model.cast_weights(dtype)
+
+    def cast_weights(self, dtype: torch.dtype) -> "RefAlignWanTransformer3DModel":
+        """Casts its weights but those that [`~RefAlignWanTransformer3DModel.from_pretrained`] keeps in float32."""
+        for name, parameter in self.named_parameters():
+            is_kept = any(module in name.split(".") for module in self._keep_in_fp32_modules)
+            parameter.data = parameter.data.to(torch.float32 if is_kept else dtype)
+        return self
+
 
 def _register_for_caches() -> None:
-    # diffusers' caches look a block's exact class up. The registry is private, so a later diffusers may move it;
-    # then only the caches are lost, and they say so themselves.
+    # diffusers/hooks/_helpers.py: caches look a block's exact class up, not its parents. The registry is private, so a
+    # later diffusers may move it; then only the caches are lost, and they say so themselves.
     try:
         from diffusers.hooks._helpers import TransformerBlockMetadata, TransformerBlockRegistry
     except ImportError:

@@ -294,12 +294,12 @@ def test_references_that_do_not_fit_are_named(pipeline, prompt, images, message)
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"height": 40}, "`height` has to be divisible by 16, but is 40. Nearest: 32"),
-        ({"width": 45}, "`width` has to be divisible by 16, but is 45. Nearest: 48"),
+        ({"height": 40}, "`height` must be divisible by 16, but is 40. Nearest: 32"),
+        ({"width": 45}, "`width` must be divisible by 16, but is 45. Nearest: 48"),
         ({"height": 0}, "Nearest: 16"),
         ({"height": -16}, "Nearest: 16"),
-        ({"height": 32.0}, "`height` has to be a whole number"),
-        ({"num_frames": 6}, r"`num_frames` has to be 4k \+ 1, but is 6. Nearest: 5"),
+        ({"height": 32.0}, "`height` must be a whole number"),
+        ({"num_frames": 6}, r"`num_frames` must be 4k \+ 1, but is 6. Nearest: 5"),
         ({"num_frames": 80}, "Nearest: 81"),
         ({"num_frames": 0}, "Nearest: 1"),
         ({"num_frames": True}, "whole number"),
@@ -312,9 +312,9 @@ def test_references_that_do_not_fit_are_named(pipeline, prompt, images, message)
         ({"output_type": "mp4"}, "output_type"),
         ({"prompt": None}, "exactly one of `prompt`"),
         ({"prompt_embeds": torch.zeros(1, 4, 32)}, "exactly one of `prompt`"),
-        ({"prompt": 3}, "`prompt` has to be a string"),
-        ({"prompt": []}, "`prompt` has to be a string"),
-        ({"prompt": ["a", 1]}, "`prompt` has to be a string"),
+        ({"prompt": 3}, "`prompt` must be a string"),
+        ({"prompt": []}, "`prompt` must be a string"),
+        ({"prompt": ["a", 1]}, "`prompt` must be a string"),
         ({"negative_prompt": ["a", "b"]}, "2 entries for 1 prompts"),
         ({"negative_prompt": "a", "negative_prompt_embeds": torch.zeros(1, 4, 32)}, "not both"),
         ({"prompt": None, "prompt_embeds": torch.zeros(1, 32)}, r"\(1, 32\)"),
@@ -332,9 +332,9 @@ def test_references_that_do_not_fit_are_named(pipeline, prompt, images, message)
         ({"max_sequence_length": "16"}, "max_sequence_length"),
         ({"guidance_scale": True}, "guidance_scale"),
         ({"generator": 3}, "torch.Generator"),
-        ({"latents": np.zeros((1, 16, 2, 4, 6))}, "`latents` has to be a tensor"),
-        ({"prompt": None, "prompt_embeds": [[1.0]]}, "`prompt_embeds` has to be a tensor"),
-        ({"reference_images": None, "reference_latents": [1]}, "`reference_latents` has to be a tensor"),
+        ({"latents": np.zeros((1, 16, 2, 4, 6))}, "`latents` must be a tensor"),
+        ({"prompt": None, "prompt_embeds": [[1.0]]}, "`prompt_embeds` must be a tensor"),
+        ({"reference_images": None, "reference_latents": [1]}, "`reference_latents` must be a tensor"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
@@ -359,7 +359,7 @@ def test_the_nearest_valid_size_it_names_is_valid(height, num_frames):
         try:
             check_size(**size)
         except ValueError as error:
-            name, nearest = re.search(r"`(\w+)` has .*Nearest: (\d+)", str(error)).groups()
+            name, nearest = re.search(r"`(\w+)` must .*Nearest: (\d+)", str(error)).groups()
             assert abs(size[name] - int(nearest)) <= 8 or size[name] < 16
             size[name] = int(nearest)
     check_size(**size)

@@ -23,9 +23,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from refalign.files import fetch, open_safetensors, read_json
+from refalign.pipeline_refalign_wan import TOKEN_PIXELS
 
 
-TOKEN_PIXELS = 16  # of a token of the transformer: VAE /8, patch /2
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"

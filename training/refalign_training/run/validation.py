@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKLWan
 from PIL import Image
 
 from refalign import RefAlignWanPipeline, RefAlignWanTransformer3DModel
+from refalign.pipeline_refalign_wan import denormalize_latents, paper_scheduler
 from refalign.video import write_video
 from refalign_training.data.randomness import seed_of
 from refalign_training.method.losses import sample_timesteps
@@ -172,7 +173,7 @@ class Validation:
 
     def _generate(self, number: int, objective: Objective, transformer: RefAlignWanTransformer3DModel) -> torch.Tensor:
         sample_id, value = self.values[number]
-        pipeline = RefAlignWanPipeline(None, None, None, FlowMatchEulerDiscreteScheduler(shift=5.0), transformer)
+        pipeline = RefAlignWanPipeline(None, None, None, paper_scheduler(), transformer)
         pipeline.set_progress_bar_config(disable=True)
         length = self.objective_options.max_sequence_length
         generator = torch.Generator().manual_seed(seed_of("video", sample_id))
@@ -202,11 +203,8 @@ def evaluating(objective: Objective) -> Iterator[None]:
 @torch.no_grad()
 def _decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> list[Image.Image]:
     """Normalised latents `(16, frames, h, w)` as images."""
-    mean, std = (
-        torch.tensor(statistic, device=vae.device).view(1, -1, 1, 1, 1)
-        for statistic in (vae.config.latents_mean, vae.config.latents_std)
-    )
-    video = vae.decode(latents[None].to(vae.device, torch.float32) * std + mean).sample[0]
+    latents = denormalize_latents(latents.to(vae.device, torch.float32), vae.config)
+    video = vae.decode(latents[None]).sample[0]
     pixels = ((video.permute(1, 2, 3, 0).clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
     return [Image.fromarray(frame) for frame in pixels]
 

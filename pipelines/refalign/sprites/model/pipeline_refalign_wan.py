@@ -7,7 +7,7 @@ import inspect
 import logging
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -38,7 +38,7 @@ DEFAULT_NEGATIVE_PROMPT = (
 )
 
 
-# Of a call, where neither it nor the model's repo says otherwise: what the published models were trained with
+# What a call takes for arguments that neither it nor the model's repo gives: the settings of the published models
 CALL_DEFAULTS = {
     "negative_prompt": DEFAULT_NEGATIVE_PROMPT,
     "height": 480,
@@ -49,13 +49,15 @@ CALL_DEFAULTS = {
     "image_guidance_scale": 5.0,
     "max_sequence_length": 512,
 }
+TOKEN_PIXELS = 16  # the side of a token in pixels: the VAE's 8 times the transformer's patch of 2
+FRAMES_PER_LATENT = 4  # frames of the video in a latent frame, except for the first, which has one
 
 
 def guidance_passes(
     guidance_scale: float, image_guidance_scale: float, has_references: bool = True
 ) -> list[tuple[str, float]]:
     """
-    The forward passes a step needs, in order, each with its weight in [`combine_passes`].
+    The forward passes that a step needs, in order, each with its weight in [`combine_passes`].
 
     `"null"` is the negative prompt with null references, `"reference"` the negative prompt with the references,
     `"full"` the prompt with the references: `v = null + g_ref (reference - null) + g_text (full - reference)`. A pass
@@ -80,6 +82,34 @@ def combine_passes(predictions: Sequence[torch.Tensor], weights: Sequence[float]
     return velocity
 
 
+def paper_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """The scheduler of RefAlign's results: Euler, shift 5 (arXiv 2603.25743)."""
+    return FlowMatchEulerDiscreteScheduler(shift=5.0)
+
+
+def normalize_latents(latents: torch.Tensor, vae_config: Mapping[str, Any]) -> torch.Tensor:
+    """
+    The VAE's latents as the transformer sees them: `(latents - mean) / std` by channel, in float32.
+
+    Args:
+        latents (`torch.Tensor`): `([batch,] channels, frames, height, width)`.
+        vae_config (`Mapping`): the configuration of an [`AutoencoderKLWan`], with `latents_mean` and `latents_std`.
+    """
+    latents = latents.float()
+    return (latents - _by_channel(latents, vae_config["latents_mean"])) / _by_channel(
+        latents, vae_config["latents_std"]
+    )
+
+
+def denormalize_latents(latents: torch.Tensor, vae_config: Mapping[str, Any]) -> torch.Tensor:
+    """The inverse of [`normalize_latents`], in the dtype of `latents`."""
+    return latents * _by_channel(latents, vae_config["latents_std"]) + _by_channel(latents, vae_config["latents_mean"])
+
+
+def _by_channel(latents: torch.Tensor, values: Sequence[float]) -> torch.Tensor:
+    return latents.new_tensor(values).view(-1, 1, 1, 1)
+
+
 class RefAlignWanPipeline(WanPipeline):
     r"""
     Reference-to-video generation with RefAlign on Wan 2.1: the subjects of the reference images act out the prompt.
@@ -87,7 +117,7 @@ class RefAlignWanPipeline(WanPipeline):
     Without references it is Wan's text-to-video pipeline. LoRAs are loaded as for [`WanPipeline`].
 
     Args:
-        tokenizer ([`T5TokenizerFast`]): of `google/umt5-xxl`.
+        tokenizer ([`T5TokenizerFast`]): the tokenizer of `google/umt5-xxl`.
         text_encoder ([`UMT5EncoderModel`]): `google/umt5-xxl`.
         vae ([`AutoencoderKLWan`]): encodes references and decodes videos.
         scheduler ([`FlowMatchEulerDiscreteScheduler`]): with shift 5 it is the paper's schedule. Others of diffusers
@@ -128,33 +158,6 @@ class RefAlignWanPipeline(WanPipeline):
         self.vae_scale_factor_spatial = vae.config.scale_factor_spatial if vae is not None else 8
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
 
-    @classmethod
-    def _dict_from_json_file(cls, json_file):
-        """Reads `model_index.json`. A Hub repo names classes of the code it carries; the installed package takes its
-        own classes for them, so that it needs no `trust_remote_code`."""
-        config = super()._dict_from_json_file(json_file)
-        if not _is_installed_package(__name__):
-            return config
-        for name, value in config.items():
-            if isinstance(value, list) and value[-1:] == ["RefAlignWanPipeline"]:
-                config[name] = "RefAlignWanPipeline"
-            elif isinstance(value, list) and value[-1:] == ["RefAlignWanTransformer3DModel"]:
-                config[name] = ["refalign", "RefAlignWanTransformer3DModel"]
-        return config
-
-    @classmethod
-    def extract_init_dict(cls, config_dict, **kwargs):
-        # `auto_map` is there for AutoModel; diffusers would warn of it at every load
-        return super().extract_init_dict({k: v for k, v in config_dict.items() if k != "auto_map"}, **kwargs)
-
-    @classmethod
-    def from_pipe(cls, pipeline, **kwargs):
-        """As diffusers' own; a [`WanPipeline`]'s transformer is given the reference branch, sharing its weights."""
-        transformer = pipeline.components.get("transformer")
-        if isinstance(transformer, WanTransformer3DModel):  # diffusers hands on only the very class of the annotation
-            kwargs.setdefault("transformer", transformer)
-        return super().from_pipe(pipeline, **kwargs)
-
     @property
     def call_defaults(self) -> dict[str, Any]:
         """What a call of this model takes for arguments that are not given."""
@@ -191,23 +194,16 @@ class RefAlignWanPipeline(WanPipeline):
         _, patch_height, patch_width = self.transformer.config.patch_size
         multiples = (self.vae_scale_factor_spatial * patch_height, self.vae_scale_factor_spatial * patch_width)
         check_size(height, width, num_frames, multiples, self.vae_scale_factor_temporal)
-        for name, value in (
-            ("num_inference_steps", num_inference_steps),
-            ("num_videos_per_prompt", num_videos_per_prompt),
-            ("max_sequence_length", max_sequence_length),
-        ):
-            _check_whole_number(name, value)
-            if value < 1:
-                raise ValueError(f"`{name}` has to be 1 or more, but is {value}.")
-        for name, value in (("guidance_scale", guidance_scale), ("image_guidance_scale", image_guidance_scale)):
-            is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-            if not is_number or not math.isfinite(value) or value < 0:
-                raise ValueError(f"`{name}` has to be a number from 0 up, but is {value!r}.")
+        _check_count("num_inference_steps", num_inference_steps)
+        _check_count("num_videos_per_prompt", num_videos_per_prompt)
+        _check_count("max_sequence_length", max_sequence_length)
+        _check_scale("guidance_scale", guidance_scale)
+        _check_scale("image_guidance_scale", image_guidance_scale)
         if output_type not in ("pil", "np", "pt", "latent"):
-            raise ValueError(f"`output_type` has to be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
+            raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
         if attention_kwargs is not None and not isinstance(attention_kwargs, dict):
             raise ValueError(
-                f'`attention_kwargs` has to be a dict such as {{"scale": 0.5}}, but is {attention_kwargs!r}.'
+                f'`attention_kwargs` must be a dict such as {{"scale": 0.5}}, but is {attention_kwargs!r}.'
             )
         self._check_prompts(prompt, negative_prompt, prompt_embeds, negative_prompt_embeds)
         batch_size = _batch_size(prompt, prompt_embeds)
@@ -215,31 +211,32 @@ class RefAlignWanPipeline(WanPipeline):
         shape = self._latents_shape(batch_size * num_videos_per_prompt, num_frames, height, width)
         _check_noise(generator, latents, shape)
         self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        for name, is_needed in (
-            ("text_encoder", prompt is not None),
-            ("vae", output_type != "latent" or reference_images is not None),
-        ):
-            if is_needed and getattr(self, name) is None:
-                raise ValueError(f"This call needs the pipeline's `{name}`, but it was loaded without one.")
+        if prompt is not None:
+            self._check_part("text_encoder")
+        if output_type != "latent" or reference_images is not None:
+            self._check_part("vae")
+
+    def _check_part(self, name: str) -> None:
+        if getattr(self, name) is None:
+            raise ValueError(f"This call needs the pipeline's `{name}`, but it was loaded without one.")
 
     def _check_prompts(self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds) -> None:
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("Pass exactly one of `prompt` and `prompt_embeds`.")
-        for name, value in (("prompt", prompt), ("negative_prompt", negative_prompt)):
-            is_list = isinstance(value, list) and len(value) > 0 and all(isinstance(text, str) for text in value)
-            if value is not None and not isinstance(value, str) and not is_list:
-                raise ValueError(f"`{name}` has to be a string or a list of strings, but is {value!r}.")
+        _check_text("prompt", prompt)
+        _check_text("negative_prompt", negative_prompt)
         if negative_prompt_embeds is not None and negative_prompt not in (None, self.call_defaults["negative_prompt"]):
             raise ValueError("Pass either `negative_prompt` or `negative_prompt_embeds`, not both.")
-        for name, embeds in (("prompt_embeds", prompt_embeds), ("negative_prompt_embeds", negative_prompt_embeds)):
-            if embeds is not None:
-                batch_size = len(embeds) if name == "prompt_embeds" else _batch_size(prompt, prompt_embeds)
-                _check_tensor(name, embeds, (batch_size, None, self.transformer.config.text_dim))
+        text_dim = self.transformer.config.text_dim
+        if prompt_embeds is not None:
+            _check_tensor("prompt_embeds", prompt_embeds, (None, None, text_dim))
         batch_size = _batch_size(prompt, prompt_embeds)
+        if negative_prompt_embeds is not None:
+            _check_tensor("negative_prompt_embeds", negative_prompt_embeds, (batch_size, None, text_dim))
         if isinstance(negative_prompt, list) and len(negative_prompt) != batch_size:
             raise ValueError(
                 f"`negative_prompt` has {len(negative_prompt)} entries for {batch_size} prompts. Pass one string for "
-                "all prompts, or one a prompt."
+                "all prompts, or one per prompt."
             )
 
     def _check_references(self, reference_images, reference_latents, batch_size: int, height: int, width: int) -> None:
@@ -252,7 +249,7 @@ class RefAlignWanPipeline(WanPipeline):
 
     def _check_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs) -> None:
         if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise ValueError(f"`callback_on_step_end` has to be callable, but is {callback_on_step_end!r}.")
+            raise ValueError(f"`callback_on_step_end` must be callable, but is {callback_on_step_end!r}.")
         unknown = [k for k in callback_on_step_end_tensor_inputs or () if k not in self._callback_tensor_inputs]
         if unknown:
             raise ValueError(
@@ -260,11 +257,13 @@ class RefAlignWanPipeline(WanPipeline):
             )
 
     def _default_size(self, latents, reference_latents) -> tuple[int, int, int]:
-        """(height, width, frames) of given latents, else what the model was trained at"""
-        height, width, num_frames = (self.call_defaults[name] for name in ("height", "width", "num_frames"))
+        """(height, width, frames) of given latents, else those that the model was trained at"""
+        defaults = self.call_defaults
+        height, width, num_frames = defaults["height"], defaults["width"], defaults["num_frames"]
         for tensor in (reference_latents, latents):
             if isinstance(tensor, torch.Tensor) and tensor.ndim == 5:
-                height, width = (side * self.vae_scale_factor_spatial for side in tensor.shape[3:])
+                height = tensor.shape[3] * self.vae_scale_factor_spatial
+                width = tensor.shape[4] * self.vae_scale_factor_spatial
         if isinstance(latents, torch.Tensor) and latents.ndim == 5:
             num_frames = (latents.shape[2] - 1) * self.vae_scale_factor_temporal + 1
         return height, width, num_frames
@@ -297,19 +296,12 @@ class RefAlignWanPipeline(WanPipeline):
         image = prepare_reference_image(image, height, width, cut_out=False)
         pixels = self.video_processor.preprocess(image)[:, :, None]
         pixels = pixels.to(get_module_execution_device(self.vae), self.vae.dtype)
-        latents = self.vae.encode(pixels).latent_dist.mode().float()
-        mean, std = self._latents_mean_and_std(latents)
-        return (latents - mean) / std
-
-    def _latents_mean_and_std(self, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        mean = torch.tensor(self.vae.config.latents_mean, device=latents.device, dtype=latents.dtype)
-        std = torch.tensor(self.vae.config.latents_std, device=latents.device, dtype=latents.dtype)
-        return mean.view(1, -1, 1, 1, 1), std.view(1, -1, 1, 1, 1)
+        return normalize_latents(self.vae.encode(pixels).latent_dist.mode(), self.vae.config)
 
     def prepare_references(
         self, reference_images, reference_latents, batch_size: int, height: int, width: int
     ) -> list[torch.Tensor | None]:
-        """One entry a prompt: its references' latents, `(1, channels, references, h, w)` in float32, or `None`."""
+        """One entry per prompt: its references' latents, `(1, channels, references, h, w)` in float32, or `None`."""
         if reference_latents is not None:
             return list(reference_latents.float().split(1))
         references = []
@@ -385,16 +377,16 @@ class RefAlignWanPipeline(WanPipeline):
                 What should not be seen. The default is Wan's, in Chinese; `None` or `""` stands for an empty one.
             reference_images (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str`, `list`, *optional*):
                 One image, or a list of them, each a PIL image, an array `(height, width, channels)`, a tensor
-                `(channels, height, width)`, a path or a URL. For a list of prompts, a list with one such list a
+                `(channels, height, width)`, a path or a URL. For a list of prompts, a list with one such list per
                 prompt; their lengths may differ. Letterboxed on white to the video's size. `None`: text-to-video.
             height (`int`, *optional*, defaults to that of `latents` or `reference_latents`, else to `480`):
-                Of the video, in pixels, a multiple of 16.
+                The video's height in pixels, a multiple of 16.
             width (`int`, *optional*, defaults to that of `latents` or `reference_latents`, else to `832`):
-                Of the video, in pixels, a multiple of 16.
+                The video's width in pixels, a multiple of 16.
             num_frames (`int`, *optional*, defaults to that of `latents`, else to `81`):
-                4k + 1. The model was trained on 81 frames at 16 a second.
+                The video's frames, 4k + 1. The model was trained on 81 frames at 16 per second.
             num_inference_steps (`int`, defaults to `50`):
-                Denoising steps.
+                The number of denoising steps.
             guidance_scale (`float`, defaults to `7.5`):
                 How closely the prompt is followed: `g_text` of [`guidance_passes`]. With references, 0 leaves the
                 prompt out; without them, anything up to 1 is Wan's "no guidance".
@@ -402,9 +394,9 @@ class RefAlignWanPipeline(WanPipeline):
                 How closely the references are followed: `g_ref` of [`guidance_passes`]. With both scales at 1 a step
                 takes one forward pass (for distilled LoRAs), else two or three.
             num_videos_per_prompt (`int`, defaults to `1`):
-                Videos of each prompt.
+                How many videos to make of each prompt.
             generator (`torch.Generator` or `list[torch.Generator]`, *optional*):
-                For repeatable noise; a list has one a video.
+                Makes the noise repeatable; a list has one per video.
             latents (`torch.Tensor` of shape `(batch, channels, frames, height / 8, width / 8)`, *optional*):
                 The noise to start from.
             prompt_embeds (`torch.Tensor` of shape `(batch, text_tokens, text_dim)`, *optional*):
@@ -412,8 +404,8 @@ class RefAlignWanPipeline(WanPipeline):
             negative_prompt_embeds (`torch.Tensor` of shape `(batch, text_tokens, text_dim)`, *optional*):
                 In place of `negative_prompt`.
             reference_latents (`torch.Tensor`, *optional*):
-                Of shape `(batch, channels, references, height / 8, width / 8)`, in place of `reference_images`:
-                normalised as by [`~RefAlignWanPipeline.encode_reference`].
+                Latents of shape `(batch, channels, references, height / 8, width / 8)` in place of `reference_images`,
+                as [`~RefAlignWanPipeline.encode_reference`] makes them.
             output_type (`str`, defaults to `"np"`):
                 `"pil"`, `"np"`, `"pt"` or `"latent"`.
             return_dict (`bool`, defaults to `True`):
@@ -425,7 +417,7 @@ class RefAlignWanPipeline(WanPipeline):
             callback_on_step_end_tensor_inputs (`list[str]`, defaults to `["latents"]`):
                 Which tensors `callback_kwargs` holds: of `latents`, `prompt_embeds`, `negative_prompt_embeds`.
             max_sequence_length (`int`, defaults to `512`):
-                Text tokens; Wan was trained with 512.
+                The number of text tokens; Wan was trained with 512.
 
         Returns:
             [`WanPipelineOutput`] or `tuple`: the videos, as `frames`.
@@ -450,62 +442,55 @@ class RefAlignWanPipeline(WanPipeline):
         defaults = self.call_defaults
         if negative_prompt == DEFAULT_NEGATIVE_PROMPT:
             negative_prompt = defaults["negative_prompt"]
-        num_inference_steps, guidance_scale, image_guidance_scale, max_sequence_length = (
-            defaults[name] if given is None else given
-            for name, given in (
-                ("num_inference_steps", num_inference_steps),
-                ("guidance_scale", guidance_scale),
-                ("image_guidance_scale", image_guidance_scale),
-                ("max_sequence_length", max_sequence_length),
-            )
-        )
-        size = self._default_size(latents, reference_latents)
-        height, width, num_frames = (
-            default if given is None else given
-            for given, default in zip((height, width, num_frames), size, strict=True)
-        )
+        default_height, default_width, default_frames = self._default_size(latents, reference_latents)
+        height = _given_or(default_height, height)
+        width = _given_or(default_width, width)
+        num_frames = _given_or(default_frames, num_frames)
+        num_inference_steps = _given_or(defaults["num_inference_steps"], num_inference_steps)
+        guidance_scale = _given_or(defaults["guidance_scale"], guidance_scale)
+        image_guidance_scale = _given_or(defaults["image_guidance_scale"], image_guidance_scale)
+        max_sequence_length = _given_or(defaults["max_sequence_length"], max_sequence_length)
         self.check_inputs(
-            prompt,
-            negative_prompt,
-            height,
-            width,
-            num_frames,
-            num_inference_steps,
-            guidance_scale,
-            image_guidance_scale,
-            num_videos_per_prompt,
-            generator,
-            latents,
-            prompt_embeds,
-            negative_prompt_embeds,
-            reference_images,
-            reference_latents,
-            output_type,
-            attention_kwargs,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-            max_sequence_length,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            height=height,
+            width=width,
+            num_frames=num_frames,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            image_guidance_scale=image_guidance_scale,
+            num_videos_per_prompt=num_videos_per_prompt,
+            generator=generator,
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            reference_images=reference_images,
+            reference_latents=reference_latents,
+            output_type=output_type,
+            attention_kwargs=attention_kwargs,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            max_sequence_length=max_sequence_length,
         )
         self._guidance_scale = guidance_scale
         self._image_guidance_scale = image_guidance_scale
         self._attention_kwargs = attention_kwargs
         self._current_timestep = None
         self._interrupt = False
-        device = self._execution_device
+        device, dtype = self._execution_device, self.transformer.dtype
         batch_size = _batch_size(prompt, prompt_embeds)
 
         # 2. References, and the samples that have the same number of them
         references = self.prepare_references(reference_images, reference_latents, batch_size, height, width)
-        groups = group_by_references(references, num_videos_per_prompt, device, self.transformer.dtype)
+        groups = group_by_references(references, num_videos_per_prompt, device, dtype)
 
         # 3. Prompts
-        needs_negative = any(
-            name != "full"
-            for _, group in groups
-            for name, _ in guidance_passes(guidance_scale, image_guidance_scale, group is not None)
-        )
-        if callback_on_step_end is not None and self.text_encoder is not None:
-            needs_negative = True  # the callback may raise the guidance
+        needs_negative = (
+            callback_on_step_end is not None and self.text_encoder is not None
+        )  # it may raise the guidance
+        for _, group in groups:
+            passes = guidance_passes(guidance_scale, image_guidance_scale, group is not None)
+            needs_negative = needs_negative or any(name != "full" for name, _ in passes)
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
             prompt=prompt,
             negative_prompt=negative_prompt if negative_prompt_embeds is None else None,
@@ -515,10 +500,9 @@ class RefAlignWanPipeline(WanPipeline):
             max_sequence_length=max_sequence_length,
             device=device,
         )
-        prompt_embeds, negative_prompt_embeds = (
-            embeds if embeds is None else _repeat(embeds.to(device, self.transformer.dtype), num_videos_per_prompt)
-            for embeds in (prompt_embeds, negative_prompt_embeds)
-        )
+        prompt_embeds = _repeat(prompt_embeds.to(device, dtype), num_videos_per_prompt)
+        if negative_prompt_embeds is not None:
+            negative_prompt_embeds = _repeat(negative_prompt_embeds.to(device, dtype), num_videos_per_prompt)
 
         # 4. Timesteps and noise
         self._set_timesteps(num_inference_steps, device)
@@ -526,15 +510,14 @@ class RefAlignWanPipeline(WanPipeline):
         latents = self.prepare_latents(shape, generator, latents, device)
 
         # 5. Denoise
-        callback = callback_on_step_end and partial(callback_on_step_end, self)
         latents = self._denoise(
-            latents,
-            prompt_embeds,
-            negative_prompt_embeds,
-            groups,
-            generator,
-            callback,
-            callback_on_step_end_tensor_inputs or (),
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            negative_prompt_embeds=negative_prompt_embeds,
+            groups=groups,
+            generator=generator,
+            callback=callback_on_step_end and partial(callback_on_step_end, self),
+            callback_tensors=callback_on_step_end_tensor_inputs or (),
         )
 
         # 6. Decode
@@ -547,32 +530,33 @@ class RefAlignWanPipeline(WanPipeline):
     def _denoise(
         self, latents, prompt_embeds, negative_prompt_embeds, groups, generator, callback, callback_tensors
     ) -> torch.Tensor:
-        """Latents from noise; `groups` as of [`group_by_references`]."""
+        """Makes latents of noise; `groups` come from [`group_by_references`]."""
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         step_arguments = {"generator": generator} if takes_generator else {}
-        if hasattr(self.transformer, "_reset_stateful_cache"):
-            self.transformer._reset_stateful_cache()  # a call that was broken off has left its cache behind
+        self._forget_broken_call()
         with self.progress_bar(total=len(timesteps)) as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
                 self._current_timestep = t
+                context = {
+                    "step_index": i,
+                    "sigma": float(self.scheduler.sigmas[i]),
+                    "num_inference_steps": len(timesteps),
+                }
                 velocity = torch.empty_like(latents)
                 for number, (samples, references) in enumerate(groups):
+                    negative = None if negative_prompt_embeds is None else negative_prompt_embeds[samples]
                     velocity[samples] = self._predict_velocity(
-                        latents[samples],
-                        t,
-                        prompt_embeds[samples],
-                        None if negative_prompt_embeds is None else negative_prompt_embeds[samples],
-                        references,
-                        f"_{number}" if number else "",
-                        {
-                            "step_index": i,
-                            "sigma": float(self.scheduler.sigmas[i]),
-                            "num_inference_steps": len(timesteps),
-                        },
+                        latents=latents[samples],
+                        timestep=t,
+                        prompt_embeds=prompt_embeds[samples],
+                        negative_prompt_embeds=negative,
+                        references=references,
+                        context_suffix=f"_{number}" if number else "",
+                        context=context,
                     )
                 latents = self.scheduler.step(velocity, t, latents, **step_arguments, return_dict=False)[0]
                 if callback is not None:
@@ -581,10 +565,11 @@ class RefAlignWanPipeline(WanPipeline):
                         "prompt_embeds": prompt_embeds,
                         "negative_prompt_embeds": negative_prompt_embeds,
                     }
-                    tensors |= callback(i, t, {name: tensors[name] for name in callback_tensors}) or {}
-                    latents, prompt_embeds, negative_prompt_embeds = (
-                        tensors[name] for name in self._callback_tensor_inputs
-                    )
+                    asked = {name: tensors[name] for name in callback_tensors}
+                    tensors |= callback(i, t, asked) or {}
+                    latents = tensors["latents"]
+                    prompt_embeds = tensors["prompt_embeds"]
+                    negative_prompt_embeds = tensors["negative_prompt_embeds"]
                 progress_bar.update()
         self._current_timestep = None
         return latents
@@ -600,13 +585,70 @@ class RefAlignWanPipeline(WanPipeline):
 
     def _decode(self, latents: torch.Tensor, output_type: str):
         latents = latents.to(get_module_execution_device(self.vae))
-        mean, std = self._latents_mean_and_std(latents)
-        video = self.vae.decode((latents * std + mean).to(self.vae.dtype), return_dict=False)[0]
+        latents = denormalize_latents(latents, self.vae.config).to(self.vae.dtype)
+        video = self.vae.decode(latents, return_dict=False)[0]
         return self.video_processor.postprocess_video(video, output_type=output_type)
+
+    # -- What diffusers 0.42 does not offer; tests/pipelines/test_diffusers.py tells which of it can go ---------------
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file):
+        """Reads `model_index.json`. A Hub repo names classes of the code it carries; the installed package takes its
+        own classes for them, so that it needs no `trust_remote_code`."""
+        # diffusers/configuration_utils.py: `load_config` has no other place where classes can be named anew
+        config = super()._dict_from_json_file(json_file)
+        if not _is_installed_package(__name__):
+            return config
+        for name, value in config.items():
+            named = value[-1] if isinstance(value, list) and value else None
+            if named == "RefAlignWanPipeline":
+                config[name] = named
+            elif named == "RefAlignWanTransformer3DModel":
+                config[name] = ["refalign", named]
+        return config
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        # diffusers/configuration_utils.py: warns at every load of `auto_map`, which its own AutoModel reads
+        config_dict = dict(config_dict)
+        config_dict.pop("auto_map", None)
+        return super().extract_init_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_pipe(cls, pipeline, **kwargs):
+        """Makes the pipeline from another one's parts, as diffusers' own does. A [`WanPipeline`]'s transformer is
+        given the reference branch, sharing its weights."""
+        # diffusers/pipelines/pipeline_utils.py: hands on only parts of the very class of the annotation
+        transformer = pipeline.components.get("transformer")
+        if isinstance(transformer, WanTransformer3DModel):
+            kwargs.setdefault("transformer", transformer)
+        return super().from_pipe(pipeline, **kwargs)
+
+    def _forget_broken_call(self) -> None:
+        # diffusers/models/cache_utils.py: a call that was broken off leaves its cache behind, and only this removes it
+        if hasattr(self.transformer, "_reset_stateful_cache"):
+            self.transformer._reset_stateful_cache()
+
+
+def _is_installed_package(module: str) -> bool:
+    # This file is also part of Hub repos and of the community script, where there is no package `refalign`
+    return module.partition(".")[0] == "refalign"
+
+
+if _is_installed_package(__name__):
+    # diffusers/pipelines/pipeline_loading_utils.py: a Hub repo may name parts of a package only if it is entered here
+    LOADABLE_CLASSES["refalign"] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}
+
+
+# -- Checks, and what belongs together --------------------------------------------------------------------------------
 
 
 def check_size(
-    height: int, width: int, num_frames: int, multiples: tuple[int, int] = (16, 16), frame_step: int = 4
+    height: int,
+    width: int,
+    num_frames: int,
+    multiples: tuple[int, int] = (TOKEN_PIXELS, TOKEN_PIXELS),
+    frame_step: int = FRAMES_PER_LATENT,
 ) -> None:
     """Raises ValueError, naming the nearest valid number, unless height and width are `multiples` and the number of
     frames is `frame_step` k + 1. The defaults are Wan 2.1's."""
@@ -614,11 +656,11 @@ def check_size(
         _check_whole_number(name, value)
         if value <= 0 or value % multiple:
             nearest = max(multiple, round(value / multiple) * multiple)
-            raise ValueError(f"`{name}` has to be divisible by {multiple}, but is {value}. Nearest: {nearest}.")
+            raise ValueError(f"`{name}` must be divisible by {multiple}, but is {value}. Nearest: {nearest}.")
     _check_whole_number("num_frames", num_frames)
     if num_frames < 1 or num_frames % frame_step != 1 % frame_step:
         nearest = max(1, round((num_frames - 1) / frame_step) * frame_step + 1)
-        raise ValueError(f"`num_frames` has to be {frame_step}k + 1, but is {num_frames}. Nearest: {nearest}.")
+        raise ValueError(f"`num_frames` must be {frame_step}k + 1, but is {num_frames}. Nearest: {nearest}.")
 
 
 def split_reference_images(reference_images: Any, batch_size: int) -> list[list[Any]]:
@@ -638,15 +680,15 @@ def split_reference_images(reference_images: Any, batch_size: int) -> list[list[
         if batch_size > 1 and images:
             raise ValueError(
                 f"`reference_images` is one list of {len(images)} images for {batch_size} prompts, which could mean "
-                "two things. Pass a list of lists, one a prompt: [[a, b], [c]]. The same for all: [[a, b]] * "
+                "two things. Pass a list of lists, one per prompt: [[a, b], [c]]. The same for all: [[a, b]] * "
                 f"{batch_size}."
             )
         return [images] * batch_size
     if not all(nested):
-        raise ValueError("`reference_images` mixes images and lists of images. Pass a list of lists, one a prompt.")
+        raise ValueError("`reference_images` mixes images and lists of images. Pass a list of lists, one per prompt.")
     if len(images) != batch_size:
         raise ValueError(
-            f"`reference_images` has {len(images)} lists for {batch_size} prompts. Pass one list a prompt, an empty "
+            f"`reference_images` has {len(images)} lists for {batch_size} prompts. Pass one list per prompt, an empty "
             "one for a prompt without references."
         )
     return [list(entry or ()) for entry in images]
@@ -659,10 +701,10 @@ def group_by_references(
     Groups samples by their number of references, so that none is padded.
 
     Args:
-        references (`Sequence[torch.Tensor]`): one entry a prompt, `(1, channels, references, h, w)` or `None`.
-        repeats (`int`): videos of each prompt; they lie next to each other in the batch.
-        device (`torch.device`): of the result.
-        dtype (`torch.dtype`): of the result's references.
+        references (`Sequence[torch.Tensor]`): one entry per prompt, `(1, channels, references, h, w)` or `None`.
+        repeats (`int`): how many videos of each prompt; they lie next to each other in the batch.
+        device (`torch.device`): the result's device.
+        dtype (`torch.dtype`): the dtype of the result's references.
 
     Returns:
         `list[tuple]`: the samples' places in the batch, and their references, `(samples, channels, references, h, w)`
@@ -673,18 +715,23 @@ def group_by_references(
         groups.setdefault(0 if latents is None else latents.shape[2], []).append(index)
     result = []
     for count, indices in groups.items():
-        samples = torch.tensor([index * repeats + r for index in indices for r in range(repeats)], device=device)
-        latents = torch.cat([references[index] for index in indices]).to(device, dtype) if count else None
-        # The usual single group is the batch as it is: a slice spares copies of it at every step
-        result.append((slice(None) if len(groups) == 1 else samples, _repeat(latents, repeats)))
+        latents = None
+        if count:
+            latents = torch.cat([references[index] for index in indices]).to(device, dtype)
+            latents = _repeat(latents, repeats)
+        samples = slice(None)  # the usual single group is the batch as it is: a slice spares copies at every step
+        if len(groups) > 1:
+            first = torch.tensor(indices, device=device)[:, None] * repeats
+            samples = (first + torch.arange(repeats, device=device)).flatten()
+        result.append((samples, latents))
     return result
 
 
 def _check_tensor(name: str, tensor: Any, shape: tuple[int | None, ...]) -> None:
     """Raises ValueError unless it is a tensor of this shape, in which `None` stands for any size but 0."""
-    wanted = f"({', '.join('any' if size is None else str(size) for size in shape)})"
+    wanted = str(shape).replace("None", "any")
     if not isinstance(tensor, torch.Tensor):
-        raise ValueError(f"`{name}` has to be a tensor of shape {wanted}, but is a {type(tensor).__name__}.")
+        raise ValueError(f"`{name}` must be a tensor of shape {wanted}, but is a {type(tensor).__name__}.")
     fits = all(size == given or (size is None and given > 0) for size, given in zip(shape, tensor.shape, strict=False))
     if tensor.ndim != len(shape) or not fits:
         raise ValueError(f"`{name}` has shape {tuple(tensor.shape)}, but this call needs {wanted}.")
@@ -692,16 +739,20 @@ def _check_tensor(name: str, tensor: Any, shape: tuple[int | None, ...]) -> None
 
 def _check_noise(generator: Any, latents: Any, shape: tuple[int, ...]) -> None:
     generators = generator if isinstance(generator, list) else [generator]
-    if not all(entry is None or isinstance(entry, torch.Generator) for entry in generators):
-        raise ValueError(f"`generator` has to be a torch.Generator or a list of them, but is {generator!r}.")
+    if not all(isinstance(entry, torch.Generator | None) for entry in generators):
+        raise ValueError(f"`generator` must be a torch.Generator or a list of them, but is {generator!r}.")
     if isinstance(generator, list) and len(generator) != shape[0]:
         raise ValueError(f"`generator` has {len(generator)} entries for {shape[0]} videos. Pass one, or one each.")
     if latents is not None:
         _check_tensor("latents", latents, shape)
 
 
-def _repeat(tensor: torch.Tensor | None, repeats: int) -> torch.Tensor | None:
-    return tensor if tensor is None or repeats == 1 else tensor.repeat_interleave(repeats, dim=0)
+def _repeat(tensor: torch.Tensor, repeats: int) -> torch.Tensor:
+    return tensor if repeats == 1 else tensor.repeat_interleave(repeats, dim=0)
+
+
+def _given_or(default: Any, given: Any) -> Any:
+    return default if given is None else given
 
 
 def _batch_size(prompt, prompt_embeds) -> int:
@@ -712,13 +763,22 @@ def _batch_size(prompt, prompt_embeds) -> int:
 
 def _check_whole_number(name: str, value: Any) -> None:
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
-        raise ValueError(f"`{name}` has to be a whole number, but is {value!r}.")
+        raise ValueError(f"`{name}` must be a whole number, but is {value!r}.")
 
 
-def _is_installed_package(module: str) -> bool:
-    # This file is also part of Hub repos and of the community script, where there is no package `refalign`
-    return module.partition(".")[0] == "refalign"
+def _check_count(name: str, value: Any) -> None:
+    _check_whole_number(name, value)
+    if value < 1:
+        raise ValueError(f"`{name}` must be 1 or more, but is {value}.")
 
 
-if _is_installed_package(__name__):
-    LOADABLE_CLASSES["refalign"] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}
+def _check_scale(name: str, value: Any) -> None:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value < 0:
+        raise ValueError(f"`{name}` must be a number from 0 up, but is {value!r}.")
+
+
+def _check_text(name: str, value: Any) -> None:
+    is_list = isinstance(value, list) and len(value) > 0 and all(isinstance(text, str) for text in value)
+    if value is not None and not isinstance(value, str) and not is_list:
+        raise ValueError(f"`{name}` must be a string or a list of strings, but is {value!r}.")

@@ -295,7 +295,7 @@ def load_reference_image(image: ReferenceImage) -> Image.Image:
         source = name = os.fspath(image)
     else:
         raise ValueError(
-            f"A {type(image).__name__} is no image: pass a PIL image, an array, a tensor, a path or a URL."
+            f"A {type(image).__name__} is not an image: pass a PIL image, an array, a tensor, a path or a URL."
         )
     with _reading(name), Image.open(source) as opened:
         return _from_pil(opened)
@@ -358,9 +358,9 @@ def _has_background_model() -> bool:
     """Whether BiRefNet runs without a download."""
     file, data = f"{BACKGROUND_MODEL}.onnx", os.getenv("XDG_DATA_HOME") or "~"
     homes = (os.getenv("U2NET_HOME"), os.getenv("REMBG_HOME"), f"{data}/rembg", "~/.rembg", f"{data}/.u2net")
-    paths = [
-        os.path.join(home, *folder, file) for home in homes if home for folder in ((), ("models", BACKGROUND_MODEL))
-    ]
+    paths = []
+    for home in filter(None, homes):
+        paths += [os.path.join(home, file), os.path.join(home, "models", BACKGROUND_MODEL, file)]
     if not any(os.path.exists(os.path.expanduser(path)) for path in paths):
         return False  # without asking rembg, whose first import compiles for half a minute
     try:
@@ -448,7 +448,7 @@ def prepare_reference_images(
         height (`int`): Height of the video, in pixels.
         width (`int`): Width of the video, in pixels.
         cut_out (`bool`, `"auto"` or a list of these, *optional*, defaults to `"auto"`):
-            See [`prepare_reference_image`]. A list has one entry a reference: people cut out, places not.
+            See [`prepare_reference_image`]. A list has one entry per reference: people cut out, places not.
 
     Returns:
         `list[PIL.Image.Image]`: An RGB image of `width` x `height` for each reference.
