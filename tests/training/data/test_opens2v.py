@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from refalign.video import read_video
-from refalign_training.data import json_stream
+from refalign_training.data import records
 from refalign_training.data.masks import decode_mask
 from refalign_training.data.opens2v import read_opens2v
 from refalign_training.data.recipe import DEFAULT_RULE, SelectionRule
@@ -289,12 +289,12 @@ def test_where_the_file_is_cut_into_chunks_changes_nothing(tmp_path, monkeypatch
     text = json.dumps({f"é{i}": record(captions=f'A "{i}" 公 [{{') for i in range(3)}, ensure_ascii=False, indent=1)
     whole = read(tmp_path, text)
     for size in (1, 7, 100):
-        monkeypatch.setattr(json_stream, "CHUNK", size)
+        monkeypatch.setattr(records, "CHUNK", size)
         assert read(tmp_path, text) == whole
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_stream, "CHUNK", 1 << 14)
+    monkeypatch.setattr(records, "CHUNK", 1 << 14)
 
     def peak(count: int) -> int:
         path = write_annotations(tmp_path / "total_part1.json", dict.fromkeys(map(str, range(count)), record()))
@@ -309,8 +309,8 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
 
 
 def test_a_record_without_end_stops_at_a_length(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_stream, "LONGEST_RECORD", 10_000)
-    monkeypatch.setattr(json_stream, "CHUNK", 1000)
+    monkeypatch.setattr(records, "LONGEST_RECORD", 10_000)
+    monkeypatch.setattr(records, "CHUNK", 1000)
     samples, faults = read(tmp_path, f'{{"a": {json.dumps(record())}, "b": ["{"x" * 100_000}')
     assert len(samples) == 1 and [fault.kind for fault in faults] == ["not readable"]
 

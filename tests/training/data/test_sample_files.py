@@ -78,6 +78,21 @@ def test_a_field_that_is_wrong(keys, value, kind):
     assert error.value.kind == kind
 
 
+MEMBERS = [keys for keys in places() if isinstance(keys[-1], str) and {"scores", "mask"}.isdisjoint(keys[:-1])]
+
+
+@pytest.mark.parametrize("keys", MEMBERS)
+def test_a_field_that_is_missing(keys):
+    record = json.loads(json.dumps(RECORD))
+    part = record
+    for key in keys[:-1]:
+        part = part[key]
+    del part[keys[-1]]
+    with pytest.raises(Unusable, match=keys[-1]) as error:
+        read_sample(json.dumps(record), ROOT)
+    assert error.value.kind == "field"
+
+
 @given(
     keys=st.sampled_from(list(places())),
     value=st.recursive(

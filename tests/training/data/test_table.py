@@ -182,10 +182,10 @@ def test_wrong_tables_say_what_to_pass(tmp_path):
     with pytest.raises(ValueError, match=r"\.jsonl"):
         read_table([jsonl(tmp_path, ROW, name="data.json")])
     for text in ("path,prompt,references\n", "", "video;prompt;references\n", "video,prompt\n".encode("utf-16")):
-        with pytest.raises(ValueError, match="has to have video, prompt, references"):
+        with pytest.raises(ValueError, match="must have video, prompt, references"):
             read_table([table(tmp_path, text)])
     pq.write_table(pa.table({"video": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="has to have"):
+    with pytest.raises(ValueError, match="must have"):
         read_table([tmp_path / "a.parquet"])
 
 
@@ -264,7 +264,7 @@ def test_a_name_that_is_not_utf8_is_a_fault(tmp_path):
 
 
 def test_a_folder_that_is_none(tmp_path):
-    with pytest.raises(ValueError, match="no folder"):
+    with pytest.raises(ValueError, match="not a folder"):
         read_folder(tmp_path / "none")
 
 

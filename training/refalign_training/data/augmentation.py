@@ -50,7 +50,7 @@ def warp(image: Image.Image, generator: np.random.Generator) -> Image.Image:
     width, height = image.size
     matrix = _perspective(image.size, generator) @ _affine(image.size, generator)
     content = ImageChops.invert(image).getbbox() or (0, 0, width, height)
-    x, y, scale = matrix @ np.array([(content[i], content[j], 1.0) for i in (0, 2) for j in (1, 3)]).T
+    x, y, scale = matrix @ _corners(*content)
     x, y = (x / scale).round(3), (y / scale).round(3)
     left, top = min(0, math.floor(x.min())), min(0, math.floor(y.min()))
     size = (max(width, math.ceil(x.max())) - left, max(height, math.ceil(y.max())) - top)
@@ -61,11 +61,16 @@ def warp(image: Image.Image, generator: np.random.Generator) -> Image.Image:
     return letterbox(warped, height, width)
 
 
+def _corners(left: float, top: float, right: float, bottom: float) -> np.ndarray:
+    """A box's corners in homogeneous coordinates, `(3, 4)`."""
+    return np.array([(left, left, right, right), (top, bottom, top, bottom), (1.0, 1.0, 1.0, 1.0)])
+
+
 def _affine(size: tuple[int, int], generator: np.random.Generator) -> np.ndarray:
     """A flip, rotation, shear and scale about the centre, then a move."""
     width, height = size
     angle = math.radians(generator.uniform(-ROTATION, ROTATION))
-    shear_x, shear_y = (math.tan(math.radians(generator.uniform(-SHEAR, SHEAR))) for _ in range(2))
+    shear_x, shear_y = map(math.tan, np.radians(generator.uniform(-SHEAR, SHEAR, 2)))
     scale = generator.uniform(*SCALE)
     rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
     flip = -1 if generator.random() < FLIP_PROBABILITY else 1

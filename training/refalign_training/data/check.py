@@ -24,16 +24,16 @@ from tqdm import tqdm
 from tyro.conf import OmitArgPrefixes
 
 from refalign.files import check_free, new_file, new_folder
-from refalign_training.data.fields import Place
 from refalign_training.data.preview import Preview
 from refalign_training.data.recipe import Recipe
-from refalign_training.data.sample import FAULTS, Fault, Sample, Unusable
+from refalign_training.data.sample import FAULTS, Fault, Place, Sample, Unusable
 from refalign_training.data.sample_files import write_sample
 from refalign_training.data.source import Source, read_source
 
 
 LISTED = 20
 PREVIEWED = 16
+COSTS = {"sample": "lost samples", "reference": "lost references", "nothing": "remarks"}
 VIDEO_PART = re.compile(r"total_part\d+")
 _TERM = re.compile(r"\s*([^\s<>=!]+)\s*(>=|<=|==|!=|=|>|<)\s*(\S+)\s*")
 _OPERATORS = {
@@ -87,10 +87,10 @@ class Report:
     with_cross: int = 0
     """Usable samples of which a subject is shown by another clip."""
     faults: Counter = field(default_factory=Counter)
-    """By kind and by what they cost."""
+    """How many there are, by kind and by what they cost."""
     examples: dict[tuple[str, str], list[Fault]] = field(default_factory=dict)
     names: set[str] = field(default_factory=set)
-    """Of the samples' scores."""
+    """The names of the samples' scores."""
     parts: Counter = field(default_factory=Counter)
     """OpenS2V-5M's parts, by the usable samples that need them."""
 
@@ -125,7 +125,7 @@ def run(command: Check) -> int:
     root = _root(source)
     report = Report()
     with ExitStack() as stack:
-        faults, subset = (_open_new(stack, path) for path in (command.faults, command.write))
+        faults, subset = _open_new(stack, command.faults), _open_new(stack, command.write)
         preview = command.preview and Preview(stack.enter_context(new_folder(command.preview)), command.recipe)
         for item in tqdm(read_source(source), desc="Reading", unit=" records"):
             if isinstance(item, Fault):
@@ -156,7 +156,7 @@ def parse_selection(text: str) -> list[tuple[str, Callable[[float, float], bool]
     Terms `name>number` (or >=, <, <=, =, !=) with commas between them, for [`is_selected`].
 
     Raises:
-        ValueError: naming the term that is none.
+        ValueError: naming the term that is not like this.
     """
     terms = []
     for term in filter(str.strip, text.split(",")):
@@ -173,7 +173,10 @@ def parse_selection(text: str) -> list[tuple[str, Callable[[float, float], bool]
 
 def is_selected(sample: Sample, terms: list[tuple[str, Callable[[float, float], bool], float]]) -> bool:
     """Whether all terms hold for a sample's scores. It does not pass without one of them."""
-    return all(name in sample.scores and compare(sample.scores[name], number) for name, compare, number in terms)
+    for name, compare, number in terms:
+        if name not in sample.scores or not compare(sample.scores[name], number):
+            return False
+    return True
 
 
 def _check_options(command: Check, opens_files: bool) -> None:
@@ -185,7 +188,8 @@ def _check_options(command: Check, opens_files: bool) -> None:
             raise ValueError("--preview shows videos. Pass their folder as --videos.")
         check_free(command.preview)
     outputs = [command.faults, command.write, command.write and _parts_file(command.write)]
-    if existing := [str(output) for output in outputs if output and output.exists()]:
+    existing = [str(output) for output in outputs if output and output.exists()]
+    if existing:
         raise ValueError(f"{', '.join(existing)} exists already. Name another output, or move it away.")
 
 
@@ -245,14 +249,18 @@ def _print(report: Report, recipe: Recipe) -> None:
         )
     if report.passed_over:
         print(f"not selected: {report.passed_over}")
-    costs = {"sample": "lost samples", "reference": "lost references", "nothing": "remarks"}
-    for lost, cost in costs.items():
-        for kind, count in sorted((kind, count) for (kind, loss), count in report.faults.items() if loss == lost):
-            print(f"{cost}, {kind}: {count} ({FAULTS[kind]})")
-            for fault in report.examples[kind, lost]:
-                print(f"    {fault.sample_id or '?'} ({fault.source}, row {fault.row}): {fault.detail}")
-            if count > LISTED:
-                print(f"    and {count - LISTED} more: --faults FILE lists all")
+    for lost, cost in COSTS.items():
+        for kind in sorted(FAULTS):
+            if count := report.faults[kind, lost]:
+                print(f"{cost}, {kind}: {count} ({FAULTS[kind]})")
+                _print_examples(report.examples[kind, lost], count)
+
+
+def _print_examples(faults: list[Fault], count: int) -> None:
+    for fault in faults:
+        print(f"    {fault.sample_id or '?'} ({fault.source}, row {fault.row}): {fault.detail}")
+    if count > LISTED:
+        print(f"    and {count - LISTED} more: --faults FILE lists all")
 
 
 def _finish_subset(command: Check, report: Report, root: Path) -> None:
@@ -283,5 +291,7 @@ def _parts_file(subset: Path) -> Path:
 
 def _parts(sample: Sample) -> set[str]:
     """The parts of OpenS2V-5M that hold the sample's clip, and the clips of its cross pairs."""
-    paths = [sample.clip.path, *(view.path for reference in sample.references for view in reference.cross)]
-    return {part for path in paths for part in path.parts[-2:-1] if VIDEO_PART.fullmatch(part)}
+    paths = [sample.clip.path]
+    for reference in sample.references:
+        paths += [view.path for view in reference.cross]
+    return set(filter(VIDEO_PART.fullmatch, [path.parent.name for path in paths]))

@@ -9,13 +9,15 @@ import sqlite3
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any
 
-from refalign_training.data.fields import Place, integer, member, number, text
-from refalign_training.data.json_stream import first_character, read_items
+from pydantic import PlainValidator, TypeAdapter
+
 from refalign_training.data.recipe import SelectionRule
-from refalign_training.data.sample import Fault, Unusable, View
+from refalign_training.data.records import first_character, read_items
+from refalign_training.data.sample import Fault, Number, Place, Text, Unusable, View, checked, integer, text
 
 
 _TABLES = """
@@ -40,6 +42,26 @@ _MISSING = """
 """
 
 
+def _subject(value: Any) -> str:
+    """A mask's id, which is a text, though some write it as a number."""
+    return text(value, "the id") if isinstance(value, str) else str(integer(value, "the id"))
+
+
+_Subject = Annotated[str, PlainValidator(_subject)]
+
+
+@dataclass(frozen=True)
+class _Pair:
+    cur_id: Text
+    aft_id: Text
+    cur_class_id: _Subject
+    aft_class_id: _Subject
+    image_similarity: Number
+
+
+_PAIR = TypeAdapter(_Pair)
+
+
 def check_pair_files(files: Sequence[Path]) -> None:
     """
     Looks at how each file begins.
@@ -52,7 +74,7 @@ def check_pair_files(files: Sequence[Path]) -> None:
             raise ValueError(f"The file of cross pairs {path} does not exist.")
         if first_character(path) == "{":
             raise ValueError(
-                f"{path} is no list of cross pairs. `cluster_videos.json` only says which clips may be alike; pass "
+                f"{path} is not a list of cross pairs. `cluster_videos.json` only says which clips may be alike; pass "
                 "the other files of Jsons/cross_video_pairs, each a list of pairs with `cur_id` and `aft_id`."
             )
 
@@ -82,23 +104,19 @@ class CrossPairs(AbstractContextManager):
         for number_of_file, path in enumerate(self._files):
             for record in read_items(path):
                 try:
-                    self._add(_pair(record.checked()), number_of_file, record.row)
+                    self._add(checked(_PAIR, record.checked()), number_of_file, record.row)
                 except Unusable as error:
                     yield Place(str(path), record.row).fault(error, lost="nothing")
 
-    def _add(self, pair: "_Pair", file: int, row: int) -> None:
+    def _add(self, pair: _Pair, file: int, row: int) -> None:
         ceiling = self._rule.max_image_similarity
-        if pair.ids[0] == pair.ids[1] or (ceiling is not None and pair.similarity > ceiling):
+        if pair.cur_id == pair.aft_id or (ceiling is not None and pair.image_similarity > ceiling):
             return
-        first, second = (self._number(sample_id) for sample_id in pair.ids)
-        for clip, other, (subject, other_subject) in (
-            (first, second, pair.subjects),
-            (second, first, pair.subjects[::-1]),
-        ):
-            self._database.execute(
-                "INSERT OR IGNORE INTO pair VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (clip, subject, other, other_subject, pair.similarity, file, row),
-            )
+        cur = self._number(pair.cur_id), pair.cur_class_id
+        aft = self._number(pair.aft_id), pair.aft_class_id
+        for ends in ((*cur, *aft), (*aft, *cur)):
+            values = (*ends, pair.image_similarity, file, row)
+            self._database.execute("INSERT OR IGNORE INTO pair VALUES (?, ?, ?, ?, ?, ?, ?)", values)
 
     def _number(self, sample_id: str) -> int:
         self._database.execute("INSERT OR IGNORE INTO clip (id) VALUES (?)", (sample_id,))
@@ -126,22 +144,6 @@ class CrossPairs(AbstractContextManager):
         """The subject in other clips, the most similar one first."""
         rows = self._database.execute(_VIEWS, (sample_id, subject, self._rule.max_cross_views)).fetchall()
         return tuple(_decode(view) for (view,) in rows)
-
-
-class _Pair(NamedTuple):
-    ids: tuple[str, str]
-    subjects: tuple[str, str]
-    similarity: float
-
-
-def _pair(record: Any) -> _Pair:
-    ids = tuple(text(member(record, f"{end}_id"), f"{end}_id") for end in ("cur", "aft"))
-    subjects = tuple(_subject(member(record, f"{end}_class_id"), f"{end}_class_id") for end in ("cur", "aft"))
-    return _Pair(ids, subjects, number(member(record, "image_similarity"), "image_similarity"))
-
-
-def _subject(value: Any, name: str) -> str:
-    return text(value, name) if isinstance(value, str) else str(integer(value, name))
 
 
 def _encode(view: View) -> str:

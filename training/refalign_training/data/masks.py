@@ -1,17 +1,18 @@
-"""Boxes, and masks in COCO's compressed run-length encoding (RLE): checked, decoded, measured, compared.
+"""Boxes, and masks in COCO's compressed run-length encoding (RLE): checked, decoded, measured, compared, selected.
 
 pycocotools' C code trusts what it is given: run lengths that do not sum to the image's size make it read or write
 beyond its memory. So nothing reaches it before [`check_mask`] has summed them.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from pycocotools import mask as coco
 
-from refalign_training.data.fields import member, sequence, shorten
-from refalign_training.data.sample import Box, Unusable, View, is_number
+from refalign_training.data.recipe import SelectionRule
+from refalign_training.data.sample import Box, Reference, Unusable, View, is_number, member, sequence, shorten
 
 
 _LARGEST_SIDE = 1 << 14  # pixels; pycocotools counts a mask's in 32 bits
@@ -23,14 +24,14 @@ def check_mask(mask: Any, height: int, width: int) -> dict[str, Any]:
     A record's mask as `{"size": [height, width], "counts": str}`, once it is known to be one of that frame.
 
     Raises:
-        Unusable: of kind "mask size" or "mask".
+        Unusable: of kind "mask size" or "mask", or "field" where one is missing.
     """
     size = sequence(member(mask, "size"), "a mask's size")
+    counts = member(mask, "counts")
     if size != [height, width] or not 0 < max(height, width) <= _LARGEST_SIDE:
         raise Unusable("mask size", f"{shorten(size)}, but the cropped frame has [height, width] {[height, width]}")
-    counts = member(mask, "counts")
     if not isinstance(counts, str):
-        raise Unusable("mask", f"counts are {shorten(counts)} and no compressed RLE")
+        raise Unusable("mask", f"counts are {shorten(counts)}, which is not compressed RLE")
     runs = _runs(counts)
     if (runs < 0).any() or int(runs.sum()) != height * width:
         raise Unusable("mask", f"runs of {int(runs.sum())} pixels, not {height}x{width}: {shorten(counts)}")
@@ -45,7 +46,7 @@ def _runs(counts: str) -> np.ndarray:
     """
     codes = np.frombuffer(counts.encode("utf-8", "surrogatepass"), np.uint8).astype(np.int64) - 48
     if not codes.size or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
-        raise Unusable("mask", f"counts are no compressed RLE: {shorten(counts)}")
+        raise Unusable("mask", f"counts are not compressed RLE: {shorten(counts)}")
     ends = np.flatnonzero(codes & 32 == 0)
     starts = np.concatenate([[0], ends[:-1] + 1])
     if (ends - starts).max() >= _LONGEST_RUN:
@@ -91,7 +92,7 @@ def check_box(value: Any, width: float, height: float, tolerance: float = 0.0) -
 
 
 def box_area(box: Box) -> float:
-    """In square pixels."""
+    """A box's area in square pixels."""
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
@@ -100,12 +101,16 @@ def drop_duplicates(views: Sequence[View], limit: float = 0.8) -> list[int]:
     The indices of the views of one frame that stay if of any two with an IoU over `limit` the larger one does. Views
     are compared by their masks where both have one, else by their boxes.
     """
-    areas = [box_area(view.box) if view.mask is None else int(coco.area(view.mask)) for view in views]
+    areas = list(map(_area, views))
     kept: list[int] = []
     for index in sorted(range(len(views)), key=lambda i: -areas[i]):
         if not any(_overlaps(views[index], views[other], areas[index], areas[other], limit) for other in kept):
             kept.append(index)
     return sorted(kept)
+
+
+def _area(view: View) -> float:
+    return box_area(view.box) if view.mask is None else int(coco.area(view.mask))
 
 
 def _overlaps(a: View, b: View, area_a: float, area_b: float, limit: float) -> bool:
@@ -118,3 +123,36 @@ def _overlaps(a: View, b: View, area_a: float, area_b: float, limit: float) -> b
     if min(area_a, area_b, shared) <= limit * max(area_a, area_b):
         return False
     return coco.iou([a.mask], [b.mask], [0])[0, 0] > limit
+
+
+# -- Which of a frame's subjects become references (RefAlign, arXiv 2603.25743, section 4) ---------------------------
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A subject that may become a reference."""
+
+    reference: Reference
+    crop_ratio: float
+    """The area of its box, or of the first in another clip if it has none here, as a share of the frame's."""
+    aesthetic: float | None = None
+    gme: float | None = None
+
+    def passes(self, rule: SelectionRule) -> bool:
+        """Whether it is large enough and scores high enough."""
+        return self.crop_ratio >= rule.min_crop_ratio and rule.passes(self.aesthetic, self.gme)
+
+
+def select(candidates: Sequence[Candidate], rule: SelectionRule) -> tuple[Reference, ...]:
+    """
+    The references, the largest first. Scores come before duplicates: a subject whose larger mask scores too low is
+    still taken by its smaller one.
+    """
+    here, elsewhere = [], []
+    for candidate in candidates:
+        if candidate.passes(rule):
+            (elsewhere if candidate.reference.view is None else here).append(candidate)
+    single = drop_duplicates([candidate.reference.view for candidate in here], rule.duplicate_iou)
+    left = [*map(here.__getitem__, single), *elsewhere]
+    left.sort(key=lambda candidate: -candidate.crop_ratio)
+    return tuple(candidate.reference for candidate in left[: rule.max_references])

@@ -16,23 +16,29 @@ from pathlib import Path
 from typing import Any
 
 from refalign_training.data.cross_pairs import CrossPairs, check_pair_files
-from refalign_training.data.fields import (
+from refalign_training.data.masks import Candidate, box_area, check_box, check_mask, mask_box, select
+from refalign_training.data.recipe import DEFAULT_RULE, SelectionRule
+from refalign_training.data.records import Record, first_character, read_members
+from refalign_training.data.sample import (
+    Clip,
+    Fault,
     Place,
+    Reference,
     Report,
+    Sample,
+    Unusable,
+    View,
+    check_id,
     integer,
     mapping,
     member,
     number,
+    path_inside,
     prompts,
     sequence,
     shorten,
     text,
 )
-from refalign_training.data.json_stream import Record, first_character, read_members
-from refalign_training.data.masks import box_area, check_box, check_mask, mask_box
-from refalign_training.data.recipe import DEFAULT_RULE, SelectionRule
-from refalign_training.data.sample import Clip, Fault, Reference, Sample, Unusable, View, check_id, path_inside
-from refalign_training.data.selection import Candidate, select
 
 
 _SCORES = ("aesthetic", "motion", "tech", "fps")
@@ -56,7 +62,7 @@ def read_opens2v(
         rule (`SelectionRule`, *optional*): views of other clips have to be large enough too; their scores are free.
 
     Raises:
-        ValueError: if a file does not exist, an annotation file holds a list, or one of `cross_pairs` holds none.
+        ValueError: if a file does not exist, an annotation file holds a list, or one of `cross_pairs` does not.
     """
     for path in annotations:
         if not path.is_file():
@@ -129,9 +135,9 @@ def _sample(annotated: "_Annotated", place: Place, rule: SelectionRule, pairs: C
     if not references:
         raise Unusable("no references", f"none of {len(annotated.subjects)} subjects can be used and passes the rule")
     if pairs is not None:
-        references = tuple(replace(r, cross=pairs.views(place.sample_id, r.subject)) for r in references)
+        references = [replace(r, cross=pairs.views(place.sample_id, r.subject)) for r in references]
     scores = annotated.scores | {"references": float(len(references))}
-    return Sample(place.sample_id, captions, annotated.clip, references, place.source, place.row, scores)
+    return Sample(place.sample_id, captions, annotated.clip, tuple(references), place.source, place.row, scores)
 
 
 @dataclass(frozen=True)
@@ -159,9 +165,8 @@ def _annotated(
     masks = _masks(annotation, frame)
     subjects = [str(index + 1) for index in range(len(objects))]
     for mask_id in sorted(masks.keys() - set(subjects)):
-        report(
-            Unusable("mask", f"its id is {shorten(mask_id)}, but there are {len(objects)} annotations"), "reference"
-        )
+        error = Unusable("mask", f"its id is {shorten(mask_id)}, but there are {len(objects)} annotations")
+        report(error, "reference")
     candidates = []
     for subject, values in zip(subjects, objects, strict=True):
         if wanted is not None and subject not in wanted:
@@ -188,7 +193,7 @@ def _clip(metadata: Mapping[str, Any], folder: Path) -> Clip:
 
 def _integers(value: Any, count: int, name: str) -> list[int]:
     if len(sequence(value, name)) != count:
-        raise Unusable("field", f"{name} is {shorten(value)} and not {count} numbers")
+        raise Unusable("field", f"{name} is {shorten(value)} instead of {count} numbers")
     return [integer(item, name) for item in value]
 
 
@@ -198,10 +203,10 @@ def _size(clip: Clip) -> tuple[int, int]:
 
 
 def _frame_number(frame_data: Mapping[str, Any], clip: Clip) -> int:
-    """The annotated frame's, once it is sure that boxes are in the cropped frame as they should be."""
-    size = tuple(integer(member(frame_data, f"img_{side}"), f"img_{side}") for side in ("width", "height"))
-    if size != _size(clip):
-        raise Unusable("crop", f"the annotated frame is {size[0]}x{size[1]}, but crop is {clip.crop} (left, top, ...)")
+    """The annotated frame's number, once it is sure that boxes are in the cropped frame as they should be."""
+    width, height = (integer(member(frame_data, name), name) for name in ("img_width", "img_height"))
+    if (width, height) != _size(clip):
+        raise Unusable("crop", f"the annotated frame is {width}x{height}, but crop is {clip.crop} (left, top, ...)")
     if (box_format := frame_data.get("box_format", "xyxy")) != "xyxy":
         raise Unusable("box", f"box_format is {shorten(box_format)}; only 'xyxy' is known")
     return integer(member(frame_data, "ann_frame_idx"), "ann_frame_idx")

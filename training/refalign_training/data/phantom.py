@@ -9,23 +9,28 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from refalign_training.data.fields import Place, Report, mapping, member, prompts, sequence, shorten, text
-from refalign_training.data.json_stream import Record, decode
-from refalign_training.data.masks import box_area, check_box
-from refalign_training.data.parquet import parquet_columns, read_rows
+from refalign_training.data.masks import Candidate, box_area, check_box, select
 from refalign_training.data.recipe import DEFAULT_RULE, SelectionRule
+from refalign_training.data.records import Record, decode, parquet_columns, read_rows
 from refalign_training.data.sample import (
     Clip,
     Fault,
+    Place,
     Reference,
+    Report,
     Sample,
     Unusable,
     View,
     check_id,
     is_number,
+    mapping,
+    member,
     path_inside,
+    prompts,
+    sequence,
+    shorten,
+    text,
 )
-from refalign_training.data.selection import Candidate, select
 
 
 LONG_SIDE = 768
@@ -53,8 +58,13 @@ def read_phantom(
     """
     for path in annotations:
         _check_columns(path)
-    rows = ((record, path) for path in annotations for record in read_rows(path, _COLUMNS))
-    return (item for record, path in rows for item in _read_row(record, path, videos, rule))
+    return _read(annotations, videos, rule)
+
+
+def _read(annotations: Sequence[Path], videos: Path, rule: SelectionRule) -> Iterator[Sample | Fault]:
+    for path in annotations:
+        for record in read_rows(path, _COLUMNS):
+            yield from _read_row(record, path, videos, rule)
 
 
 def _check_columns(path: Path) -> None:
@@ -84,8 +94,8 @@ def _read_row(record: Record, path: Path, videos: Path, rule: SelectionRule) -> 
 
 
 def _video_id(row: dict[str, Any]) -> str:
-    value = next((row[name] for name in _IDS if row.get(name) is not None), None)
-    return check_id(text(value, "video_id").removesuffix(".mp4"))
+    first, second = map(row.get, _IDS)
+    return check_id(text(second if first is None else first, "video_id").removesuffix(".mp4"))
 
 
 def _sample(row: dict[str, Any], place: Place, videos: Path, rule: SelectionRule, report: Report) -> Sample:
@@ -110,20 +120,22 @@ def _video(video_id: str, videos: Path) -> Path:
 
 
 def _candidate(phrase: str, found: Any, video_id: str, videos: Path, rule: SelectionRule, report: Report) -> Candidate:
-    own = _views(_objects(found, "obj_from_tgt_video"), video_id, videos, report)
-    own = [view for view in own if view.path == _video(video_id, videos)][:1]
-    others = [
-        o for objects in _objects(found, "refer_result") for o in (objects if isinstance(objects, list) else [objects])
-    ]
-    cross = [
-        view
-        for view in _views(others, video_id, videos, report)
-        if view.path != _video(video_id, videos) and _crop_ratio(view) >= rule.min_crop_ratio
-    ]
-    if not own and not cross:
+    video = _video(video_id, videos)
+    own = None
+    for view in _views(_objects(found, "obj_from_tgt_video"), video_id, videos, report):
+        if own is None and view.path == video:
+            own = view
+    others = []
+    for objects in _objects(found, "refer_result"):
+        others += objects if isinstance(objects, list) else [objects]
+    cross = []
+    for view in _views(others, video_id, videos, report):
+        if view.path != video and _crop_ratio(view) >= rule.min_crop_ratio:
+            cross.append(view)
+    if own is None and not cross:
         raise Unusable("box", f"no view of {shorten(phrase)} can be used")
-    reference = Reference(phrase, own[0] if own else None, tuple(cross[: rule.max_cross_views]), label=phrase)
-    return Candidate(reference, _crop_ratio((own or cross)[0]))
+    reference = Reference(phrase, own, tuple(cross[: rule.max_cross_views]), label=phrase)
+    return Candidate(reference, _crop_ratio(own or cross[0]))
 
 
 def _objects(found: Any, name: str) -> list[Any]:
@@ -142,7 +154,7 @@ def _views(objects: Sequence[Any], video_id: str, videos: Path, report: Report) 
 
 
 def _view(values: Any, video_id: str, videos: Path) -> View:
-    """Of an object of a clip, by default the sample's own."""
+    """The view of an object in its clip, by default the sample's own."""
     path = _video(text(mapping(values, "an object").get("vid") or video_id, "vid").removesuffix(".mp4"), videos)
     box = member(values, "bbox_loc")
     if isinstance(box, list) and box and isinstance(box[0], list):  # a reference's; its only one
@@ -157,7 +169,7 @@ def _share(value: Any) -> float:
     except ValueError:
         share = None
     if not is_number(share) or not 0 <= share <= 1:
-        raise Unusable("field", f"frame_idx is {shorten(value)} and no share from 0 to 1")
+        raise Unusable("field", f"frame_idx is {shorten(value)}, which is not a share from 0 to 1")
     return float(share)
 
 

@@ -66,8 +66,8 @@ def draw_frames(available: int, fps: float, recipe: Recipe, generator: np.random
     """
     Which of a clip's frames are taken, int64 `(num_frames,)`, rising from 0 to at most `available - 1`.
 
-    `stride` is relative to 25 frames a second and need not be whole; the start is random. A clip that is too short for
-    the stride is taken as a whole, more slowly, and frames repeat where it has fewer than are needed.
+    `stride` is relative to 25 frames per second and need not be whole; the start is random. A clip that is too short
+    for the stride is taken as a whole, more slowly, and frames repeat where it has fewer than are needed.
     """
     span = min(available - 1, (recipe.num_frames - 1) * recipe.stride * fps / 25)
     places = generator.uniform(0, available - span) + np.linspace(0, span, recipe.num_frames)

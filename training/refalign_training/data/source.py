@@ -11,9 +11,8 @@ from typing import Annotated, Literal
 from pydantic.dataclasses import dataclass
 
 from refalign_training.bounds import Many, Options
-from refalign_training.data.fields import Place
 from refalign_training.data.recipe import SelectionRule
-from refalign_training.data.sample import Fault, Sample, Unusable
+from refalign_training.data.sample import Fault, Place, Sample, Unusable
 
 
 Format = Literal["opens2v", "phantom", "table", "folder", "samples"]

@@ -13,32 +13,29 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from refalign_training.data.fields import (
-    Place,
-    Report,
-    integer,
-    is_unicode,
-    mapping,
-    member,
-    number,
-    prompts,
-    sequence,
-    shorten,
-    text,
-)
-from refalign_training.data.json_stream import Record, decode, read_lines
-from refalign_training.data.parquet import parquet_columns, read_rows
 from refalign_training.data.recipe import DEFAULT_RULE, SelectionRule
+from refalign_training.data.records import Record, decode, parquet_columns, read_lines, read_rows
 from refalign_training.data.sample import (
     Clip,
     Fault,
+    Place,
     Reference,
+    Report,
     Sample,
     Unusable,
     View,
     check_id,
+    integer,
     is_number,
+    is_unicode,
+    mapping,
+    member,
+    number,
     path_inside,
+    prompts,
+    sequence,
+    shorten,
+    text,
 )
 
 
@@ -71,12 +68,13 @@ def read_table(
     """
     for path in annotations:
         _check_table(path)
-    return (
-        item
-        for path in annotations
-        for record in _READERS[path.suffix.lower()](path)
-        for item in _read_record(record, path, root or path.parent, rule)
-    )
+    return _read_tables(annotations, root, rule)
+
+
+def _read_tables(annotations: Sequence[Path], root: Path | None, rule: SelectionRule) -> Iterator[Sample | Fault]:
+    for path in annotations:
+        for record in _READERS[path.suffix.lower()](path):
+            yield from _read_record(record, path, root or path.parent, rule)
 
 
 def read_folder(
@@ -93,12 +91,16 @@ def read_folder(
         rule (`SelectionRule`, *optional*): only its `max_references` matters; the first ones are taken.
 
     Raises:
-        ValueError: if it is no folder.
+        ValueError: if it is not a folder.
     """
     if not root.is_dir():
-        raise ValueError(f"{root} is no folder.")
-    records = (Record(row, None, value) for row, value in enumerate(_folder_rows(root, root, frozenset())))
-    return (item for record in records for item in _read_record(record, root, root, rule))
+        raise ValueError(f"{root} is not a folder.")
+    return _read_videos(root, rule)
+
+
+def _read_videos(root: Path, rule: SelectionRule) -> Iterator[Sample | Fault]:
+    for row, value in enumerate(_folder_rows(root, root, frozenset())):
+        yield from _read_record(Record(row, None, value), root, root, rule)
 
 
 def _read_record(record: Record, source: Path, root: Path, rule: SelectionRule) -> Iterator[Sample | Fault]:
@@ -186,13 +188,20 @@ def _check_table(path: Path) -> None:
         raise ValueError(f"The table {path} does not exist.")
     suffix, columns = path.suffix.lower(), None
     if suffix not in _READERS:
-        raise ValueError(f"{path} is no table: its name has to end in {' or '.join(_READERS)} (.jsonl: JSON lines).")
+        raise ValueError(f"{path} is not a table: its name must end in {' or '.join(_READERS)} (.jsonl: JSON lines).")
     if suffix == ".csv":
-        columns = next((r.value for r in _csv_cells(path) if isinstance(r.value, list)), [])
+        columns = _csv_header(path)
     elif suffix == ".parquet":
         columns = parquet_columns(path)  # None: a Fault when it is read
     if columns is not None and not set(_COLUMNS) <= set(columns):
-        raise ValueError(f"{path} has the columns {shorten(columns)}; it has to have {', '.join(_COLUMNS)}.")
+        raise ValueError(f"{path} has the columns {shorten(columns)}; it must have {', '.join(_COLUMNS)}.")
+
+
+def _csv_header(path: Path) -> list[str]:
+    for line in _csv_cells(path):
+        if isinstance(line.value, list):
+            return line.value
+    return []
 
 
 def _read_csv(path: Path) -> Iterator[Record]:
@@ -238,7 +247,9 @@ def _csv_value(name: str, cell: str) -> Any:
     if not cell:
         return None
     if name in _LISTS:
-        return decode(cell) if cell.startswith("[") else [item.strip() for item in cell.split("|") if item.strip()]
+        if cell.startswith("["):
+            return decode(cell)
+        return list(filter(None, map(str.strip, cell.split("|"))))
     if name in _TEXTS:
         return cell
     try:

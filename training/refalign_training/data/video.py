@@ -18,7 +18,7 @@ from refalign_training.data.sample import Unusable
 # Files of pictures and sound alone: a playlist could name files outside the dataset's folder
 FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,asf,ogg"
 UNSPECIFIED = 2  # FFmpeg's AVCOL_SPC_UNSPECIFIED, which PyAV's Colorspace lacks
-# Of the machine and not of the file
+# What is wrong with the machine and not with the file
 _NO_FAULT_OF_THE_FILE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC}
 
 
@@ -39,28 +39,29 @@ class VideoFrames:
             raise Unusable("no frames", f"{self._name} has no video in it")
         # Its threads stay those of slices: FFmpeg's frame threads can wait for ever on a damaged file
         self._stream = container.streams.video[0]
-        packets = [
-            (packet.pts, packet.pts if packet.dts is None else packet.dts, packet.is_keyframe, packet.is_discard)
-            for packet in container.demux(self._stream)
-            if packet.size
-        ]
-        if len(packets) < self._stream.frames:
-            raise Unusable("video", f"{self._name} is cut short: {len(packets)} of {self._stream.frames} frames")
-        shown = [packet for packet in packets if packet[0] is not None and not packet[3]]
-        if packets and not shown:
+        count, times, keys = 0, set(), set()
+        for packet in container.demux(self._stream):
+            count += bool(packet.size)
+            if packet.size and packet.pts is not None and not packet.is_discard:
+                times.add(packet.pts)
+                if packet.is_keyframe:
+                    keys.add((packet.pts, packet.pts if packet.dts is None else packet.dts))
+        if count < self._stream.frames:
+            raise Unusable("video", f"{self._name} is cut short: {count} of {self._stream.frames} frames")
+        if count and not times:
             raise Unusable("video", f"{self._name} has no timestamps")
-        if not shown:
+        if not times:
             raise Unusable("no frames", f"{self._name} has no frames")
-        self._times = sorted({pts for pts, *_ in shown})
+        self._times = sorted(times)
         # When each key frame is shown, and when it is decoded, which is what containers seek by
-        self._keys = sorted({(pts, dts) for pts, dts, is_key, _ in shown if is_key})
+        self._keys = sorted(keys)
 
     def __len__(self) -> int:
         return len(self._times)
 
     @property
     def fps(self) -> float:
-        """Frames a second, on average."""
+        """Frames per second, on average."""
         seconds = float((self._times[-1] - self._times[0]) * self._stream.time_base)
         return (len(self) - 1) / seconds if seconds > 0 else float(self._stream.average_rate or 25)
 
@@ -111,7 +112,7 @@ def open_video(path: Path) -> Iterator[VideoFrames]:
     The frames of a video file.
 
     Raises:
-        Unusable: if the file is missing, is no video, has no frames, or one that is read cannot be decoded.
+        Unusable: if the file is missing, is not a video, has no frames, or one that is read cannot be decoded.
     """
     check_file(path)
     with _decoding(path):
@@ -126,7 +127,7 @@ def open_video(path: Path) -> Iterator[VideoFrames]:
 def check_file(path: Path) -> None:
     """Raises [`Unusable`] unless it is a file."""
     if not os.path.isfile(path):  # unlike Path's, false for a name that is too long too
-        raise Unusable("missing file", f"{path} is no file")
+        raise Unusable("missing file", f"{path} is not a file")
 
 
 @contextmanager

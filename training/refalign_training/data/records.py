@@ -1,23 +1,28 @@
-"""JSON files of any size, one record at a time: an object's members, a list's items, a file's lines.
+"""Files of any size, one record at a time: a JSON file's members, items or lines, a parquet file's rows.
 
-Each record is decoded on its own by Python's `json`. A parser of events such as ijson gives up all that follows in a
-file of 66 GB at one `NaN`, number over 64 bits or byte that is not UTF-8; here that is one fault, and the next record
-is read.
+Each record of JSON is decoded on its own by Python's `json`. A parser of events such as ijson gives up all that
+follows in a file of 66 GB at one `NaN`, number over 64 bits or byte that is not UTF-8; here that is one fault, and the
+next record is read.
 """
 
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from refalign_training.data.fields import is_unicode, shorten
-from refalign_training.data.sample import Unusable
+from refalign_training.data.sample import SURROGATE, Unusable, is_unicode, shorten
+
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 CHUNK = 1 << 20
 LONGEST_RECORD = 1 << 24  # characters; memory stays below some of these, and no record comes near
+_ROWS = 256  # of a parquet file that are in memory
+_BUFFER = 1 << 20
 _BLANK = re.compile(r"[ \t\r\n]*")
 _TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{}]', re.DOTALL)
 _SCALAR = re.compile(r"[^,\]}]+")
@@ -52,14 +57,14 @@ def decode(document: str) -> Any:
     A JSON document; integers over 19 digits become floats.
 
     Raises:
-        Unusable: if it is none, nests too deep, or comes of bytes that are not UTF-8.
+        Unusable: if it is not JSON, nests too deep, or comes of bytes that are not UTF-8.
     """
     if not is_unicode(document):
         raise Unusable("not readable", f"not UTF-8: {shorten(document)}")
     try:
         return _DECODER.decode(document)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise Unusable("not readable", f"no JSON: {error}: {shorten(document)}") from None
+        raise Unusable("not readable", f"not JSON: {error}: {shorten(document)}") from None
 
 
 def read_lines(path: Path) -> Iterator[Record]:
@@ -127,6 +132,9 @@ def _key(text: "_Text") -> str:
     return key
 
 
+# -- A JSON file's text -----------------------------------------------------------------------------------------------
+
+
 class _Text:
     """A file's text, of which a few records at a time are in memory."""
 
@@ -166,7 +174,7 @@ class _Text:
             except (json.JSONDecodeError, RecursionError) as error:
                 # Not the error itself, which holds the whole text and, kept in a variable, would hold itself
                 problem, end = getattr(error, "msg", str(error)), _end_of_value(self._text, self._at)
-                value = self.wrong(f"no JSON: {problem}")
+                value = self.wrong(f"not JSON: {problem}")
             if end is not None and (end < len(self._text) or self._ended):  # else a number may go on
                 return self._take(end, value)
             if len(self._text) - self._at > LONGEST_RECORD or not self._read():
@@ -193,7 +201,7 @@ class _Text:
 
 
 def _around_surrogate(source: str) -> str:
-    at = next(i for i, character in enumerate(source) if not is_unicode(character))
+    at = SURROGATE.search(source).start()
     return shorten(source[max(0, at - 40) : at + 40])
 
 
@@ -210,3 +218,48 @@ def _end_of_value(text: str, start: int) -> int | None:
         if depth == 0:
             return token.end()
     return None
+
+
+# -- Parquet ----------------------------------------------------------------------------------------------------------
+
+
+def parquet_columns(path: Path) -> list[str] | None:
+    """The names of a file's columns; `None` if it cannot be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.read_schema(path).names
+    except (pa.ArrowException, OSError):
+        return None
+
+
+def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Record]:
+    """
+    The rows as `{column: value}`; an [`Unusable`] instead of one that cannot be converted, or of all that follow where
+    the file cannot be read on.
+
+    Args:
+        columns (`Sequence[str]`, *optional*): those to read, by default all; those that the file lacks are left out.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    row = 0
+    try:
+        with pq.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False) as file:
+            names = file.schema_arrow.names
+            kept = names if columns is None else [name for name in names if name in columns]
+            for batch in file.iter_batches(_ROWS, columns=kept):
+                for index in range(batch.num_rows):
+                    yield Record(row, None, _row(batch, index))
+                    row += 1
+    except (pa.ArrowException, OSError) as error:
+        yield Record(row, None, Unusable("not readable", f"not parquet from row {row} on: {shorten(str(error))}"))
+
+
+def _row(batch: "pa.RecordBatch", index: int) -> dict[str, Any] | Unusable:
+    try:
+        return batch.slice(index, 1).to_pylist()[0]
+    except (ValueError, OverflowError) as error:  # bytes that are not UTF-8, dates out of Python's range
+        return Unusable("not readable", shorten(str(error)))
