@@ -94,7 +94,7 @@ def convert(
 
 def check_shapes(tensors: Mapping[str, StoredTensor], config: Mapping, source: object) -> None:
     """
-    Holds diffusers keys and shapes against those of a transformer of `config`.
+    Checks diffusers keys and shapes against those of a transformer with this configuration.
 
     Raises:
         ValueError: naming the first keys that are missing, unknown or of another shape.
@@ -108,11 +108,10 @@ def check_shapes(tensors: Mapping[str, StoredTensor], config: Mapping, source: o
     unknown = sorted(tensors[key].key for key in tensors.keys() - expected.keys())
     if missing or unknown:
         raise ValueError(f"{source} does not fit the base: {_some('missing', missing)}{_some('not known', unknown)}")
-    wrong = [
-        f"{tensor.key} is {tensor.shape}, not {expected[key]}"
-        for key, tensor in tensors.items()
-        if tensor.shape != expected[key]
-    ]
+    wrong = []
+    for key, tensor in tensors.items():
+        if tensor.shape != expected[key]:
+            wrong.append(f"{tensor.key} is {tensor.shape}, not {expected[key]}")
     if wrong:
         raise ValueError(
             f"{source} does not fit the base (is it of the same size, 1.3B or 14B?): {_some('wrong shapes', wrong)}"
@@ -128,16 +127,15 @@ def _some(what: str, items: list[str]) -> str:
 def _find_base(base: str | Path) -> Path:
     path = Path(base)
     if not path.is_dir():
-        patterns = [f"{component}/{pattern}" for component in BASE_COMPONENTS for pattern in BASE_FILES]
-        path = fetch(str(base), [*patterns, "model_index.json", "transformer/config.json"])
-    missing = [
-        name
-        for name in ("model_index.json", "transformer/config.json", *BASE_COMPONENTS)
-        if not (path / name).exists()
-    ]
-    missing += [
-        f"{name}/*.safetensors" for name in ("vae", "text_encoder") if not any((path / name).glob("*.safetensors"))
-    ]
+        patterns = ["model_index.json", "transformer/config.json"]
+        for component in BASE_COMPONENTS:
+            patterns += [f"{component}/{pattern}" for pattern in BASE_FILES]
+        path = fetch(str(base), patterns)
+    needed = ("model_index.json", "transformer/config.json", *BASE_COMPONENTS)
+    missing = [name for name in needed if not (path / name).exists()]
+    for name in ("vae", "text_encoder"):
+        if not any((path / name).glob("*.safetensors")):
+            missing.append(f"{name}/*.safetensors")
     if missing:
         raise ValueError(
             f"{base} is not a Wan pipeline in diffusers' format with safetensors weights: it has no "
@@ -171,12 +169,13 @@ def _copy_component(source: Path, target: Path) -> None:
 
 
 def _write_paper_scheduler(folder: Path) -> list[str]:
-    from diffusers import FlowMatchEulerDiscreteScheduler
+    from refalign.pipeline_refalign_wan import paper_scheduler
 
     for file in folder.iterdir():
         file.unlink()
-    FlowMatchEulerDiscreteScheduler(shift=5.0).save_config(folder)
-    return ["diffusers", "FlowMatchEulerDiscreteScheduler"]
+    scheduler = paper_scheduler()
+    scheduler.save_config(folder)
+    return ["diffusers", type(scheduler).__name__]
 
 
 def _write_shards(tensors: dict[str, StoredTensor], folder: Path, max_shard_size: int | str) -> None:
@@ -203,7 +202,7 @@ def export_native(model: str | Path, output: str | Path) -> Path:
     """
     output = Path(output)
     if output.suffix != ".safetensors":
-        raise ValueError(f"`output` is {output}, but has to end in .safetensors.")
+        raise ValueError(f"`output` is {output}, but must end in .safetensors.")
     folder = Path(model)
     if not folder.is_dir():
         folder = fetch(str(model), ["transformer/*.safetensors", "transformer/*.json"])

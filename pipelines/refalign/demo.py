@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SHOWN_FRAMES = 6
-SIDE = 192  # pixels of a frame in the picture
+SIDE = 192  # the side of a frame in the picture, in pixels
 GAP = 8
 VIDEO_SIDE = 384
 
@@ -89,12 +89,13 @@ def _generate(command: Demo, references: "list[Image.Image]") -> "list[Image.Ima
 
 def draw_sheet(references: "list[Image.Image]", frames: "list[Image.Image]") -> "Image.Image":
     """One picture: the references as the model sees them, one below the other, beside frames of the video."""
+    import numpy as np
     from PIL import Image
 
     from refalign.reference_images import prepare_reference_image
 
     rows, columns = (2, SHOWN_FRAMES // 2) if len(references) > 1 else (1, SHOWN_FRAMES // 2)
-    places = [round(i * (len(frames) - 1) / (rows * columns - 1)) for i in range(rows * columns)]
+    places = np.linspace(0, len(frames) - 1, rows * columns).round().astype(int)
     step = SIDE + GAP
     sheet = Image.new("RGB", ((1 + columns) * step + GAP, rows * step - GAP), "white")
     for row, reference in enumerate(references):

@@ -100,7 +100,7 @@ def find_safetensors(checkpoint: str | Path) -> list[Path]:
     The safetensors files of a checkpoint: a file, a folder (with all shards of its index), or a Hub id, downloaded.
 
     Raises:
-        ValueError: if there is none, a shard is missing, or the file is of a format that has to be unpickled.
+        ValueError: if there is none, a shard is missing, or the file is of a format that must be unpickled.
     """
     path = Path(checkpoint)
     if path.is_file():
@@ -115,25 +115,28 @@ def find_safetensors(checkpoint: str | Path) -> list[Path]:
         path = fetch(str(checkpoint), ["*.safetensors", "*.safetensors.index.json"], ignore_patterns="*/*")
     indices = sorted(path.glob("*.safetensors.index.json"))
     if len(indices) > 1:
-        raise ValueError(
-            f"{path} has {len(indices)} checkpoints: {[i.name for i in indices]}. Keep one, or name a file."
-        )
+        raise ValueError(f"{path} has {len(indices)} checkpoints: {_names(indices)}. Keep one, or name a file.")
     if indices:
         return find_shards(indices[0])
     files = sorted(path.glob("*.safetensors"))
     if len(files) != 1:
-        pickles = sorted(file.name for file in path.iterdir() if file.suffix in PICKLES)
+        pickles = _names(file for file in path.iterdir() if file.suffix in PICKLES)
+        refused = f" Formats that run code when they are opened are refused: {pickles}." if pickles else ""
         raise ValueError(
-            f"{path} has {len(files)} safetensors files and no index: {[f.name for f in files]}. Name the file."
-            + (f" Formats that run code when they are opened are refused: {pickles}." if pickles else "")
+            f"{path} has {len(files)} safetensors files and no index: {_names(files)}. Name the file.{refused}"
         )
     return files
 
 
+def _names(files: Iterable[Path]) -> list[str]:
+    return sorted(file.name for file in files)
+
+
 def find_shards(index: Path) -> list[Path]:
+    """The files that an index of shards names; ValueError if one is missing or lies in another folder."""
     weight_map = read_json(index).get("weight_map")
     if not weight_map:
-        raise ValueError(f"{index} is no index of shards: it has no `weight_map`. Download it again.")
+        raise ValueError(f"{index} is not an index of shards: it has no `weight_map`. Download it again.")
     names = sorted(set(weight_map.values()))
     if outside := [name for name in names if Path(name).name != name]:  # a downloaded index may name any file of ours
         raise ValueError(f"{index} names shards outside its own folder: {outside}. Do not use it.")
@@ -144,7 +147,7 @@ def find_shards(index: Path) -> list[Path]:
 
 
 def read_json(file: Path) -> Any:
-    """The content of a JSON file; ValueError, naming it, if it is none."""
+    """The content of a JSON file; ValueError, naming it, if it is not whole JSON."""
     try:
         return json.loads(file.read_text("utf-8"))
     except ValueError as error:
@@ -156,7 +159,7 @@ def read_headers(files: list[Path]) -> dict[str, StoredTensor]:
     What tensors the files hold, by key; no data is read.
 
     Raises:
-        ValueError: for a file that is truncated or no safetensors, and for a key that two files hold.
+        ValueError: for a file that is truncated or not safetensors, and for a key that two files hold.
     """
     import torch
 
@@ -176,7 +179,7 @@ def read_headers(files: list[Path]) -> dict[str, StoredTensor]:
 
 @contextmanager
 def open_safetensors(file: Path) -> Iterator:
-    """`safe_open`; ValueError, naming the file and its size, if it is truncated or no safetensors."""
+    """`safe_open`; ValueError, naming the file and its size, if it is truncated or not safetensors."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -31,13 +31,13 @@ class Generate:
     base: str | None = None
     """The Wan 2.1 pipeline (folder or Hub id) that a native checkpoint lacks: VAE, text encoder, tokenizer."""
     height: int | None = None
-    """In pixels, a multiple of 16; by default the model's own, 480 for the published ones."""
+    """The video's height in pixels, a multiple of 16; by default the model's own, 480 for the published ones."""
     width: int | None = None
-    """In pixels, a multiple of 16; by default the model's own, 832 for the published ones."""
+    """The video's width in pixels, a multiple of 16; by default the model's own, 832 for the published ones."""
     num_frames: int | None = None
-    """4k + 1, shown at 16 a second; by default the model's own, 81 for the published ones."""
+    """The video's frames, 4k + 1, shown at 16 per second; by default the model's own, 81 for the published ones."""
     steps: int | None = None
-    """Denoising steps; by default the model's own, 50 for the published ones."""
+    """The number of denoising steps; by default the model's own, 50 for the published ones."""
     seed: int = 0
     """The same seed gives the same video."""
     guidance_scale: float | None = None
@@ -52,18 +52,19 @@ class Generate:
     lora: tuple[str, ...] = ()
     """LoRA files (.safetensors) or Hub ids, each with an optional :SCALE behind it."""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """Of text encoder and transformer; auto is bfloat16 on a GPU and float32 on a CPU. The VAE runs in float32."""
+    """The dtype of text encoder and transformer; auto is bfloat16 on a GPU and float32 on a CPU. The VAE runs in
+    float32."""
     device: str = "auto"
     """cuda, mps, cpu; auto takes the first there is."""
     offload: Literal["none", "model", "group"] = "none"
-    """To need less GPU memory: model moves one part at a time to the GPU, group a few layers."""
+    """How to need less GPU memory: model moves one part at a time to the GPU, group a few layers."""
     preview: bool = False
     """Also write the references as the model sees them, beside the video."""
     overwrite: bool = False
     """Replace videos that exist."""
 
 
-# What a line of a batch may set, and of which type
+# What a line of a batch may set, each with its type
 JOB_SETTINGS: dict[str, type | tuple[type, ...]] = {
     "prompt": str,
     "reference": (str, list),
@@ -78,6 +79,8 @@ JOB_SETTINGS: dict[str, type | tuple[type, ...]] = {
     "negative_prompt": str,
     "cut_out": (bool, str, list),
 }
+CUT_OUT = {"auto": "auto", "true": True, "false": False}
+NOT_KEPT = ("output", "batch", "preview", "overwrite", "device", "offload")  # they do not change the video
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -98,16 +101,17 @@ def run(command: Generate) -> int:
         _check_job(job)
     defaults = _read_defaults(command)
     command = _filled(command, defaults)
-    jobs = [replace(job, command=_filled(job.command, defaults)) for job in jobs]
     if command.batch is None:
         references = _prepare_references(command)  # first of all, so that a mistake shows before the model is loaded
         _generate_one(_load_pipeline(command), command, references)
         return 0
+    left = []
     for job in jobs:
         if job.command.output.exists() and not command.overwrite:
             print(f"{job.name}: {job.command.output} exists, passed over (--overwrite makes it again)")
-    jobs = [job for job in jobs if command.overwrite or not job.command.output.exists()]
-    return _run_batch(command, jobs) if jobs else 0
+        else:
+            left.append(Job(_filled(job.command, defaults), job.name))
+    return _run_batch(command, left) if left else 0
 
 
 def _take_sprites(command: Generate) -> Generate:
@@ -125,15 +129,18 @@ def _read_defaults(command: Generate) -> dict[str, Any]:
 
     name = command.model if command.base is None else command.base
     if command.base is None and not Path(name).is_dir() and not HUB_ID.fullmatch(name):
-        return CALL_DEFAULTS  # that it is no model is told when it is loaded
+        return CALL_DEFAULTS  # that it is not a model is told when it is loaded
     return CALL_DEFAULTS | (RefAlignWanPipeline.load_config(name).get("call_defaults") or {})
 
 
 def _filled(command: Generate, defaults: dict[str, Any]) -> Generate:
     """The command with defaults where it says nothing."""
-    named = {field.name: "num_inference_steps" if field.name == "steps" else field.name for field in fields(command)}
-    missing = [name for name, default in named.items() if getattr(command, name) is None and default in defaults]
-    return replace(command, **{name: defaults[named[name]] for name in missing})
+    filled = {}
+    for field in fields(command):
+        name = "num_inference_steps" if field.name == "steps" else field.name
+        if getattr(command, field.name) is None and name in defaults:
+            filled[field.name] = defaults[name]
+    return replace(command, **filled)
 
 
 def _run_batch(command: Generate, jobs: list[Job]) -> int:
@@ -181,7 +188,7 @@ def _read_job(name: str, line: str) -> dict[str, Any]:
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{name} is not JSON: {error}") from error
     if not isinstance(job, dict):
-        raise ValueError(f'{name} has to be an object such as {{"prompt": "...", "output": "a.mp4"}}.')
+        raise ValueError(f'{name} must be an object such as {{"prompt": "...", "output": "a.mp4"}}.')
     if unknown := sorted(job.keys() - JOB_SETTINGS.keys()):
         raise ValueError(f"{name} has unknown settings {unknown}. Known are: {', '.join(JOB_SETTINGS)}.")
     for key, value in job.items():
@@ -207,20 +214,19 @@ def _check_job(job: Job) -> None:
         if getattr(command, name) is None:
             raise ValueError(f"{job.name}: the {name} is missing.")
     if command.output.suffix != ".mp4":
-        raise ValueError(f"{job.name}: the output is {command.output}, but has to end in .mp4.")
+        raise ValueError(f"{job.name}: the output is {command.output}, but must end in .mp4.")
     place = next(parent for parent in command.output.absolute().parents if parent.exists())
     if command.output.is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
         raise ValueError(f"{job.name}: {command.output} cannot be written. Name another output.")
-    if command.batch is None:
-        outputs = [
-            command.output,
-            *(_preview_path(command, n) for n in range(len(command.reference)) if command.preview),
-        ]
-        if existing := [str(output) for output in outputs if output.exists() and not command.overwrite]:
+    if command.batch is None and not command.overwrite:
+        outputs = [command.output]
+        if command.preview:
+            outputs += [_preview_path(command, number) for number in range(len(command.reference))]
+        if existing := [str(output) for output in outputs if output.exists()]:
             raise ValueError(f"{', '.join(existing)} exists already. Name another output, or pass --overwrite.")
     if not all(isinstance(reference, str) for reference in command.reference):
         raise ValueError(f"{job.name}: references are paths or URLs, not {command.reference}.")
-    if unknown := set(command.cut_out) - {"auto", "true", "false"}:
+    if unknown := set(command.cut_out) - CUT_OUT.keys():
         raise ValueError(f"{job.name}: cut_out is {', '.join(sorted(unknown))}; known are auto, true and false.")
     if len(command.cut_out) not in (1, len(command.reference)):
         raise ValueError(
@@ -236,7 +242,7 @@ def _prepare_references(command: Generate) -> list:
     from refalign.reference_images import prepare_reference_images
 
     check_size(command.height, command.width, command.num_frames)
-    cut_out = [{"auto": "auto", "true": True, "false": False}[word] for word in command.cut_out]
+    cut_out = [CUT_OUT[word] for word in command.cut_out]
     cut_out = cut_out * len(command.reference) if len(cut_out) == 1 else cut_out
     return prepare_reference_images(list(command.reference), command.height, command.width, cut_out)
 
@@ -246,39 +252,17 @@ def _prepare_references(command: Generate) -> list:
 
 def _load_pipeline(command: Generate):
     import torch
-    from diffusers import FlowMatchEulerDiscreteScheduler
 
-    from refalign import RefAlignWanPipeline
     from refalign.devices import find_device
-    from refalign.files import PICKLES
 
     device = find_device(command.device)
     if command.offload == "model" and device.type == "cpu":
         raise ValueError("--offload model moves parts to a GPU, but the device is cpu. Use --offload none.")
     loras = [_read_lora(lora) for lora in command.lora]
-    if command.dtype == "auto":
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    else:
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    if command.dtype != "auto":
         dtype = getattr(torch, command.dtype)
-    dtypes = {"default": dtype, "vae": torch.float32}
-    if command.base is not None:
-        pipeline = RefAlignWanPipeline.from_pretrained(
-            _folder_or_hub_id(command.base),
-            transformer=_load_native(command, dtype),
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=5.0),  # the paper's, as `convert` writes it
-            dtype=dtypes,
-        )
-    elif Path(command.model).suffix in (".safetensors", *PICKLES):
-        raise ValueError(
-            f"{command.model} is a native checkpoint: only the transformer. Pass --base with the Wan 2.1 pipeline for "
-            "the rest, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
-        )
-    else:
-        name, parts = _folder_or_hub_id(command.model), {}
-        if RefAlignWanPipeline.load_config(name)["_class_name"] == "WanPipeline":
-            # Plain Wan, which with a LoRA is a RefAlign model: it takes the schedule that LoRAs are trained with
-            parts["scheduler"] = FlowMatchEulerDiscreteScheduler(shift=5.0)
-        pipeline = RefAlignWanPipeline.from_pretrained(name, dtype=dtypes, **parts)
+    pipeline = _load_parts(command, dtype)
     _load_loras(pipeline, loras)
     if command.offload == "model":
         pipeline.enable_model_cpu_offload(device=device)
@@ -287,6 +271,31 @@ def _load_pipeline(command: Generate):
     else:
         pipeline.to(device)
     return pipeline
+
+
+def _load_parts(command: Generate, dtype):
+    """The pipeline, with text encoder and transformer in `dtype`."""
+    import torch
+
+    from refalign.files import PICKLES
+    from refalign.pipeline_refalign_wan import RefAlignWanPipeline, paper_scheduler
+
+    parts = {"dtype": {"default": dtype, "vae": torch.float32}}
+    if command.base is not None:
+        base = _folder_or_hub_id(command.base)
+        parts["transformer"] = _load_native(command, dtype)
+        parts["scheduler"] = paper_scheduler()  # as `convert` writes it
+        return RefAlignWanPipeline.from_pretrained(base, **parts)
+    if Path(command.model).suffix in (".safetensors", *PICKLES):
+        raise ValueError(
+            f"{command.model} is a native checkpoint: only the transformer. Pass --base with the Wan 2.1 pipeline for "
+            "the rest, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+        )
+    name = _folder_or_hub_id(command.model)
+    if RefAlignWanPipeline.load_config(name)["_class_name"] == "WanPipeline":
+        # Plain Wan, which with a LoRA is a RefAlign model: it takes the schedule that LoRAs are trained with
+        parts["scheduler"] = paper_scheduler()
+    return RefAlignWanPipeline.from_pretrained(name, **parts)
 
 
 def _folder_or_hub_id(name: str) -> str:
@@ -310,7 +319,7 @@ def _load_native(command: Generate, dtype):
 
 
 def _read_lora(lora: str) -> tuple[str, float]:
-    """A LoRA's file or Hub id, and its scale, of FILE[:SCALE]."""
+    """A LoRA's file or Hub id, and its scale, from FILE[:SCALE]."""
     from refalign.files import PICKLES
 
     source, separator, scale = lora.rpartition(":")
@@ -375,16 +384,16 @@ def _plan(pipeline, command: Generate, num_references: int) -> str:
     from refalign.pipeline_refalign_wan import guidance_passes
 
     _, patch_height, patch_width = pipeline.transformer.config.patch_size
-    per_frame = (command.height // pipeline.vae_scale_factor_spatial // patch_height) * (
-        command.width // pipeline.vae_scale_factor_spatial // patch_width
-    )
+    rows = command.height // pipeline.vae_scale_factor_spatial // patch_height
+    columns = command.width // pipeline.vae_scale_factor_spatial // patch_width
+    per_frame = rows * columns
     references = num_references * per_frame
     video = ((command.num_frames - 1) // pipeline.vae_scale_factor_temporal + 1) * per_frame
     passes = guidance_passes(command.guidance_scale, command.image_guidance_scale, num_references > 0)
     return (
         f"{command.output}: frames: {command.num_frames} of {command.width}x{command.height}, references: "
         f"{num_references}, tokens: {video + references:,} ({video:,} of the video, {references:,} of references), "
-        f"steps: {command.steps}, passes a step: {len(passes)}"
+        f"steps: {command.steps}, passes per step: {len(passes)}"
     )
 
 
@@ -392,8 +401,8 @@ def _settings(command: Generate) -> dict[str, Any]:
     """What it takes to make the video again, without folders of this machine and secrets of URLs."""
     from refalign import __version__
 
-    settings = {f.name: getattr(command, f.name) for f in fields(command)}
-    for name in ("output", "batch", "preview", "overwrite", "device", "offload"):
+    settings = dict(vars(command))
+    for name in NOT_KEPT:
         del settings[name]
     for name in ("model", "base"):
         settings[name] = settings[name] and _public_name(settings[name])
@@ -413,10 +422,9 @@ def _public_name(source: str) -> str:
 def _write_previews(references: list, command: Generate) -> None:
     from refalign.files import new_file
 
+    may_replace = command.overwrite or command.batch is not None
     for number, image in enumerate(references):
-        with new_file(
-            _preview_path(command, number), overwrite=command.overwrite or command.batch is not None
-        ) as file:
+        with new_file(_preview_path(command, number), overwrite=may_replace) as file:
             image.save(file)
 
 

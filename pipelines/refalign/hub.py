@@ -66,7 +66,8 @@ def complete_repo(folder: str | Path, card: str = "template") -> None:
 
     Args:
         folder (`str` or `Path`): the pipeline folder, changed in place.
-        card (`str`, defaults to `"template"`): of `model_cards/`: `template`, `refalign-1.3b` or `refalign-14b`.
+        card (`str`, defaults to `"template"`): a card of `model_cards/`: `template`, `refalign-1.3b` or
+            `refalign-14b`.
 
     Raises:
         ValueError: if it is not a pipeline folder with a Wan transformer.
@@ -124,7 +125,7 @@ def complete_lora_repo(folder: str | Path) -> None:
     """
     folder = Path(folder)
     if missing := [name for name in (LORA_WEIGHTS, "README.md") if not (folder / name).is_file()]:
-        raise ValueError(f"{folder} is no LoRA to publish: it has no {', '.join(missing)}.")
+        raise ValueError(f"{folder} is not a LoRA to publish: it has no {', '.join(missing)}.")
     (folder / COMMUNITY_SCRIPT).write_text(community_script(), "utf-8")
 
 
@@ -141,7 +142,7 @@ def push(
         repo_id (`str`): `ORG/NAME`; made if it does not exist.
         private (`bool`, defaults to `False`): whether a new repo is private.
         dry_run (`bool`, defaults to `False`): change nothing, connect to nothing, only say what would go.
-        token (`str`, *optional*): of the Hub; else the one of `hf auth login`.
+        token (`str`, *optional*): a token of the Hub, instead of the one from `hf auth login`.
 
     Returns:
         `list[str]`: the files of the repo.
@@ -161,7 +162,7 @@ def push(
         card = stage / "README.md"
         card.write_text(card.read_text("utf-8").replace(REPO_PLACEHOLDER, repo_id), "utf-8")
         check_nothing_private(stage)
-        names = sorted(file.relative_to(stage).as_posix() for file in stage.rglob("*") if file.is_file())
+        names = sorted(file.relative_to(stage).as_posix() for file in _files_below(stage))
         if left_out:
             logger.warning("Not part of a %s, left out: %s", kind, ", ".join(left_out))
         if not dry_run:
@@ -178,14 +179,14 @@ def push(
 def check_repo_id(repo_id: str) -> None:
     """Raises ValueError unless it is ORG/NAME."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
-        raise ValueError(f"`repo_id` is {repo_id!r}, but has to be ORG/NAME.")
+        raise ValueError(f"`repo_id` is {repo_id!r}, but must be ORG/NAME.")
 
 
 def check_nothing_private(folder: Path) -> None:
     """Raises ValueError for a token or an absolute path in a repo's text files or weights' metadata, naming the file
     and, of a token, only its beginning."""
-    for file in sorted(folder.rglob("*")):
-        if not file.is_file() or file.suffix in BINARY_SUFFIXES:
+    for file in _files_below(folder):
+        if file.suffix in BINARY_SUFFIXES:
             continue
         name = file.relative_to(folder).as_posix()
         if file.suffix == ".safetensors":
@@ -206,13 +207,19 @@ def check_nothing_private(folder: Path) -> None:
             raise ValueError(f"{name} holds a path of this machine ({found[0]}). Remove it before pushing.")
 
 
+def _files_below(folder: Path) -> list[Path]:
+    return sorted(filter(Path.is_file, folder.rglob("*")))
+
+
 def _strings(content: Any) -> Iterator[str]:
     """All strings in a JSON value, keys too."""
+    if isinstance(content, dict):
+        content = [*content, *content.values()]
     if isinstance(content, str):
         yield content
-    elif isinstance(content, (dict, list)):
-        for part in content.items() if isinstance(content, dict) else content:
-            yield from _strings(list(part) if isinstance(part, tuple) else part)
+    elif isinstance(content, list):
+        for part in content:
+            yield from _strings(part)
 
 
 def model_card(config: dict[str, Any], card: str = "template") -> str:
@@ -220,10 +227,10 @@ def model_card(config: dict[str, Any], card: str = "template") -> str:
     The model card, with `ORG/NAME` for the repo's name.
 
     Args:
-        config (`dict`): the transformer's.
-        card (`str`): of `model_cards/`.
+        config (`dict`): the transformer's configuration.
+        card (`str`): the name of a card in `model_cards/`.
     """
-    names = {file.name[:-3] for file in files("refalign.model_cards").iterdir() if file.name.endswith(".md")}
+    names = {Path(file.name).stem for file in files("refalign.model_cards").iterdir() if file.name.endswith(".md")}
     names -= set(FILLED_CARDS)
     if card not in names:
         raise ValueError(f"There is no model card {card!r}. There are: {', '.join(sorted(names))}.")
@@ -247,12 +254,12 @@ def fill_card(
 
     Args:
         card (`str`): `template`, `trained` or `trained_lora`.
-        base_model (`str`, *optional*): Hub id of what was trained from.
-        datasets (`list[str]`, *optional*): Hub ids.
-        licence (`str`, defaults to `"apache-2.0"`): the Hub's name for it.
-        relation (`str`, defaults to `"finetune"`): to the base: `finetune` or `adapter`.
-        tags (`tuple[str]`, defaults to `()`): more than every card has.
-        facts: what else the template names.
+        base_model (`str`, *optional*): Hub id of the model that training began from.
+        datasets (`list[str]`, *optional*): Hub ids of the data.
+        licence (`str`, defaults to `"apache-2.0"`): the Hub's name for the licence.
+        relation (`str`, defaults to `"finetune"`): the relation to the base: `finetune` or `adapter`.
+        tags (`tuple[str]`, defaults to `()`): tags besides those of every card.
+        facts: values for what else the template names.
     """
     data = ModelCardData(
         license=licence,
@@ -290,14 +297,17 @@ def community_script() -> str:
 
 
 def _merge_imports(imports: list[ast.Import | ast.ImportFrom]) -> list[str]:
-    """The imports, a line a module, with each name once."""
+    """The imports, one line per module, with each name once."""
     plain, names = set(), defaultdict(set)
     for node in imports:
         if isinstance(node, ast.Import):
             plain.add(ast.unparse(node))
         else:
             names[node.module] |= {ast.unparse(name) for name in node.names}
-    return [*sorted(plain), *(f"from {module} import {', '.join(sorted(names[module]))}" for module in sorted(names))]
+    lines = sorted(plain)
+    for module in sorted(names):
+        lines.append(f"from {module} import {', '.join(sorted(names[module]))}")
+    return lines
 
 
 def _split_imports(source: str) -> tuple[list[ast.Import | ast.ImportFrom], str]:
@@ -325,7 +335,7 @@ def write_community_script(output: str | Path) -> Path:
 def _copy_repo(source: Path, target: Path, link_weights: bool = False) -> list[str]:
     """Copies what belongs to a pipeline, or to a LoRA, and returns the names of what does not."""
     allowed, left_out = _allowed_files(source), []
-    for file in sorted(path for path in source.rglob("*") if path.is_file()):
+    for file in _files_below(source):
         name = file.relative_to(source)
         patterns = allowed.get(name.parent.as_posix(), ())
         is_hidden = file.name.startswith(".")
@@ -362,10 +372,12 @@ def _source(name: str) -> str:
 
 
 def _forget_local_name(file: Path) -> None:
-    """Where a model was once loaded from says nothing to others, and is often a path."""
+    """Removes where a model was once loaded from: it says nothing to others, and is often a path."""
     content = _read_json(file)
     if isinstance(content, dict) and content.keys() & {"_name_or_path", "name_or_path"}:
-        _write_json(file, {k: v for k, v in content.items() if k not in ("_name_or_path", "name_or_path")})
+        content.pop("_name_or_path", None)
+        content.pop("name_or_path", None)
+        _write_json(file, content)
 
 
 def _read_json(file: Path) -> Any:

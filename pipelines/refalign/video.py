@@ -12,7 +12,7 @@ from PIL import Image
 from refalign.files import new_file
 
 
-FPS = 16  # of Wan 2.1, and so of RefAlign
+FPS = 16  # frames per second of Wan 2.1, and so of RefAlign
 
 
 def write_video(
@@ -26,9 +26,10 @@ def write_video(
     Writes frames as H.264 mp4 that every browser plays. The file appears when it is complete.
 
     Args:
-        frames (`Iterable`): of one even size: PIL images, or arrays `(height, width, 3)`, uint8 or floats in 0..1.
+        frames (`Iterable`): frames of one even size: PIL images, or arrays `(height, width, 3)` as uint8 or as floats
+            in 0..1.
         output (`str` or `Path`): where to write.
-        fps (`int`, defaults to 16): frames a second.
+        fps (`int`, defaults to 16): frames per second.
         settings (`Mapping`, *optional*): kept as JSON in the file's `comment`; [`read_settings`] reads them.
         overwrite (`bool`, defaults to `False`): whether an existing file may be replaced.
 
@@ -39,13 +40,13 @@ def write_video(
     frames = [_to_uint8(frame) for frame in frames]
     if not frames or fps < 1:
         raise ValueError(
-            f"There are {len(frames)} frames at {fps} a second to write to {output}; both have to be 1 up."
+            f"There are {len(frames)} frames at {fps} per second to write to {output}; both must be 1 or more."
         )
     height, width = frames[0].shape[:2]
     if height % 2 or width % 2:
         raise ValueError(f"Frames are {width}x{height}, but H.264 needs even sides.")
     if different := {frame.shape for frame in frames if frame.shape != (height, width, 3)}:
-        raise ValueError(f"All frames have to be ({height}, {width}, 3), but there are {sorted(different)}.")
+        raise ValueError(f"All frames must be ({height}, {width}, 3), but there are {sorted(different)}.")
     with new_file(output, overwrite=overwrite) as file:
         with av.open(str(file), "w", format="mp4", options={"movflags": "+faststart"}) as container:
             if settings is not None:
@@ -64,7 +65,7 @@ def _to_uint8(frame: Image.Image | np.ndarray) -> np.ndarray:
     if values.dtype.kind == "f":
         values = np.rint(values.clip(0, 1) * 255).astype(np.uint8)
     if values.dtype != np.uint8 or values.ndim != 3:
-        raise ValueError(f"A frame is {values.dtype} of shape {values.shape}; it has to be uint8 (height, width, 3).")
+        raise ValueError(f"A frame is {values.dtype} of shape {values.shape}; it must be uint8 (height, width, 3).")
     return values
 
 

@@ -126,7 +126,7 @@ def test_it_says_what_it_will_do(generate, capsys):
     assert generate() == 0
     plan = capsys.readouterr().out
     assert "frames: 5 of 48x32, references: 3, tokens: 30 (12 of the video, 18 of references)" in plan
-    assert "steps: 1, passes a step: 3" in plan
+    assert "steps: 1, passes per step: 3" in plan
 
 
 def test_without_references_it_is_text_to_video(generate, capsys):
@@ -242,7 +242,7 @@ def test_overwrite_is_asked_for(generate, tmp_path, capsys):
     [
         ((), {"prompt": None}, "the prompt is missing"),
         ((), {"output": None}, "the output is missing"),
-        ((), {"output": Path("out.avi")}, "has to end in .mp4"),
+        ((), {"output": Path("out.avi")}, "must end in .mp4"),
         ((), {"output": Path(__file__) / "out.mp4"}, "cannot be written"),
         (("--height", 40), {}, "`height` must be divisible by 16, but is 40"),
         (("--num-frames", 6), {}, "`num_frames` must be 4k + 1"),
@@ -354,7 +354,7 @@ def test_a_batch_run_again_passes_over_what_exists(batch, tmp_path, capsys):
     ("lines", "message"),
     [
         (["{prompt}"], "jobs.jsonl:1 is not JSON"),
-        (["[1]"], "jobs.jsonl:1 has to be an object"),
+        (["[1]"], "jobs.jsonl:1 must be an object"),
         ([{"prompt": "a", "output": "a.mp4", "hight": 32}], "unknown settings ['hight']"),
         ([{"prompt": "a"}], "jobs.jsonl:1: the output is missing"),
         ([{"prompt": 3, "output": "a.mp4"}], "jobs.jsonl:1: prompt is 3, of a wrong type"),

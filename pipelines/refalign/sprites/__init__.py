@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 FOLDER = Path(__file__).parent / "model"
-SUBJECTS = Path(__file__).parent / "subjects"  # that it was not trained on
+SUBJECTS = Path(__file__).parent / "subjects"  # the model was not trained on these
 
 
 def subject_names() -> list[str]:
