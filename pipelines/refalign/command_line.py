@@ -125,7 +125,7 @@ def _rule(info: StructTypeInfo) -> StructConstructorSpec | None:
     hints = get_type_hints(info.type, include_extras=True)
     specs = []
     for field in fields(info.type):
-        text = partial(_description, info.type, field.name)
+        text = partial(description, info.type, field.name)
         specs.append(StructFieldSpec(field.name, hints[field.name], _default(field), text))
     return StructConstructorSpec(info.type, tuple(specs))
 
@@ -133,18 +133,21 @@ def _rule(info: StructTypeInfo) -> StructConstructorSpec | None:
 def _default(field: Field) -> Any:
     if field.default is not MISSING:
         return field.default
-    is_section = is_dataclass(field.default_factory)  # which has its own defaults
-    return tyro.MISSING_NONPROP if is_section or field.default_factory is MISSING else field.default_factory()
+    if field.default_factory is MISSING or is_dataclass(field.default_factory):
+        return tyro.MISSING_NONPROP  # a section has defaults of its own
+    return field.default_factory()
 
 
-def _description(options: type, name: str) -> str | None:
-    texts = (descriptions(kind).get(name) for kind in options.__mro__ if is_dataclass(kind))
-    return next(filter(None, texts), None)
+def description(options: type, name: str) -> str | None:
+    """The docstring beneath a field of a dataclass or of one that it extends, as one line."""
+    for kind in options.__mro__:
+        if is_dataclass(kind) and name in _docstrings(kind):
+            return _docstrings(kind)[name]
+    return None
 
 
 @cache
-def descriptions(options: type) -> dict[str, str]:
-    """The docstrings beneath a class's own fields, by the fields' names."""
+def _docstrings(options: type) -> dict[str, str]:
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(options))).body
     texts = {}
     for statement, text in itertools.pairwise(definition.body):

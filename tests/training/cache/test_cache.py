@@ -620,8 +620,6 @@ def test_status_tells_how_far_it_is(command, capsys):
     [
         ({"model": None}, "Pass --model"),
         ({"teacher": None}, "Pass --teacher"),
-        ({"height": 40}, "multiples of 16"),
-        ({"num_frames": 6}, r"4k \+ 1"),
         ({"families": ()}, "--families"),
         ({"families": ("text", "text")}, "each once"),
         ({"variants": 0}, "--variants is 0"),

@@ -316,7 +316,6 @@ def test_a_dataset_without_samples_is_named(open_online, tmp_path):
     [
         ({"teacher": "/nowhere/teacher"}, "/nowhere/teacher is neither a file or folder here nor a Hub id"),
         ({"teacher": "no-one/teacher"}, "no-one/teacher is not a file or folder here, and the Hub does not give it"),
-        ({"height": 33}, "33x48; height and width have to be multiples of 16"),
     ],
 )
 def test_what_cannot_be_had_is_told_at_once(open_online, changes, message):

@@ -45,8 +45,6 @@ class Dataset(Source):
     """The dataset, which not every command needs."""
 
     data: Format | None = None
-    """The format of the dataset: OpenS2V-5M, Phantom-Data, a table or a folder of your own, or samples that
-    `refalign-train check --write` wrote."""
 
 
 def read_source(source: Source) -> Iterator[Sample | Fault]:

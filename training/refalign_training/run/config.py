@@ -241,8 +241,9 @@ def read_command(words: Sequence[str], **told: Any) -> RunCommand:
         SystemExit: if the command line is not understood, or asks for help.
     """
     path = _config_path(words)
+    of_file = _words_of_file(path) if path else []
     with naming_sections():
-        return tyro.cli(RunCommand, args=[*(_words_of_file(path) if path else ()), *words], **told)
+        return tyro.cli(RunCommand, args=[*of_file, *words], **told)
 
 
 def _config_path(words: Sequence[str]) -> Path | None:
@@ -257,8 +258,8 @@ def _words_of_file(path: Path) -> list[str]:
     content = read_yaml(path)
     if "config" in content:
         raise ValueError(f"{path} names another file as config, but a run has one.")
-    # As JSON, lists are tuples and text is a path, but nothing else is taken for another type. It has no dates
-    text = json.dumps({"output": ".", **content}, default=lambda value: {type(value).__name__: str(value)})
+    # Of JSON, text may be a path, but nothing else is taken for another type. It has no dates: they become sections
+    text = json.dumps({"output": ".", **content}, default=lambda date: {type(date).__name__: str(date)})
     with naming_sections(f"{path}: "):
         _TREE.validate_json(text)
     return list(_words(content))
@@ -289,11 +290,13 @@ def _with_exponents(kind: Any) -> Any:
 def _words(content: Mapping[str, Any]) -> Iterator[str]:
     """The options of a file as words of a command line."""
     for name, value in _leaves(content):
-        section, _, key = name.rpartition(".")
+        section, dot, key = name.rpartition(".")
         negation = "no-" if value is False else ""
-        yield "--" + ".".join(filter(None, (section, negation + key))).replace("_", "-")
-        if not isinstance(value, bool):
-            yield from map(str, value if isinstance(value, list) else [value])
+        yield f"--{section}{dot}{negation}{key}".replace("_", "-")
+        if isinstance(value, list):
+            yield from map(str, value)
+        elif not isinstance(value, bool):
+            yield str(value)
 
 
 @contextmanager
