@@ -41,15 +41,15 @@ class Options:
     """Compares the reference alignment loss with its plain formula."""
 
     references: tuple[int, ...] = (1, 2, 3)
-    """Numbers of references, a row each."""
+    """Numbers of references, one per row."""
     tokens: int = 1560
-    """Tokens of a reference; 1560 at 480x832."""
+    """How many tokens a reference has; 1560 at 480x832."""
     dim: int = 1024
     """Width of the teacher; 1024 is DINOv3 ViT-L."""
     layers: int = 1
     """Layers whose losses are added up before one backward pass."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of tokens and features; both sides compute in float32."""
+    """The dtype of tokens and features; both sides compute in float32."""
     device: str = "cpu"
     """cpu or cuda."""
     repeats: int = 10

@@ -73,9 +73,9 @@ class Options:
     workers: int = 0
     """Processes that read and decode."""
     batch_size: int = 4
-    """Samples a step."""
+    """Samples per step."""
     steps: int = 5
-    """Of a turn; the first is not counted."""
+    """Steps of a turn; the first is not counted."""
     repeats: int = 3
     """Turns of each side."""
     parts: tuple[Part, ...] = (*SPEEDS, "memory", "checkpoints")
@@ -164,7 +164,7 @@ class WatchedTrainer(Trainer):
         self.ends.append(time.perf_counter())
 
     def seconds(self) -> float:
-        """Of a step, but of the first."""
+        """The seconds of a step, without the first."""
         return (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)
 
     def peak(self) -> int:
@@ -195,7 +195,7 @@ def step_seconds(command: RunCommand, is_bare: bool = False) -> float:
 
 
 def free_memory() -> None:
-    """Of turns before this one, on the GPU too."""
+    """Frees what turns before this one left, on the GPU too."""
     gc.collect()
     torch.cuda.empty_cache()
 

@@ -258,7 +258,15 @@ def test_encoders_take_memory_only_without_a_cache():
 
 def test_the_table_names_what_matters():
     table = "\n".join(estimate(command(), LARGE, BUCKET, 8, sharded=True).lines())
-    for part in ("37,440 tokens", "14.3B", "8 GPUs, sharded", "GiB a GPU", "optimizer 13.4", "PFLOP", "assuming 400"):
+    for part in (
+        "37,440 tokens",
+        "14.3B",
+        "8 GPUs, sharded",
+        "GiB per GPU",
+        "optimizer 13.4",
+        "PFLOP",
+        "assuming 400",
+    ):
         assert part in table
 
 
@@ -271,5 +279,5 @@ def test_dry_run_tells_of_the_largest_samples(tmp_path, wan_folder, capsys):
     asked = command("lora", data=DataOptions(cache=cache), model__base=str(wan_folder), alignment__layers=(0,))
     assert dry_run(asked) == 0
     told = capsys.readouterr().out
-    assert "references: 2" in told and "GiB a GPU" in told and "2 samples and 0 held out, of 2 shapes" in told
+    assert "references: 2" in told and "GiB per GPU" in told and "2 samples and 0 held out, of 2 shapes" in told
     assert not asked.output.exists()

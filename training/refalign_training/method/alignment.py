@@ -63,7 +63,7 @@ class AlignmentOutput(NamedTuple):
 
 class ReferenceAlignment(nn.Module):
     """
-    The reference alignment loss over several blocks, with one projector a block (RefAlign, arXiv 2603.25743).
+    The reference alignment loss over several blocks, with one projector per block (RefAlign, arXiv 2603.25743).
 
     The defaults are the paper's. Each layer is computed anew in the backward pass, so what it holds until then are the
     hidden states, which the transformer holds anyway, and the teacher's features.
@@ -140,9 +140,8 @@ class ReferenceAlignment(nn.Module):
             arguments = (projector, hidden_states, teacher_features, subject_ids, keep)
             # Nothing in it is random, so there is no state of a generator to preserve
             losses.append(checkpoint(self._layer_loss, *arguments, use_reentrant=False, preserve_rng_state=False))
-        layers = AlignmentLoss(*(torch.stack(values, dim=1) for values in zip(*losses, strict=True)))
-        means = (values.mean(dim=1) for values in (layers.total, layers.positive, layers.negative))
-        return AlignmentOutput(*means, layers.cosine, layers.active_negatives)
+        total, positive, negative, cosine, active = (torch.stack(values, 1) for values in zip(*losses, strict=True))
+        return AlignmentOutput(total.mean(1), positive.mean(1), negative.mean(1), cosine, active)
 
     def _layer_loss(self, projector, hidden_states, teacher_features, subject_ids, keep) -> AlignmentLoss:
         height, width = teacher_features.shape[2:4]
@@ -169,7 +168,7 @@ class ReferenceAlignment(nn.Module):
         teacher, student = tuple(teacher_features.shape), tuple(reference_hidden_states[0].shape)
         if len(teacher) != 5 or teacher[4] != self.teacher_dim or (teacher[0], math.prod(teacher[1:4])) != student[:2]:
             raise ValueError(
-                f"`teacher_features` has shape {teacher}; beside hidden states of shape {student} it has to be "
+                f"`teacher_features` has shape {teacher}; beside hidden states of shape {student} it must be "
                 f"(batch, references, height, width, {self.teacher_dim}) with {student[0]} samples of {student[1]} "
                 "tokens. Compute the features for these references and this teacher."
             )
@@ -240,7 +239,7 @@ def alignment_weight(
     """
     for name, value in (("decay_start", decay_start), ("decay_steps", decay_steps), ("stop_step", stop_step)):
         if value is not None and value < 0:
-            raise ValueError(f"`{name}` is {value}, but has to be 0 or more.")
+            raise ValueError(f"`{name}` is {value}, but must be 0 or more.")
     if stop_step is not None and step >= stop_step:
         return 0.0
     if decay_start is None or step < decay_start:

@@ -1,6 +1,6 @@
-"""The losses of a training step, one value a sample, and the timesteps it is drawn at. Pure functions.
+"""The losses of a training step, one value per sample, and the timesteps it is drawn at. Pure functions.
 
-Shapes: `tokens` are those of one sample's references, one reference behind the other. Timesteps are in [0, 1000].
+Shapes: `tokens` are the tokens of one sample's references, one reference behind the other. Timesteps are in [0, 1000].
 """
 
 import math
@@ -24,7 +24,7 @@ def add_noise(latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor
     Args:
         latents (`torch.Tensor` of shape `(batch, ...)`): clean latents, normalised.
         noise (`torch.Tensor` of the same shape): Gaussian noise.
-        timestep (`torch.Tensor` of shape `(batch,)`): one a sample, in [0, 1000].
+        timestep (`torch.Tensor` of shape `(batch,)`): one per sample, in [0, 1000].
 
     Returns:
         `torch.Tensor`: noisy latents in the dtype of `latents`, computed in float32.
@@ -46,7 +46,7 @@ def flow_matching_loss(
     position_weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    w(t) mean (v - (noise - x_0))^2, one value a sample (flow matching, arXiv 2210.02747, on the straight path).
+    w(t) mean (v - (noise - x_0))^2, one value per sample (flow matching, arXiv 2210.02747, on the straight path).
 
     Args:
         velocity (`torch.Tensor` of shape `(batch, ...)`): what the model predicts.
@@ -143,7 +143,7 @@ def sample_timesteps(preset: str, quantiles: torch.Tensor) -> tuple[torch.Tensor
     if preset not in TIMESTEP_PRESETS:
         raise ValueError(f"The timestep preset is {preset!r}; known are {', '.join(TIMESTEP_PRESETS)}.")
     if ((quantiles < 0) | (quantiles >= 1)).any():
-        raise ValueError(f"`quantiles` are from {quantiles.min():g} to {quantiles.max():g}, but have to be in [0, 1).")
+        raise ValueError(f"`quantiles` are from {quantiles.min():g} to {quantiles.max():g}, but must be in [0, 1).")
     timesteps, weights = TIMESTEP_PRESETS[preset](quantiles.double())
     return timesteps.float(), weights.float()
 
@@ -186,7 +186,7 @@ class AlignmentLoss(NamedTuple):
     """
     What [`reference_alignment_loss`] returns, each of shape `(batch,)` and 0 for a sample that is not kept.
 
-    `total` = `positive` + weight * `negative`. `cosine`, the mean cosine of a token to the teacher's own, and
+    `total` = `positive` + weight * `negative`. `cosine`, the mean cosine of a token and the teacher's own, and
     `active_negatives`, the share of pairs of different subjects inside the negative margin, carry no gradient.
     """
 
@@ -226,7 +226,7 @@ def reference_alignment_loss(
         tokens_per_reference (`int`): tokens of one reference.
         positive_margin (`float`, *optional*, defaults to 0): distance to the own token that costs nothing.
         negative_margin (`float`, *optional*, defaults to 1): distance to other subjects above which nothing costs.
-        negative_weight (`float`, *optional*, defaults to 1): of `negative` in `total`.
+        negative_weight (`float`, *optional*, defaults to 1): the weight of `negative` in `total`.
         subject_ids (integers of shape `(references,)` or `(batch, references)`, *optional*): references of equal
             number show one subject and are no negatives to each other. Each is a subject of its own without. A
             tensor on the CPU, or a sequence, spares a wait for the GPU; so with `keep`.
@@ -321,9 +321,9 @@ def _check_same_shape(**tensors: torch.Tensor) -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if len(set(shapes.values())) > 1:
         named = ", ".join(f"`{name}` {shape}" for name, shape in shapes.items())
-        raise ValueError(f"The shapes differ, but have to be equal: {named}.")
+        raise ValueError(f"The shapes differ, but must be equal: {named}.")
 
 
 def _check_a_sample(name: str, values: torch.Tensor, tensor: torch.Tensor) -> None:
     if tuple(values.shape) != (len(tensor),):
-        raise ValueError(f"`{name}` has shape {tuple(values.shape)}, but has to be ({len(tensor)},): one a sample.")
+        raise ValueError(f"`{name}` has shape {tuple(values.shape)}, but must be ({len(tensor)},): one per sample.")

@@ -19,7 +19,7 @@ class Batch:
 
     ids: list[str]
     seed: int
-    """For dropout in the network."""
+    """The seed of dropout in the network."""
     latents: torch.Tensor
     """`(batch, 16, latent frames, h, w)`, float32, normalised; so `noise`."""
     noise: torch.Tensor
@@ -40,18 +40,21 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The batch with what the network needs on a device."""
-        stays = ("keeps_references", "subjects")
-        tensors = {n: v for n, v in vars(self).items() if isinstance(v, torch.Tensor) and n not in stays}
-        return dataclasses.replace(self, **{n: v.to(device, non_blocking=True) for n, v in tensors.items()})
+        stays = {"keeps_references": self.keeps_references, "subjects": self.subjects}
+        return dataclasses.replace(self._each(lambda tensor: tensor.to(device, non_blocking=True)), **stays)
 
     def pin_memory(self) -> "Batch":
-        tensors = {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return dataclasses.replace(self, **{name: value.pin_memory() for name, value in tensors.items()})
+        """The batch in memory that a GPU copies from while it computes."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        tensors = {name: change(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return dataclasses.replace(self, **tensors)
 
 
 class Losses(NamedTuple):
     """
-    Of a batch, each of shape `(batch,)` in float32 unless it says otherwise. What is minimised is `total`:
+    The losses of a batch, of shape `(batch,)` in float32 unless said otherwise. What is minimised is `total`:
     `diffusion + gate(t) * weight(step) * alignment` (RefAlign, arXiv 2603.25743, training objective).
     """
 
@@ -74,7 +77,7 @@ class Objective:
     """
     Args:
         transformer (`nn.Module`): [`RefAlignWanTransformer3DModel`], perhaps wrapped to run in parallel.
-        alignment (`nn.Module`, *optional*): [`ReferenceAlignment`], so too.
+        alignment (`nn.Module`, *optional*): [`ReferenceAlignment`], perhaps wrapped too.
         options ([`AlignmentOptions`]): gate and schedule of the alignment.
         dtype (`torch.dtype`): what is computed in. Losses are in float32.
         detail_weight (`Callable`, *optional*): by step, how much more positions of [`detail`] count.
@@ -95,8 +98,14 @@ class Objective:
         """The weight of the alignment at a step; 0 without alignment."""
         if self.alignment is None:
             return 0.0
-        names = ("weight", "decay_start", "decay_steps", "stop_step")
-        return alignment_weight(step, **{name: getattr(self.options, name) for name in names})
+        options = self.options
+        return alignment_weight(
+            step,
+            weight=options.weight,
+            decay_start=options.decay_start,
+            decay_steps=options.decay_steps,
+            stop_step=options.stop_step,
+        )
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """What the networks compute in. Each weight is used once, so copies of them are not kept."""

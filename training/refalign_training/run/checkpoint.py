@@ -56,7 +56,7 @@ def save_checkpoint(
 
     Args:
         folder (`Path`): `OUTPUT/checkpoints`.
-        tensors (`Mapping`): by name; parts of a sharded one are written by the processes that hold them.
+        tensors (`Mapping`): tensors by name; the processes that hold parts of a sharded one write them.
         state (`Mapping`): what JSON knows, with `step`.
     """
     target = folder / checkpoint_name(state["step"])
@@ -92,8 +92,7 @@ def _file_numbers(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """Which file each tensor's part goes into, from 1 on, by the parts of the main process."""
     numbers, number, size = {}, 1, 0
     for name, tensor in tensors.items():
-        part = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        length = part.numel() * part.element_size()
+        length = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
         if size and size + length > FILE_BYTES:
             number, size = number + 1, 0
         numbers[name], size = number, size + length
@@ -188,9 +187,8 @@ def has_checkpoint(output: Path) -> bool:
 def _checkpoints(folder: Path) -> list[Path]:
     """By step. One that was about to be replaced when the process died is one, under its hidden name."""
     replaced = [path for path in _named_as_ours(folder, f".{PATTERN}.replaced") if not _named(path).exists()]
-    return sorted(
-        (path for path in (*_named_as_ours(folder, PATTERN), *replaced) if (path / STATE).is_file()), key=_step
-    )
+    found = [*_named_as_ours(folder, PATTERN), *replaced]
+    return sorted((path for path in found if (path / STATE).is_file()), key=_step)
 
 
 def _step(checkpoint: Path) -> int:
@@ -201,9 +199,9 @@ def _step(checkpoint: Path) -> int:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The content of state.json. ValueError if it is none, or of another schema."""
+    """The content of state.json. ValueError if it is not a checkpoint's, or is of another schema."""
     if not (checkpoint / STATE).is_file():
-        raise ValueError(f"{checkpoint} is no checkpoint: it has no {STATE}.")
+        raise ValueError(f"{checkpoint} is not a checkpoint: it has no {STATE}.")
     state = read_json(checkpoint / STATE)
     if not isinstance(state, dict):
         raise ValueError(f"{checkpoint / STATE} is not what a run writes: {state!r:.80}")
@@ -225,10 +223,10 @@ def stored_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
             raise ValueError(f"{file} is not there or not whole. Copy the checkpoint again, or go on from another.")
     with _plain():
         metadata = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
-    return {
-        name: torch.empty(tensor.size, dtype=tensor.properties.dtype, device="meta")
-        for name, tensor in metadata.items()
-    }
+    stored = {}
+    for name, tensor in metadata.items():
+        stored[name] = torch.empty(tensor.size, dtype=tensor.properties.dtype, device="meta")
+    return stored
 
 
 def load_tensors(checkpoint: Path, tensors: Mapping[str, torch.Tensor], is_parallel: bool = False) -> None:
@@ -239,12 +237,14 @@ def load_tensors(checkpoint: Path, tensors: Mapping[str, torch.Tensor], is_paral
         ValueError: if it does not have one of them, or of another shape.
     """
     stored = stored_tensors(checkpoint)
-    problems = {
-        "missing": [name for name in tensors if name not in stored],
-        "of another shape": [n for n, t in tensors.items() if n in stored and stored[n].shape != t.shape],
-    }
-    if any(problems.values()):
-        told = "; ".join(f"{what} ({len(names)}): {', '.join(names[:3])}" for what, names in problems.items() if names)
+    problems: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        if name not in stored:
+            problems.setdefault("missing", []).append(name)
+        elif stored[name].shape != tensor.shape:
+            problems.setdefault("of another shape", []).append(name)
+    if problems:
+        told = "; ".join(f"{what} ({len(names)}): {', '.join(names[:3])}" for what, names in problems.items())
         raise ValueError(f"{checkpoint} does not fit this run: {told}. Check model, lora, alignment and ema_decay.")
     with _plain():
         dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=not is_parallel)
@@ -252,8 +252,10 @@ def load_tensors(checkpoint: Path, tensors: Mapping[str, torch.Tensor], is_paral
 
 def read_tensors(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
     """Whole tensors of a checkpoint whose names begin with a prefix, on the CPU, without it."""
-    stored = {name: tensor for name, tensor in stored_tensors(checkpoint).items() if name.startswith(prefix)}
-    tensors = {name: torch.empty_like(tensor, device="cpu") for name, tensor in stored.items()}
+    tensors = {}
+    for name, tensor in stored_tensors(checkpoint).items():
+        if name.startswith(prefix):
+            tensors[name] = torch.empty_like(tensor, device="cpu")
     load_tensors(checkpoint, tensors)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
@@ -287,7 +289,7 @@ def _plain() -> Iterator[None]:
         warnings.filterwarnings("ignore", message=".*(no_dist|single process).*")
         try:
             yield
-        except CheckpointException as error:  # which is no Exception, and hides a full disk and Ctrl-C in a traceback
+        except CheckpointException as error:  # not an Exception; hides a full disk and Ctrl-C in a traceback
             raise next(iter(error.failures.values()))[0] from None
         except SafetensorError as error:
             raise ValueError(f"A checkpoint's tensors are damaged: {error}") from error

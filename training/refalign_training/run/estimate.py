@@ -1,5 +1,5 @@
 """
-What a run will take: memory a GPU, compute a sample, hours. Arithmetic on shapes alone; nothing heavy is imported.
+What a run will take: memory per GPU, compute per sample, hours. Arithmetic on shapes alone; nothing heavy is imported.
 
 What the memory of activations is reckoned with was measured on the real sizes without a GPU, by the storages that live
 in a forward and backward pass of fake tensors (torch 2.13, diffusers 0.42.1, peft 0.21; fused attention, autocast to
@@ -9,7 +9,7 @@ bfloat16 that keeps no copies of weights). See [`estimate`] for what is left out
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from refalign_training.method.options import AlignmentOptions
@@ -17,11 +17,11 @@ from refalign_training.run.config import OptimizerOptions, RunCommand, accumulat
 
 
 GIB = 2**30
-ASSUMED_TFLOPS = 400  # of a GPU, in use: what an H100 or H200 does in bfloat16
+ASSUMED_TFLOPS = 400  # what a GPU does in use: an H100 or H200 in bfloat16
 OVERHEAD = 1.0 * GIB  # CUDA's context, cuBLAS's workspaces, the allocator's gaps
 # UMT5-XXL, two bytes a weight; the VAE in float32; the larger teacher
 ENCODERS = 11.4e9 + 0.5e9 + 0.6e9
-# Bytes a token that a block saves for its backward pass, for each channel of its width and of its feed-forward...
+# Bytes per token that a block saves for its backward pass, for each channel of its width and of its feed-forward...
 SAVED = {"full": (68, 4), "lora": (50, 4)}
 # ... and those that come and go on top: a LoRA's layers take their inputs in the adapters' float32
 WORKING = {"full": (4, 1), "lora": (12, 6)}
@@ -30,7 +30,7 @@ FLOAT32_FACTOR = 1.5  # of both in float32: much of it is so already
 
 @dataclass(frozen=True)
 class Memory:
-    """Of one GPU at its fullest, in GiB: in the backward pass, when all gradients are there."""
+    """The memory of one GPU at its fullest, in GiB: in the backward pass, when all gradients are there."""
 
     weights: float
     gradients: float
@@ -38,16 +38,16 @@ class Memory:
     average: float
     """The moving average of the trained weights."""
     gathered: float
-    """Sharded: blocks that are whole for a moment, and their gradients."""
+    """Blocks that are whole for a moment, and their gradients, where weights are sharded."""
     activations: float
     loss: float
     encoders: float
-    """Without a cache, they run along."""
+    """They run along where there is no cache."""
     overhead: float
 
     @property
     def total(self) -> float:
-        return sum(getattr(self, part.name) for part in fields(self))
+        return sum(asdict(self).values())
 
 
 @dataclass(frozen=True)
@@ -57,34 +57,33 @@ class Estimate:
     bucket: tuple[int, int, int, int]
     """(frames, height, width, references), in pixels."""
     tokens: int
-    """A sample, references' among them."""
+    """The tokens of a sample, its references' among them."""
     parameters: int
-    """The transformer's, without adapters."""
+    """The transformer's weights, without adapters."""
     trained: int
-    """The transformer's or the adapters' that are trained; without `projectors`."""
+    """The weights of transformer or adapters that are trained; without `projectors`."""
     projectors: int
     memory: Memory
     pflop: float
-    """A sample: forward, backward and recomputation, in 10^15 floating-point operations."""
+    """Forward, backward and recomputation of a sample, in 10^15 floating-point operations."""
     hours: float
-    """Of the run, at `ASSUMED_TFLOPS` a GPU."""
+    """How long the run takes, at `ASSUMED_TFLOPS` per GPU."""
     world_size: int
     sharded: bool
 
     def lines(self) -> list[str]:
         """A small table for people."""
         frames, height, width, references = self.bucket
-        parts = [(part.name, getattr(self.memory, part.name)) for part in fields(self.memory)]
-        named = ", ".join(f"{name} {size:.1f}" for name, size in parts if size >= 0.05)
-        counts = (_count(number) for number in (self.parameters, self.trained, self.projectors))
+        named = ", ".join(f"{name} {size:.1f}" for name, size in asdict(self.memory).items() if size >= 0.05)
+        counts = map(_count, (self.parameters, self.trained, self.projectors))
         many = f"{self.world_size} GPUs, {'sharded' if self.sharded else 'each with all weights'}"
         return [
             f"sample      {frames} frames of {width}x{height}, references: {references}; {self.tokens:,} tokens",
             "parameters  {}, trained {}, projectors {}".format(*counts),
             f"GPUs        {'one GPU' if self.world_size == 1 else many}",
-            f"memory      {self.memory.total:.1f} GiB a GPU: {named}",
-            f"compute     {self.pflop:.3g} PFLOP a sample",
-            f"time        {self.hours:.3g} hours, assuming {ASSUMED_TFLOPS} TFLOP/s a GPU; samples are read in time",
+            f"memory      {self.memory.total:.1f} GiB per GPU: {named}",
+            f"compute     {self.pflop:.3g} PFLOP per sample",
+            f"time        {self.hours:.3g} hours, assuming {ASSUMED_TFLOPS} TFLOP/s per GPU; samples are read in time",
         ]
 
 
@@ -105,7 +104,7 @@ def estimate(
 
     Args:
         command ([`RunCommand`]): the options.
-        transformer_config (`Mapping`): of [`RefAlignWanTransformer3DModel`].
+        transformer_config (`Mapping`): the configuration of [`RefAlignWanTransformer3DModel`].
         bucket (`Sequence[int]`): (frames, height, width, references) of a sample, in pixels.
         world_size (`int`, *optional*, defaults to 1): GPUs.
         sharded (`bool`, *optional*, defaults to `False`): whether each holds its part of the weights (fsdp2).
@@ -157,7 +156,7 @@ def dry_run(command: RunCommand) -> int:
     start = find_start(command, resumes)
     config, needs_teacher = transformer_config(command.model), bool(command.alignment.weight)
     samples = open_samples(command.data, command.model, needs_teacher, torch.device("cpu"), fetches=False)
-    buckets = [tuple(bucket) for bucket in np.unique(samples.buckets, axis=0).tolist()]
+    buckets = np.unique(samples.buckets, axis=0).tolist()
     bucket = max(buckets, key=lambda bucket: _Shape(config, bucket, 0).tokens["all"])
     rows, held_out = hold_out(len(samples.buckets), 0 if command.validation.cache else command.validation.samples)
     teacher_dim = 1024  # of online encoders it is not known before they are loaded
@@ -177,7 +176,7 @@ def dry_run(command: RunCommand) -> int:
         found = estimate(command, config, bucket, world_size, sharded=sharded, teacher_dim=teacher_dim)
         print("\n".join(found.lines()))
         if len(rows) < command.batch.size:
-            print(f"{len(rows)} samples are fewer than a batch: some come twice a step.")
+            print(f"{len(rows)} samples are fewer than a batch: some come twice per step.")
     return 0
 
 
@@ -247,7 +246,8 @@ def _small_channels(config: Mapping[str, Any]) -> int:
 
 
 def _lora_parameters(command: RunCommand, layers: Sequence[_Layer]) -> int:
-    adapted = (x for x in layers if any(f".{x.name}".endswith(f".{target}") for target in command.lora.targets))
+    ends = tuple(f".{target}" for target in command.lora.targets)
+    adapted = [layer for layer in layers if f".{layer.name}".endswith(ends)]
     return command.lora.rank * sum((layer.inputs + layer.outputs) * layer.count for layer in adapted)
 
 
@@ -303,10 +303,9 @@ def _activations(command: RunCommand, shape: _Shape, block_weights: int) -> floa
     is_bfloat16, blocks = command.model.precision == "bfloat16", shape.blocks
     again = command.model.gradient_checkpointing
     tokens, factor = shape.tokens["all"] * command.batch.micro, 1 if is_bfloat16 else FLOAT32_FACTOR
-    saved, working = (
-        tokens * factor * (of_dim * shape.dim + of_ffn * shape.ffn_dim)
-        for of_dim, of_ffn in (SAVED[command.training], WORKING[command.training])
-    )
+    (saved_dim, saved_ffn), (working_dim, working_ffn) = SAVED[command.training], WORKING[command.training]
+    saved = tokens * factor * (saved_dim * shape.dim + saved_ffn * shape.ffn_dim)
+    working = tokens * factor * (working_dim * shape.dim + working_ffn * shape.ffn_dim)
     stream = blocks * tokens * shape.dim * (2 if is_bfloat16 else 4) if again else 0
     copies = 2 * block_weights if is_bfloat16 else 0  # autocast's, of a block
     return stream + working + (saved + copies) * (1 if again else blocks)
@@ -346,12 +345,10 @@ def _flop(command: RunCommand, shape: _Shape, layers: Sequence[_Layer]) -> float
     matrices = 1 + again + (2 if command.training == "full" else 1)
     flop = matrices * _matrix_flop(shape, layers) + (1 + again + 2.5) * _attention_flop(shape)
     if command.training == "lora":
-        adapters = [
-            _Layer(layer.name, command.lora.rank, layer.inputs + layer.outputs, layer.sees, layer.count)
-            for layer in layers
-            if _lora_parameters(command, [layer])
-        ]
-        flop += (3 + again) * _matrix_flop(shape, adapters)
+        for layer in layers:
+            if _lora_parameters(command, [layer]):
+                adapter = replace(layer, inputs=command.lora.rank, outputs=layer.inputs + layer.outputs)
+                flop += (3 + again) * _matrix_flop(shape, [adapter])
     return flop
 
 

@@ -1,5 +1,5 @@
 """
-How a run is seen: means of the losses over samples, a line of them a logged step, and a tracker that shows them.
+How a run is seen: means of the losses over samples, a line of them per logged step, and a tracker that shows them.
 
 Steps are counted from 1: what is logged at step n happened up to the n-th, and a run that goes on from step n does
 step n + 1 next.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from refalign_training.method.objective import Losses
 
-NUM_BINS = 10  # of timesteps
+NUM_BINS = 10  # intervals of timesteps
 METRICS_FILE = "metrics.jsonl"
 SKIPPED_FILE = "skipped.jsonl"
 
@@ -62,11 +62,12 @@ class Metrics:
         Takes the losses of a micro-batch.
 
         Args:
-            losses ([`Losses`]): one value a sample, with or without a graph.
+            losses ([`Losses`]): one value per sample, with or without a graph.
             timesteps (`torch.Tensor` of shape `(batch,)`): in [0, 1000].
         """
         device = self._sums.device
-        kept, has_negatives = (mask.to(device, non_blocking=True) for mask in (losses.kept, losses.has_negatives))
+        kept = losses.kept.to(device, non_blocking=True)
+        has_negatives = losses.has_negatives.to(device, non_blocking=True)
         bins = (timesteps.to(device, non_blocking=True) // (1000 // NUM_BINS)).clamp(0, NUM_BINS - 1)
         blocks = torch.zeros(len(kept), len(self.layers), device=device)
         columns = [  # values and whom they count for, each of shape (batch, names)
@@ -77,7 +78,8 @@ class Metrics:
             (blocks if losses.active_negatives is None else losses.active_negatives, has_negatives[:, None]),
         ]
         pairs = [torch.broadcast_tensors(*pair) for pair in columns]
-        values, masks = (torch.cat(parts, 1) for parts in zip(*pairs, strict=True))
+        values = torch.cat([pair[0] for pair in pairs], 1)
+        masks = torch.cat([pair[1] for pair in pairs], 1)
         # `where`, not a product: what does not count may be anything, nan too
         self._pending[0] += torch.where(masks, values, 0).sum(0)
         self._pending[1] += masks.sum(0)
@@ -124,7 +126,7 @@ class RunLog:
     goes on from an earlier step than it was killed at, what lies beyond is removed.
 
     Args:
-        folder (`Path`): the run's.
+        folder (`Path`): the run's folder.
         options ([`LogOptions`]): which tracker.
         run_options (`Mapping[str, Any]`): all options by their dotted names, for the tracker to show.
         step (`int`): the last one that is done; 0 for a new run.
@@ -142,9 +144,11 @@ class RunLog:
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Writes the numbers of a step. Those that are not finite are null in the file, so that it stays JSON."""
-        plain = {name: float(value) for name, value in values.items()}
-        finite = {name: value if math.isfinite(value) else None for name, value in plain.items()}
-        _append(self.folder / METRICS_FILE, {"step": step, **finite})
+        plain, line = {}, {"step": step}
+        for name, value in values.items():
+            plain[name] = float(value)
+            line[name] = plain[name] if math.isfinite(value) else None
+        _append(self.folder / METRICS_FILE, line)
         if self._tracker is not None:
             self._tracker.log(plain, step=step)
 
@@ -153,9 +157,10 @@ class RunLog:
         import numpy as np
 
         if hasattr(self._tracker, "log_images"):
-            arrays = {name: np.asarray(image.convert("RGB"))[None] for name, image in images.items()}
             shape = {"dataformats": "NHWC"} if self._tracker.name == "tensorboard" else {}
-            self._tracker.log_images(arrays, step=step, **shape)
+            for name, image in images.items():
+                pixels = np.asarray(image.convert("RGB"))[None]
+                self._tracker.log_images({name: pixels}, step=step, **shape)
 
     def finish(self) -> None:
         """Closes the tracker."""
@@ -166,7 +171,7 @@ class RunLog:
 def check_tracker(name: str) -> None:
     """Raises ValueError if a tracker's package is not installed."""
     spec = None if name == "none" else importlib.util.find_spec(name)
-    # Without an origin it is but a folder of that name, such as wandb leaves where it ran
+    # Without an origin it is only a folder of that name, such as wandb leaves where it ran
     if name != "none" and (spec is None or spec.origin is None):
         raise ValueError(f"log.tracker is {name}, which is not installed. `pip install {name}`, or choose another.")
 

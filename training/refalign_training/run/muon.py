@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ _HIDDEN = re.compile(r"block|\blayers?\.\d")
 
 
 def is_matrix(name: str, parameter: torch.Tensor) -> bool:
-    """Whether a weight maps features to features: no bias, norm or modulation."""
+    """Whether a weight maps features to features, unlike a bias, a norm or a modulation."""
     is_vector = parameter.numel() == max(parameter.shape, default=1)
     return parameter.ndim >= 2 and not is_vector and not name.endswith("scale_shift_table")
 
@@ -29,7 +30,7 @@ class MuonWithAdamW:
 
     Args:
         groups (`list[dict]`): as optimisers of torch take them; those with `muon=True` are Muon's.
-        betas, eps: AdamW's.
+        betas, eps: AdamW's own.
     """
 
     def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float], eps: float) -> None:
@@ -38,24 +39,26 @@ class MuonWithAdamW:
         of_muon, of_adamw = [], []
         for group in groups:
             if group.pop("muon", False):
-                flat = [nn.Parameter(parameter.detach().flatten(1)) for parameter in group["params"]]
-                self._flat |= zip(group["params"], flat, strict=True)
-                of_muon.append(group | {"params": flat})
+                for parameter in group["params"]:
+                    self._flat[parameter] = nn.Parameter(parameter.detach().flatten(1))
+                of_muon.append(group | {"params": list(map(self._flat.get, group["params"]))})
             else:
                 of_adamw.append(group)
         muon = torch.optim.Muon(of_muon, adjust_lr_fn="match_rms_adamw") if of_muon else None
         adamw = torch.optim.AdamW(of_adamw, betas=betas, eps=eps, fused=True) if of_adamw else None
-        self._optimizers = [optimizer for optimizer in (muon, adamw) if optimizer is not None]
-        self.param_groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        self._optimizers = list(filter(None, (muon, adamw)))
+        self.param_groups = list(chain.from_iterable(optimizer.param_groups for optimizer in self._optimizers))
 
     @property
     def state(self) -> Mapping[nn.Parameter, dict[str, Any]]:
-        """By the network's own parameters."""
-        by_theirs: dict[nn.Parameter, dict[str, Any]] = {}
+        """The optimisers' state by the network's own parameters."""
+        state: dict[nn.Parameter, dict[str, Any]] = {}
         for optimizer in self._optimizers:
-            by_theirs |= optimizer.state
-        by_ours = {ours: by_theirs.pop(flat) for ours, flat in self._flat.items() if flat in by_theirs}
-        return by_ours | by_theirs
+            state |= optimizer.state
+        for ours, flat in self._flat.items():
+            if flat in state:
+                state[ours] = state.pop(flat)
+        return state
 
     def step(self) -> None:
         for ours, flat in self._flat.items():

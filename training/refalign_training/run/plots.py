@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,8 +32,8 @@ BINS = 50
 
 def plot_losses(metrics_file: Path, output: Path) -> None:
     """
-    Draws the losses of a run over its steps, as they were logged and smoothed; those of the alignment below, if there
-    is one.
+    Draws the losses of a run over its steps, as they were logged and smoothed; below them the alignment's, if there is
+    one.
 
     Args:
         metrics_file (`Path`): a run's `metrics.jsonl`.
@@ -83,8 +84,12 @@ def _draw_alignment(axes: "Axes", lines: Sequence[Mapping[str, Any]]) -> None:
 
 def _series(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
     """Steps and values of a metric where it is a number."""
-    points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-    return [step for step, _ in points], [value for _, value in points]
+    steps, values = [], []
+    for line in lines:
+        if line.get(name) is not None:
+            steps.append(line["step"])
+            values.append(line[name])
+    return steps, values
 
 
 def _draw(axes: "Axes", steps: Sequence[int], values: Sequence[float], label: str, color: str) -> None:
@@ -109,7 +114,7 @@ def _smooth(values: Sequence[float]) -> list[float]:
 
 def _limit(axes: "Axes") -> None:
     """Lets the few highest values leave the panel, so that a spike does not press the rest flat."""
-    heights = sorted(y for line in axes.get_lines() for y in line.get_ydata())
+    heights = sorted(chain.from_iterable(line.get_ydata() for line in axes.get_lines()))
     low, high = heights[0], heights[math.ceil(0.995 * len(heights)) - 1]
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 0.05
     axes.set_ylim(low - margin, high + 3 * margin)
@@ -125,7 +130,7 @@ def plot_timesteps(preset: str, output: Path, gate_power: float = 3.0) -> None:
     Args:
         preset (`str`): see [`timestep_table`].
         output (`Path`): a PNG file, replaced if it exists.
-        gate_power (`float`, *optional*, defaults to 3): of [`timestep_gate`].
+        gate_power (`float`, *optional*, defaults to 3): the power of [`timestep_gate`].
 
     Raises:
         ValueError: for an unknown preset.
@@ -139,10 +144,7 @@ def plot_timesteps(preset: str, output: Path, gate_power: float = 3.0) -> None:
     bins = {"bins": BINS, "range": (0, 1000)}
     drawn = [100 / len(timesteps)] * len(timesteps)
     top.hist(timesteps.tolist(), weights=drawn, color=BLUE, alpha=0.35, label="samples", **bins)
-    for values, label, color in (
-        (weights, "samples · w(t)", BLUE),
-        (gate, "samples · gate(t)", RED),
-    ):
+    for values, label, color in ((weights, "samples · w(t)", BLUE), (gate, "samples · gate(t)", RED)):
         share = 100 * values / values.sum()
         style = {"histtype": "step", "linewidth": 2}
         top.hist(timesteps.tolist(), weights=share.tolist(), color=color, label=label, **style, **bins)
@@ -160,8 +162,10 @@ def describe_timesteps(preset: str) -> str:
     """Two lines about a preset's timesteps and weights. ValueError for an unknown preset."""
     from refalign_training.method.losses import timestep_table
 
-    timesteps, weights = (values.flip(0) for values in timestep_table(preset))
-    low, middle, high = (timesteps[int(share * len(timesteps))].item() for share in (0.1, 0.5, 0.9))
+    timesteps, weights = timestep_table(preset)
+    timesteps, weights = timesteps.flip(0), weights.flip(0)
+    count = len(timesteps)
+    low, middle, high = timesteps[[count // 10, count // 2, count * 9 // 10]].tolist()
     shares = (weights / weights.sum()).cumsum(0)
     half = timesteps[(shares < 0.5).sum()].item()
     return (

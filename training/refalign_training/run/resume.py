@@ -63,7 +63,7 @@ def check_unchanged(checkpoint: Path, command: RunCommand, frozen: str, dataset:
     are logged.
 
     Args:
-        frozen (`str`): of the weights that are not trained, by [`frozen_fingerprint`].
+        frozen (`str`): the [`frozen_fingerprint`] of the weights that are not trained.
         dataset (`Mapping`): `name`, `samples` and `fingerprint` of the run's dataset.
     """
     state = read_state(checkpoint)
@@ -91,8 +91,12 @@ def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]
     old, new = defaults | old, defaults | new  # an option that came later was at its default
     if old["optimizer.schedule"] == new["optimizer.schedule"] == "constant":
         free = (*free, "steps")  # a longer run begins as the shorter one did
-    names = [n for n in sorted(old.keys() | new.keys()) if not any(n == f or n.startswith(f"{f}.") for f in free)]
-    return [f"{n}: {old.get(n)} -> {new.get(n)}" for n in names if old.get(n) != new.get(n)]
+    changes = []
+    for name in sorted(old.keys() | new.keys()):
+        is_free = f"{name}.".startswith(tuple(f"{option}." for option in free))
+        if old.get(name) != new.get(name) and not is_free:
+            changes.append(f"{name}: {old.get(name)} -> {new.get(name)}")
+    return changes
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ PROJECTORS = "alignment."
 class TrainState:
     """
     Args:
-        modules (`Mapping[str, nn.Module]`): what is trained, by name; the parameters that require a gradient.
+        modules (`Mapping[str, nn.Module]`): what is trained, by name: its parameters that require a gradient.
         options ([`OptimizerOptions`]): the optimiser, its schedule and the average.
-        steps (`int`): of the whole run.
+        steps (`int`): the steps of the whole run.
 
     Raises:
         ValueError: if the optimiser cannot be had.
@@ -32,16 +32,13 @@ class TrainState:
 
     def __init__(self, modules: Mapping[str, nn.Module], options: OptimizerOptions, steps: int) -> None:
         self.options, self.steps = options, steps
-        self.parameters = {
-            f"{module_name}.{name}": parameter
-            for module_name, module in modules.items()
-            for name, parameter in module.named_parameters()
-            if parameter.requires_grad
-        }
+        self.parameters: dict[str, nn.Parameter] = {}
         self.averages: dict[str, torch.Tensor] = {}
-        if options.ema_decay is not None:
-            averaged = (name for name in self.parameters if not name.startswith(PROJECTORS))  # they are not exported
-            self.averages = {name: self.parameters[name].detach().clone() for name in averaged}
+        for name, parameter in nn.ModuleDict(modules).named_parameters():
+            if parameter.requires_grad:
+                self.parameters[name] = parameter
+                if options.ema_decay is not None and not name.startswith(PROJECTORS):  # they are not exported
+                    self.averages[name] = parameter.detach().clone()
         self.optimizer = _make_optimizer(options, self._groups())
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -73,12 +70,9 @@ class TrainState:
         if self.averages:
             # At first the average follows closely, else it would long remember the start
             decay = min(self.options.ema_decay, (1 + step) / (10 + step))
-            with torch.no_grad():
-                torch._foreach_lerp_(
-                    [local(average) for average in self.averages.values()],
-                    [local(self.parameters[name].detach()) for name in self.averages],
-                    1 - decay,
-                )
+            averages = [local(average) for average in self.averages.values()]
+            weights = [local(self.parameters[name].detach()) for name in self.averages]
+            torch._foreach_lerp_(averages, weights, 1 - decay)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -118,13 +112,16 @@ class TrainState:
         """
         self._make_optimizer_state()
         stored = stored_tensors(checkpoint)
-        tensors = {n: t for n, t in self.tensors().items() if n in stored or not n.startswith("optimizer.")}
+        tensors = self.tensors()
+        for name in list(tensors):
+            if name.startswith("optimizer.") and name not in stored:  # it has never had a gradient
+                del tensors[name]
         load_tensors(checkpoint, tensors, is_parallel)
         for name, parameter in self.parameters.items():
             of_parameter = self.optimizer.state[parameter]
             for key, value in list(of_parameter.items()):
                 loaded = tensors.get(f"optimizer.{key}.{name}")
-                if loaded is None:  # it has never had a gradient
+                if loaded is None:
                     del of_parameter[key]
                 elif not isinstance(value, torch.Tensor):
                     of_parameter[key] = loaded.item()
@@ -137,17 +134,19 @@ class TrainState:
             ValueError: if it does not fit.
         """
         has_projectors = any(name.startswith(f"weights.{PROJECTORS}") for name in stored_tensors(checkpoint))
-        tensors = {
-            f"weights.{name}": parameter.detach()
-            for name, parameter in self.parameters.items()
-            if has_projectors or not name.startswith(PROJECTORS)
-        }
+        tensors = {}
+        for name, parameter in self.parameters.items():
+            if has_projectors or not name.startswith(PROJECTORS):
+                tensors[f"weights.{name}"] = parameter.detach()
         load_tensors(checkpoint, tensors, is_parallel)
         for name, average in self.averages.items():
             local(average).copy_(local(self.parameters[name].detach()))
 
     def _make_optimizer_state(self) -> None:
         """A step of gradient and learning rate 0, with which optimisers make their state; no weight changes."""
+        # torch.distributed.checkpoint.state_dict does this too, but not for us: it takes torch.optim.Optimizer alone,
+        # which MuonWithAdamW is not; it makes a state before a save as well, so that what never had a gradient would
+        # get one; and it adds `param_groups`, which are not tensors, and a checkpoint holds nothing else
         for parameter in self.parameters.values():
             parameter.grad = torch.zeros_like(parameter)
         for group in self.optimizer.param_groups:

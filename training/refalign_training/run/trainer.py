@@ -12,6 +12,7 @@ import importlib.metadata
 import logging
 import math
 import time
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,7 @@ from refalign.files import fetch, new_file
 from refalign_training.cache.encoders import vae_config
 from refalign_training.method.objective import Batch, Objective
 from refalign_training.run.batches import load_batches, read_first
-from refalign_training.run.checkpoint import (
-    checkpoint_name,
-    read_state,
-    remove_old_checkpoints,
-    save_checkpoint,
-)
+from refalign_training.run.checkpoint import checkpoint_name, read_state, remove_old_checkpoints, save_checkpoint
 from refalign_training.run.config import RunCommand, accumulation, check, flatten, to_yaml
 from refalign_training.run.inputs import CachedSamples, open_samples
 from refalign_training.run.log import Metrics, RunLog, append_skipped, check_tracker
@@ -142,7 +138,7 @@ class Trainer:
         self.rows, self.held_out = hold_out(len(self.samples.buckets), wanted)
         if len(self.rows) < command.batch.size:
             logger.warning(
-                "Only %d samples for batches of %d: some come twice a step.", len(self.rows), command.batch.size
+                "Only %d samples for batches of %d: some come twice per step.", len(self.rows), command.batch.size
             )
         batch = command.batch
         self.order = Order(self.samples.buckets, self.rows, batch.size, batch.micro, command.seed)
@@ -272,21 +268,24 @@ class Trainer:
         is_measured = all(map(math.isfinite, norms.values())) and bool(batch.keeps_references.any())
         if not is_measured:  # the step is about to be skipped, or there is nothing to align
             return
-        self.extra |= {f"gradients/{name}": norm for name, norm in norms.items()}
+        self.extra["gradients/diffusion"] = norms["diffusion"]
+        self.extra["gradients/alignment"] = norms["alignment"]
         self.extra["gradients/ratio"] = norms["alignment"] / max(norms["diffusion"], 1e-12)
 
     def _update(self, step: int, norm: float) -> None:
         self.state.update(step)
         self.metrics.commit()
         self.skipped_in_a_row = 0
-        self.extra |= {"gradients/norm": norm}
+        self.extra["gradients/norm"] = norm
 
     def _skip(self, step: int, norm: float, taken: list[tuple[list[str], torch.Tensor]]) -> None:
         """Leaves the weights as they are. Ends the run if there have been too many such steps in a row."""
         self.metrics.discard()
         self.skipped_in_a_row += 1
-        losses = [pair for ids, total in taken for pair in zip(ids, total.tolist(), strict=True)]
-        everywhere = [pair for pairs in self.parallel.gather(losses) for pair in pairs]
+        losses: list[tuple[str, float]] = []
+        for ids, total in taken:
+            losses += zip(ids, total.tolist(), strict=True)
+        everywhere = list(chain.from_iterable(self.parallel.gather(losses)))
         ids = [name for name, loss in everywhere if not math.isfinite(loss)] or [name for name, _ in everywhere]
         reason = f"loss or gradient (norm {norm:g}) is not finite"
         logger.warning("Step %d is skipped: %s. Samples: %s", step + 1, reason, ", ".join(ids))

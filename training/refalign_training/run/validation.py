@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +35,8 @@ class Validation:
 
     Args:
         samples ([`SampleReader`]): where they are.
-        rows (`Sequence[int]`): which. Those that cannot be read are left out.
-        options ([`ValidationOptions`]), objective_options ([`ObjectiveOptions`]): of the run.
+        rows (`Sequence[int]`): which of them. Those that cannot be read are left out.
+        options ([`ValidationOptions`]), objective_options ([`ObjectiveOptions`]): the run's.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Validation:
             except (ValueError, OSError) as error:
                 logger.warning("%s cannot be validated on: %s", samples.id(row), error)
         # One that a single process could not read is left out by all: they compute together
-        common = set.intersection(*(set(ids) for ids in parallel.gather([name for name, _ in self.values])))
+        common = set.intersection(*map(set, parallel.gather(list(dict(self.values)))))
         self.values = [pair for pair in self.values if pair[0] in common]
         self._empty_prompt_embeds = samples.empty_prompt_embeds()
 
@@ -65,7 +66,7 @@ class Validation:
         The unweighted loss at nine fixed quantiles of t, always with the same noise, and their mean; and of the
         alignment, while there is one, its loss and cosine.
         """
-        pairs = [(i, q) for i in range(len(self.values)) for q in range(len(QUANTILES))]
+        pairs = list(product(range(len(self.values)), range(len(QUANTILES))))
         device, share = self.parallel.device, -(-len(pairs) // self.parallel.world_size)
         sums = torch.zeros(len(QUANTILES) + 2, device=device)
         with torch.no_grad(), evaluating(objective):
@@ -79,8 +80,9 @@ class Validation:
                     sums[-1] += 0.0 if losses.cosine is None else losses.cosine.mean()
         means = self.parallel.sum(sums) / len(self.values)
         mse, (alignment, cosine) = means[: len(QUANTILES)].tolist(), (means[-2:] / len(QUANTILES)).tolist()
-        values = {f"validation/mse_by_quantile/{q}": value for q, value in zip(QUANTILES, mse, strict=True)}
-        values["validation/mse"] = sum(mse) / len(mse)
+        values = {"validation/mse": sum(mse) / len(mse)}
+        for quantile, value in zip(QUANTILES, mse, strict=True):
+            values[f"validation/mse_by_quantile/{quantile}"] = value
         if objective.alignment_weight(step):
             values |= {"validation/alignment": alignment, "validation/cosine": cosine}
         return values
@@ -109,15 +111,20 @@ class Validation:
                         sums[index] += losses[1 + index] - losses[0]
                         sums[2 + index] += 1
         reference, order, references, orders = self.parallel.sum(sums).tolist()
-        named = {"reference_gain": (reference, references), "order_gain": (order, orders)}
-        return {f"validation/{name}": total / count for name, (total, count) in named.items() if count}
+        gains = {}
+        if references:
+            gains["validation/reference_gain"] = reference / references
+        if orders:
+            gains["validation/order_gain"] = order / orders
+        return gains
 
     def _references_of_another(self, number: int) -> torch.Tensor:
-        """Of the next sample with latents of the same shape; the sample's own if there is none."""
+        """The references of the next sample with latents of the same shape; its own if there is none."""
         own = self.values[number][1]["reference_latents"]
-        others = (*self.values[number + 1 :], *self.values[:number])
-        alike = (value["reference_latents"] for _, value in others)
-        return next((latents for latents in alike if latents.shape == own.shape), own)
+        for _, value in (*self.values[number + 1 :], *self.values[:number]):
+            if value["reference_latents"].shape == own.shape:
+                return value["reference_latents"]
+        return own
 
     def _batch(self, number: int, quantile: int, reference_latents: torch.Tensor | None = None) -> Batch:
         sample_id, value = self.values[number]
@@ -167,7 +174,7 @@ class Validation:
             frames = [beside(references, frame) for frame in _decode(vae, video[0])]
             pictures[sample_id] = strip(frames)
             path = folder / f"{sample_id}.mp4"
-            write_video([np.asarray(frame) for frame in frames], path, overwrite=True)
+            write_video(list(map(np.asarray, frames)), path, overwrite=True)
             pictures[sample_id].save(path.with_suffix(".png"))
         return pictures
 
@@ -192,7 +199,7 @@ class Validation:
 
 @contextmanager
 def evaluating(objective: Objective) -> Iterator[None]:
-    """Without dropout."""
+    """Within it, the transformer works without dropout."""
     objective.transformer.eval()
     try:
         yield
@@ -223,7 +230,8 @@ def beside(references: Sequence[Image.Image], frame: Image.Image) -> Image.Image
 def strip(frames: Sequence[Image.Image]) -> Image.Image:
     """The first, middle and last frame, one below the other."""
     shown = [frames[0], frames[len(frames) // 2], frames[-1]]
-    picture = Image.new("RGB", (shown[0].width, sum(frame.height for frame in shown)))
+    width, height = frames[0].size
+    picture = Image.new("RGB", (width, height * len(shown)))
     for number, frame in enumerate(shown):
-        picture.paste(frame, (0, number * frame.height))
+        picture.paste(frame, (0, number * height))
     return picture
