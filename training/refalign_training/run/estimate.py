@@ -1,19 +1,35 @@
 """
-What a run will take: memory per GPU, compute per sample, hours. Arithmetic on shapes alone; nothing heavy is imported.
+What a run will take: memory per GPU, compute per sample, hours.
 
-What the memory of activations is reckoned with was measured on the real sizes without a GPU, by the storages that live
-in a forward and backward pass of fake tensors (torch 2.13, diffusers 0.42.1, peft 0.21; fused attention, autocast to
-bfloat16 that keeps no copies of weights). See [`estimate`] for what is left out.
+Weights and compute are torch's own counts of a transformer of fake tensors, which take no memory. The memory of
+activations is reckoned with what was measured on the real sizes without a GPU, by the storages that live in a forward
+and backward pass of fake tensors (torch 2.13, diffusers 0.42.1, peft 0.21; fused attention, autocast to bfloat16 that
+keeps no copies of weights). See [`estimate`] for what is left out.
 """
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from operator import sub
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from refalign import RefAlignWanTransformer3DModel
+from refalign_training.method.alignment import ReferenceAlignment
 from refalign_training.method.options import AlignmentOptions
+from refalign_training.run.batches import read_first
 from refalign_training.run.config import OptimizerOptions, RunCommand, accumulation, wants_shards
+from refalign_training.run.inputs import open_samples
+from refalign_training.run.log import check_tracker
+from refalign_training.run.networks import add_lora, make_alignment, transformer_config
+from refalign_training.run.order import Order, hold_out
+from refalign_training.run.resume import checkpoint_to_resume, find_start
 
 
 GIB = 2**30
@@ -26,6 +42,13 @@ SAVED = {"full": (68, 4), "lora": (50, 4)}
 # ... and those that come and go on top: a LoRA's layers take their inputs in the adapters' float32
 WORKING = {"full": (4, 1), "lora": (12, 6)}
 FLOAT32_FACTOR = 1.5  # of both in float32: much of it is so already
+# As fused attention of a GPU is counted; a CPU's own is not known to torch's counter
+ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -113,21 +136,21 @@ def estimate(
     Returns:
         [`Estimate`].
     """
-    shape = _Shape(transformer_config, tuple(bucket), command.objective.max_sequence_length)
-    layers = list(_layers(transformer_config))
-    parameters = _parameters(transformer_config, layers)
-    trained = parameters if command.training == "full" else _lora_parameters(command, layers)
-    projectors = _projector_parameters(command.alignment, shape.dim, teacher_dim)
-    counts, parts = (parameters, trained, projectors), world_size if sharded else 1
-    pflop = _flop(command, shape, layers) / 1e15
+    shape = _Shape(transformer_config, bucket)
+    whole, block = _count_weights_and_flop(command, transformer_config, shape)
+    projectors = _count_projectors(command.alignment, shape.dim, teacher_dim)
+    again = shape.blocks * block.forward if command.model.gradient_checkpointing else 0
+    pflop = (whole.forward + whole.backward + again) / 1e15
     seconds = command.steps * command.batch.size * pflop * 1000 / (ASSUMED_TFLOPS * world_size)
     return Estimate(
         bucket=tuple(bucket),
-        tokens=shape.tokens["all"],
-        parameters=parameters,
-        trained=trained,
+        tokens=shape.tokens,
+        parameters=whole.parameters,
+        trained=whole.trained,
         projectors=projectors,
-        memory=_memory(command, shape, layers, counts, parts, teacher_dim),
+        memory=_memory(
+            command, shape, whole, block, projectors, parts=world_size if sharded else 1, teacher_dim=teacher_dim
+        ),
         pflop=pflop,
         hours=seconds / 3600,
         world_size=world_size,
@@ -142,22 +165,12 @@ def dry_run(command: RunCommand) -> int:
     Raises:
         ValueError: if the data or what the run starts from do not fit.
     """
-    import numpy as np
-    import torch
-
-    from refalign_training.run.batches import read_first
-    from refalign_training.run.inputs import open_samples
-    from refalign_training.run.log import check_tracker
-    from refalign_training.run.networks import make_alignment, transformer_config
-    from refalign_training.run.order import Order, hold_out
-    from refalign_training.run.resume import checkpoint_to_resume, find_start
-
     resumes = checkpoint_to_resume(command) is not None
     start = find_start(command, resumes)
     config, needs_teacher = transformer_config(command.model), bool(command.alignment.weight)
     samples = open_samples(command.data, command.model, needs_teacher, torch.device("cpu"), fetches=False)
     buckets = np.unique(samples.buckets, axis=0).tolist()
-    bucket = max(buckets, key=lambda bucket: _Shape(config, bucket, 0).tokens["all"])
+    bucket = max(buckets, key=lambda bucket: _Shape(config, bucket).tokens)
     rows, held_out = hold_out(len(samples.buckets), 0 if command.validation.cache else command.validation.samples)
     teacher_dim = 1024  # of online encoders it is not known before they are loaded
     if needs_teacher and command.data.cache is not None:
@@ -183,79 +196,71 @@ def dry_run(command: RunCommand) -> int:
 # -- The transformer --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """A matrix with a bias, and which tokens go through it."""
-
-    name: str
-    inputs: int
-    outputs: int
-    sees: Literal["all", "video", "text", "sample"]
-    count: int = 1
-
-    @property
-    def parameters(self) -> int:
-        return (self.inputs + 1) * self.outputs
-
-
 class _Shape:
-    """A transformer's sizes, and how many tokens of each kind a sample has."""
+    """A transformer's sizes, a sample's latents, and its tokens."""
 
-    def __init__(self, config: Mapping[str, Any], bucket: tuple[int, int, int, int], text_tokens: int) -> None:
+    def __init__(self, config: Mapping[str, Any], bucket: Sequence[int]) -> None:
         frames, height, width, references = bucket
         _, rows, columns = config.get("patch_size", (1, 2, 2))
-        self.dim, self.ffn_dim, self.blocks = _dim(config), config["ffn_dim"], config["num_layers"]
-        self.latents = config.get("in_channels", 16) * ((frames - 1) // 4 + 1) * (height // 8) * (width // 8)
+        self.dim = config["num_attention_heads"] * config["attention_head_dim"]
+        self.ffn_dim, self.blocks = config["ffn_dim"], config["num_layers"]
+        self.channels = config.get("in_channels", 16)
+        self.latents = ((frames - 1) // 4 + 1, height // 8, width // 8)
+        self.reference_latents = (references, height // 8, width // 8)
         a_frame = (height // 8 // rows) * (width // 8 // columns)
-        video = ((frames - 1) // 4 + 1) * a_frame
         self.references = references * a_frame
-        self.tokens = {"all": video + self.references, "video": video, "text": text_tokens, "sample": 1}
+        self.tokens = self.latents[0] * a_frame + self.references
 
 
-def _dim(config: Mapping[str, Any]) -> int:
-    return config["num_attention_heads"] * config["attention_head_dim"]
+class _Counts(NamedTuple):
+    """Numbers of weights, and floating-point operations of a sample."""
+
+    parameters: int
+    trained: int
+    forward: int
+    backward: int
 
 
-def _layers(config: Mapping[str, Any]) -> Iterator[_Layer]:
-    """All of [`WanTransformer3DModel`], text to video; those of blocks once, with how many there are."""
-    dim, ffn_dim, blocks = _dim(config), config["ffn_dim"], config["num_layers"]
-    patch = math.prod(config.get("patch_size", (1, 2, 2)))
-    yield _Layer("patch_embedding", config.get("in_channels", 16) * patch, dim, "all")
-    yield _Layer("condition_embedder.time_embedder.linear_1", config.get("freq_dim", 256), dim, "sample")
-    yield _Layer("condition_embedder.time_embedder.linear_2", dim, dim, "sample")
-    yield _Layer("condition_embedder.time_proj", dim, 6 * dim, "sample")
-    yield _Layer("condition_embedder.text_embedder.linear_1", config.get("text_dim", 4096), dim, "text")
-    yield _Layer("condition_embedder.text_embedder.linear_2", dim, dim, "text")
-    for name, sees in (("to_q", "video"), ("to_k", "text"), ("to_v", "text"), ("to_out.0", "video")):
-        yield _Layer(f"blocks.0.attn1.{name}", dim, dim, "all", blocks)
-        yield _Layer(f"blocks.0.attn2.{name}", dim, dim, sees, blocks)
-    yield _Layer("blocks.0.ffn.net.0.proj", dim, ffn_dim, "all", blocks)
-    yield _Layer("blocks.0.ffn.net.2", ffn_dim, dim, "all", blocks)
-    yield _Layer("proj_out", dim, config.get("out_channels", 16) * patch, "video")
+def _count_weights_and_flop(command: RunCommand, config: Mapping[str, Any], shape: _Shape) -> tuple[_Counts, _Counts]:
+    """What the transformer has and does, and what each of its blocks: one and two blocks are counted."""
+    one, two = _count_blocks(command, config, shape, 1), _count_blocks(command, config, shape, 2)
+    block = _Counts(*map(sub, two, one))
+    whole = _Counts(*(first + (shape.blocks - 1) * another for first, another in zip(one, block, strict=True)))
+    return whole, block
 
 
-def _parameters(config: Mapping[str, Any], layers: Sequence[_Layer]) -> int:
-    return sum(layer.parameters * layer.count for layer in layers) + _dim(config) * (
-        config["num_layers"] * _small_channels(config) + 2  # the head's modulation
-    )
+def _count_blocks(command: RunCommand, config: Mapping[str, Any], shape: _Shape, blocks: int) -> _Counts:
+    with torch.device("meta"):
+        transformer = RefAlignWanTransformer3DModel.from_config({**config, "num_layers": blocks})
+        parameters = transformer.num_parameters()
+        if command.training == "lora":
+            transformer.requires_grad_(False)
+            add_lora(transformer, command.lora, command.seed)
+    with FakeTensorMode():  # of a CPU: meta tensors take plain attention, which is not what a GPU takes
+        weights = {}
+        for name, tensor in (*transformer.named_parameters(), *transformer.named_buffers()):
+            weights[name] = torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=tensor.requires_grad)
+        text_tokens, text_dim = command.objective.max_sequence_length, transformer.config.text_dim
+        inputs = {
+            "hidden_states": torch.empty(1, shape.channels, *shape.latents),
+            "reference_hidden_states": torch.empty(1, shape.channels, *shape.reference_latents),
+            "timestep": torch.tensor([500]),
+            "encoder_hidden_states": torch.empty(1, text_tokens, text_dim),
+        }
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION) as forward:
+            velocity = functional_call(transformer, weights, kwargs=inputs).sample
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION) as backward:
+            velocity.sum().backward()
+    trained = transformer.num_parameters(only_trainable=True)
+    return _Counts(parameters, trained, forward.get_total_flops(), backward.get_total_flops())
 
 
-def _small_channels(config: Mapping[str, Any]) -> int:
-    """A block's parameters outside matrices, for each channel: modulation, norms of queries and keys, norm2."""
-    return 6 + 4 + (2 if config.get("cross_attn_norm", True) else 0)
-
-
-def _lora_parameters(command: RunCommand, layers: Sequence[_Layer]) -> int:
-    ends = tuple(f".{target}" for target in command.lora.targets)
-    adapted = [layer for layer in layers if f".{layer.name}".endswith(ends)]
-    return command.lora.rank * sum((layer.inputs + layer.outputs) * layer.count for layer in adapted)
-
-
-def _projector_parameters(options: AlignmentOptions, dim: int, teacher_dim: int) -> int:
+def _count_projectors(options: AlignmentOptions, dim: int, teacher_dim: int) -> int:
     if not options.weight:
         return 0
-    linear, conv = dim // 2 * (dim + teacher_dim), (9 * dim + 1) * teacher_dim
-    return len(options.layers) * (linear if options.projector == "linear" else conv)
+    with torch.device("meta"):
+        alignment = ReferenceAlignment(dim, teacher_dim, options.layers, projector=options.projector)
+    return sum(parameter.numel() for parameter in alignment.parameters())
 
 
 # -- Memory -----------------------------------------------------------------------------------------------------------
@@ -264,21 +269,21 @@ def _projector_parameters(options: AlignmentOptions, dim: int, teacher_dim: int)
 def _memory(
     command: RunCommand,
     shape: _Shape,
-    layers: Sequence[_Layer],
-    counts: tuple[int, int, int],
+    whole: _Counts,
+    block: _Counts,
+    projectors: int,
+    *,
     parts: int,
     teacher_dim: int,
 ) -> Memory:
-    """`counts`: parameters, trained ones, projectors'. `parts`: into how many all of them are split."""
-    parameters, trained, projectors = counts
-    is_full, learned = command.training == "full", trained + projectors
+    """`parts`: into how many all weights are split."""
+    is_full, trained, learned = command.training == "full", whole.trained, whole.trained + projectors
     compute_bytes = 2 if command.model.precision == "bfloat16" else 4
-    frozen = 0 if is_full else parameters * compute_bytes
-    block = sum(layer.parameters for layer in layers if layer.name.startswith("blocks."))
+    frozen = 0 if is_full else whole.parameters * compute_bytes
     gathered = 0
     if parts > 1:  # a block in use, the next one, and the buffer that they arrive in; gradients and what they leave in
-        a_block = block * (4 if is_full else compute_bytes) + (0 if is_full else trained // shape.blocks * 4)
-        gathered = 3 * a_block + 2 * 4 * (trained // shape.blocks)
+        frozen_block = 0 if is_full else block.parameters * compute_bytes
+        gathered = 3 * (frozen_block + 4 * block.trained) + 2 * 4 * block.trained
     encoders = ENCODERS * compute_bytes / 2 if command.data.cache is None else 0
     return Memory(
         weights=(frozen + 4 * learned) / parts / GIB,
@@ -286,7 +291,7 @@ def _memory(
         optimizer=_optimizer_bytes(command.optimizer) * learned / parts / GIB,
         average=(4 * trained / parts if command.optimizer.ema_decay is not None else 0) / GIB,
         gathered=gathered / GIB,
-        activations=_activations(command, shape, block if is_full else trained // shape.blocks) / GIB,
+        activations=_activations(command, shape, block.trained) / GIB,
         loss=_loss_bytes(command, shape, teacher_dim) / GIB,
         encoders=encoders / GIB,
         overhead=OVERHEAD / GIB,
@@ -302,7 +307,7 @@ def _activations(command: RunCommand, shape: _Shape, block_weights: int) -> floa
     """What the blocks save: their inputs and one block's insides if it is computed again, else all insides."""
     is_bfloat16, blocks = command.model.precision == "bfloat16", shape.blocks
     again = command.model.gradient_checkpointing
-    tokens, factor = shape.tokens["all"] * command.batch.micro, 1 if is_bfloat16 else FLOAT32_FACTOR
+    tokens, factor = shape.tokens * command.batch.micro, 1 if is_bfloat16 else FLOAT32_FACTOR
     (saved_dim, saved_ffn), (working_dim, working_ffn) = SAVED[command.training], WORKING[command.training]
     saved = tokens * factor * (saved_dim * shape.dim + saved_ffn * shape.ffn_dim)
     working = tokens * factor * (working_dim * shape.dim + working_ffn * shape.ffn_dim)
@@ -313,43 +318,9 @@ def _activations(command: RunCommand, shape: _Shape, block_weights: int) -> floa
 
 def _loss_bytes(command: RunCommand, shape: _Shape, teacher_dim: int) -> int:
     """Velocity, noise and latents with their differences, and one aligned layer with its projector."""
-    diffusion = 6 * 4 * shape.latents
+    diffusion = 6 * 4 * shape.channels * math.prod(shape.latents)
     alignment = shape.references * 12 * (shape.dim + teacher_dim) if command.alignment.weight else 0
     return command.batch.micro * (diffusion + alignment)
-
-
-# -- Compute ----------------------------------------------------------------------------------------------------------
-
-
-def forward_flop(transformer_config: Mapping[str, Any], bucket: Sequence[int], text_tokens: int) -> tuple[int, int]:
-    """Floating-point operations of a sample's forward pass: in matrices of weights, and in attention."""
-    shape = _Shape(transformer_config, tuple(bucket), text_tokens)
-    return _matrix_flop(shape, _layers(transformer_config)), _attention_flop(shape)
-
-
-def _matrix_flop(shape: _Shape, layers: Iterator[_Layer] | Sequence[_Layer]) -> int:
-    return sum(2 * layer.inputs * layer.outputs * layer.count * shape.tokens[layer.sees] for layer in layers)
-
-
-def _attention_flop(shape: _Shape) -> int:
-    pairs = shape.tokens["all"] ** 2 + shape.tokens["video"] * shape.tokens["text"]
-    return 4 * pairs * shape.dim * shape.blocks
-
-
-def _flop(command: RunCommand, shape: _Shape, layers: Sequence[_Layer]) -> float:
-    """
-    The backward pass costs a matrix once for its input and, if it is trained, once for itself; fused attention five
-    products instead of two, as it computes the weights of pairs again.
-    """
-    again = 1 if command.model.gradient_checkpointing else 0
-    matrices = 1 + again + (2 if command.training == "full" else 1)
-    flop = matrices * _matrix_flop(shape, layers) + (1 + again + 2.5) * _attention_flop(shape)
-    if command.training == "lora":
-        for layer in layers:
-            if _lora_parameters(command, [layer]):
-                adapter = replace(layer, inputs=command.lora.rank, outputs=layer.inputs + layer.outputs)
-                flop += (3 + again) * _matrix_flop(shape, [adapter])
-    return flop
 
 
 def _count(number: int) -> str:

@@ -62,7 +62,7 @@ def load_transformer(command: RunCommand, start: Start, resumes: bool = False) -
         transformer.load_state_dict(_stored_weights(options, config, start), assign=True)
     if command.training == "lora":
         transformer.cast_weights(getattr(torch, options.precision)).requires_grad_(False)
-        _add_lora(transformer, command.lora, command.seed)
+        add_lora(transformer, command.lora, command.seed)
     _keep_time_embedding_in_float32(transformer)
     if options.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
@@ -79,7 +79,8 @@ def _stored_weights(options: ModelOptions, config: Mapping[str, Any], start: Sta
     return read(tensors)
 
 
-def _add_lora(transformer: RefAlignWanTransformer3DModel, options: LoraOptions, seed: int) -> None:
+def add_lora(transformer: RefAlignWanTransformer3DModel, options: LoraOptions, seed: int) -> None:
+    """Gives a transformer its adapters, in float32: the same ones for a seed."""
     torch.manual_seed(seed)
     transformer.add_adapter(
         LoraConfig(
