@@ -8,7 +8,7 @@ learnt, and no model that was trained with takes part.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,6 +67,10 @@ class Judge:
         """
         return min(residual.square().mean().item() for residual in self._residuals(clip, subject, act, spot, tilt))
 
+    def least_error(self, clip: torch.Tensor, subjects: Iterable[Subject], act: str, spot: str) -> float:
+        """The error of the subject that explains the clip best."""
+        return min(self.error(clip, subject, act, spot) for subject in subjects)
+
     def movement(self, clip: torch.Tensor, act: str, spot: str) -> float:
         """How much changes over time in a place's part of a clip: the mean square of what does not stand still."""
         return _movement(clip[:, :, _columns(act, spot)])
@@ -105,7 +109,7 @@ class Judge:
             small = values.unflatten(2, (-1, 2)).unflatten(1, (-1, 2)).mean((2, 4))
             shifts = itertools.product(SHIFTS, SHIFTS)
             columns = _columns(act, spot)
-            moved = [small.roll(shift, (1, 2))[:, :, columns] for shift in shifts]
+            moved = [small.roll(shift, (1, 2))[:, :, columns].contiguous() for shift in shifts]
             if len(self._drawn) > KEPT:
                 self._drawn.clear()
             self._drawn[key] = moved
@@ -150,14 +154,12 @@ def _judge_one(case: Case, clip: torch.Tensor, judged: Judge) -> Verdict:
     by_act = {act: judged.error(clip, own, act, "middle") for act in ACTS}
     act = min(by_act, key=by_act.get)
     error = by_act[act]
-    others = [judged.error(clip, other, act, "middle") for other in case.others]
-    alike = [judged.error(clip, other, act, "middle") for other in case.alike]
     copied = None
     if act != "spins":
         copied = judged.error(clip, own, act, "middle", case.tilts[0]) < error
     return Verdict(
-        identity=error < min(others),
-        same_colours=error < min(alike),
+        identity=error < judged.least_error(clip, case.others, act, "middle"),
+        same_colours=error < judged.least_error(clip, case.alike, act, "middle"),
         motion=act == asked,
         copied=copied,
         psnr=judged.psnr(clip, own, act, "middle"),
@@ -172,7 +174,7 @@ def _judge_two(case: Case, clip: torch.Tensor, judged: Judge) -> Verdict:
         # Errors of the whole frame and of a half are of different size: each is told by its share of what moves
         shares = {}
         for act in (*ACTS_OF_TWO, CROSSES):
-            error = min(judged.error(clip, own, act, spot), judged.error(clip, other, act, spot))
+            error = judged.least_error(clip, (own, other), act, spot)
             shares[act] = error / max(judged.movement(clip, act, spot), 1e-9)
         act = min(shares, key=shares.get)
         errors = {who: judged.error(clip, who, act, spot) for who in (own, other, *case.others)}

@@ -101,8 +101,7 @@ def plot(results: Sequence[Mapping[str, Any]], output: Path) -> None:
     """Each arm's measures, with a dot for each seed."""
     from matplotlib.figure import Figure
 
-    found = {result["arm"] for result in results}
-    arms = [arm for arm in ARMS if arm in found]
+    arms = [arm for arm in ARMS if _values(results, arm, "identity")]
     figure = Figure(figsize=(9, 1.2 + 0.5 * len(arms)), layout="constrained")
     panels = figure.subplots(1, 4, sharey=True)
     for panel, name in zip(panels, ("identity", "identity_same_colours", "motion", "both_right"), strict=True):

@@ -94,7 +94,7 @@ _TWO_EYES = ((-0.3, -0.05, 0.23), (0.3, -0.05, 0.23))
 def _corners(shape: str) -> tuple[Point, ...]:
     """The body's corners, about the origin; its radius is near 1."""
     if shape == "circle":
-        return tuple((0.95 * math.cos(angle), 0.95 * math.sin(angle)) for angle in _turns(64))
+        return tuple(map(_circle_point, _turns(64)))
     if shape == "square":
         return ((-0.9, -0.9), (0.9, -0.9), (0.9, 0.9), (-0.9, 0.9))
     if shape == "triangle":
@@ -111,6 +111,10 @@ def _corners(shape: str) -> tuple[Point, ...]:
 def _turns(count: int) -> list[float]:
     """So many angles around the circle."""
     return [2 * math.pi * i / count for i in range(count)]
+
+
+def _circle_point(angle: float) -> Point:
+    return 0.95 * math.cos(angle), 0.95 * math.sin(angle)
 
 
 def _star_corner(number: int, angle: float) -> Point:

@@ -72,8 +72,7 @@ def train_teacher(folder: Path, steps: int = STEPS, images: int = IMAGES) -> tup
     torch.manual_seed(0)
     teacher = DINOv3ViTModel(DINOv3ViTConfig(**CONFIG))
     dim, skipped = CONFIG["hidden_size"], 1 + CONFIG["num_register_tokens"]
-    pooled = nn.ModuleList(nn.Linear(dim, len(names)) for names in NAMES)
-    single = nn.ModuleList(nn.Linear(dim, len(names)) for names in NAMES)
+    pooled, single = _heads(dim), _heads(dim)
     local = nn.Linear(dim, 3 * 16)
 
     def loss(step: int, half: int) -> torch.Tensor:
@@ -93,6 +92,11 @@ def train_teacher(folder: Path, steps: int = STEPS, images: int = IMAGES) -> tup
     modules = {"teacher": teacher, "pooled": pooled, "single": single, "local": local}
     train_part(folder, modules, loss, OPTIMIZER, steps)
     return teacher.eval(), top_1(teacher)
+
+
+def _heads(dim: int) -> nn.ModuleList:
+    """A classifier for each respect of a subject."""
+    return nn.ModuleList(nn.Linear(dim, len(names)) for names in NAMES)
 
 
 @torch.no_grad()

@@ -41,7 +41,7 @@ def _numbered(facts: Sequence[Facts]) -> tuple[torch.Tensor, list[int]]:
     columns, counts = [], []
     for fact in zip(*facts, strict=True):
         values = sorted(set(map(str, fact)))
-        columns.append([values.index(str(value)) for value in fact])
+        columns.append(list(map(values.index, map(str, fact))))
         counts.append(len(values))
     return torch.tensor(columns).T, counts
 
@@ -74,5 +74,5 @@ def train_text_encoder(folder: Path, steps: int = STEPS) -> tuple[T5TokenizerFas
     with torch.no_grad():
         told = [value.argmax(1) for value in logits(torch.arange(len(captions)))]
     is_right = (torch.stack(told, 1) == targets.repeat_interleave(lengths, 0)).all(1)
-    captions_right = [part.all().item() for part in is_right.split(lengths.tolist())]
-    return tokenizer, encoder.eval(), sum(captions_right) / len(captions_right)
+    captions_right = int(sum(map(torch.all, is_right.split(lengths.tolist()))))
+    return tokenizer, encoder.eval(), captions_right / len(captions)
