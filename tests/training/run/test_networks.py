@@ -261,7 +261,7 @@ def test_it_starts_from_projectors_alone(command, wan_folder, tmp_path):
     ("training", "other", "remedy"),
     [
         ("lora", "full", "is of full training, this run is lora. Export it .* and name that folder as model.start"),
-        ("full", "lora", "is of lora training, this run is full. Adapters are no whole weights"),
+        ("full", "lora", "is of lora training, this run is full. Adapters are not whole weights"),
     ],
 )
 def test_a_checkpoint_of_the_other_training_is_refused(command, checkpoint, training, other, remedy):
@@ -343,7 +343,7 @@ def test_a_base_that_cannot_be_had_is_named(base, message):
 
 
 def test_a_folder_that_is_no_pipeline_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"is no pipeline in diffusers' format: it has no transformer/config.json"):
+    with pytest.raises(ValueError, match=r"is not a pipeline in diffusers' format: it has no transformer/config.json"):
         transformer_config(ModelOptions(base=str(tmp_path)))
 
 

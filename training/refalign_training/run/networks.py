@@ -17,7 +17,7 @@ from refalign_training.run.config import LoraOptions, ModelOptions, RunCommand
 from refalign_training.run.resume import Start
 
 
-CHANNELS = 16  # of Wan 2.1's latents; its image-to-video models take 36, Wan 2.2's 5B takes 48
+CHANNELS = 16  # channels of Wan 2.1's latents; its image-to-video models take 36, Wan 2.2's 5B takes 48
 
 
 def transformer_config(options: ModelOptions) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def transformer_config(options: ModelOptions) -> dict[str, Any]:
     folder = fetch(options.base, ["transformer/config.json"], options.revision)
     file = folder / "transformer/config.json"
     if not file.is_file():
-        raise ValueError(f"{options.base} is no pipeline in diffusers' format: it has no transformer/config.json.")
+        raise ValueError(f"{options.base} is not a pipeline in diffusers' format: it has no transformer/config.json.")
     config = read_json(file)
     kind, channels = config.get("_class_name"), config.get("in_channels", CHANNELS)
     is_wan = kind in ("WanTransformer3DModel", "RefAlignWanTransformer3DModel")

@@ -140,7 +140,7 @@ def find_start(command: RunCommand, resumes: bool = False) -> Start:
     if training != command.training:
         remedy = {
             "full": "Export it (refalign-train export) and name that folder as model.start.",
-            "lora": "Adapters are no whole weights to start from: train as lora, or without model.start.",
+            "lora": "Adapters are not whole weights to start from: train as lora, or without model.start.",
         }
         raise ValueError(f"{checkpoint} is of {training} training, this run is {command.training}. {remedy[training]}")
     return Start(checkpoint)
