@@ -317,7 +317,7 @@ def edit_config(folder: Path, **changes: object) -> None:
 def test_an_unknown_model_type_names_the_known(saved, tmp_path):
     folder = copy_of(saved("dinov3").folder, tmp_path)
     edit_config(folder, model_type="dinov3_convnext")
-    with pytest.raises(ValueError, match=r"'dinov3_convnext', which is no teacher.*dinov3_vit, dinov2.*qwen2_5_vl"):
+    with pytest.raises(ValueError, match=r"'dinov3_convnext', which is not a teacher's.*dinov3_vit, .*qwen2_5_vl"):
         load_teacher(folder)
 
 

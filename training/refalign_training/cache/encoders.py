@@ -5,8 +5,9 @@ dtype that is stored. What they compute is what [`RefAlignWanPipeline`] computes
 not normalised yet ([`refalign_training.cache.reader.normalize_latents`]).
 """
 
+import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -91,12 +92,16 @@ class TextEncoder:
 
     def __call__(self, batch: Sequence[Decoded]) -> list[dict[str, torch.Tensor]]:
         """`prompt_embeds_0`, ...: one `(tokens, dim)` a prompt."""
-        embeds = iter(self._encode([prompt for decoded in batch for prompt in decoded.prompts]))
-        return [{f"prompt_embeds_{i}": next(embeds) for i in range(len(decoded.prompts))} for decoded in batch]
+        prompts = itertools.chain.from_iterable(decoded.prompts for decoded in batch)
+        embeds, items = self._encode(list(prompts)), []
+        for decoded in batch:
+            names = [f"prompt_embeds_{number}" for number in range(len(decoded.prompts))]
+            items.append(dict(zip(names, embeds, strict=False)))
+        return items
 
-    def _encode(self, prompts: Sequence[str]) -> list[torch.Tensor]:
-        batches = [prompts[i : i + self.batch_size] for i in range(0, len(prompts), self.batch_size)]
-        return [embeds for batch in batches for embeds in self._encode_batch(batch)]
+    def _encode(self, prompts: Sequence[str]) -> Iterator[torch.Tensor]:
+        for start in range(0, len(prompts), self.batch_size):
+            yield from self._encode_batch(prompts[start : start + self.batch_size])
 
     @torch.no_grad()
     def _encode_batch(self, prompts: Sequence[str]) -> list[torch.Tensor]:
@@ -165,8 +170,9 @@ def fetch_models(
     from refalign_training.method.teachers import teacher_files
 
     families, pipeline_folder, teacher_folder, identities = tuple(families), None, None, {}
-    if parts := sorted({part for family in families for part in PARTS.get(family, ())}):
-        patterns = [f"{part}/{pattern}" for part in parts for pattern in FILES]
+    parts = set(itertools.chain.from_iterable(PARTS.get(family, ()) for family in families))
+    if parts:
+        patterns = [f"{part}/{pattern}" for part, pattern in itertools.product(sorted(parts), FILES)]
         pipeline_folder = fetch(model, patterns, revision)
         of_parts = {PARTS[f]: model_identity(pipeline_folder, PARTS[f]) for f in families if f in PARTS}
         identities = {f: of_parts[PARTS[f]] for f in families if f in PARTS}
@@ -179,7 +185,9 @@ def fetch_models(
 
 def model_identity(folder: Path, parts: Sequence[str]) -> str:
     """The identity of those sub-folders of a pipeline. ValueError if there is nothing in them."""
-    files = [file for part in parts for pattern in FILES for file in (folder / part).glob(pattern)]
+    files: list[Path] = []
+    for part, pattern in itertools.product(parts, FILES):
+        files += (folder / part).glob(pattern)
     if not files:
         raise ValueError(f"{folder} holds no model in {', '.join(parts)}. Pass a pipeline's folder or a Hub id.")
     return identity(folder, files)

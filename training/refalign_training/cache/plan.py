@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -56,7 +57,7 @@ def item_keys(family: str, sample: Sample, variants: int) -> list[str]:
         annotation, paths = dataclasses.asdict(sample.clip), [sample.clip.path]
     else:
         annotation = [dataclasses.asdict(reference) for reference in sample.references]
-        views = [view for reference in sample.references for view in (reference.view, *reference.cross)]
+        views = itertools.chain.from_iterable((reference.view, *reference.cross) for reference in sample.references)
         paths = [view.path for view in views if view is not None]
     files = [_identity(path) for path in sorted(set(paths))]
     return [digest([sample.id, annotation, files, variant]) for variant in range(variants)]

@@ -10,7 +10,7 @@
 | google/siglip2-so400m-patch16-naflex, -patch14-384          | 1152                    | 16, 14                  |
 | Qwen/Qwen2.5-VL-{3B,7B}-Instruct (the vision tower alone)   | 2048, 3584              | 28: patch 14, 2x2 merged|
 
-DINOv3 is gated on the Hub: Meta's licence has to be accepted there first.
+DINOv3 is gated on the Hub: accept Meta's licence there first.
 """
 
 import os
@@ -247,14 +247,18 @@ def _family_of(config: Path, name: str) -> _Family:
     model_type = read_json(config).get("model_type")
     if model_type not in _FAMILIES:
         raise ValueError(
-            f"{name} has model type {model_type!r}, which is no teacher. Choose one of {', '.join(_FAMILIES)}."
+            f"{name} has model type {model_type!r}, which is not a teacher's. Choose one of {', '.join(_FAMILIES)}."
         )
     return _FAMILIES[model_type]
 
 
 def _prefix(keys: Iterable[str], family: _Family) -> str:
-    """Of the vision tower's weights in the checkpoint."""
-    return next((prefix for prefix in family.prefixes if any(key.startswith(prefix) for key in keys)), "")
+    """The prefix of the vision tower's weights in the checkpoint."""
+    keys = list(keys)
+    for prefix in family.prefixes:
+        if any(key.startswith(prefix) for key in keys):
+            return prefix
+    return ""
 
 
 def _existing(file: Path) -> Path:
@@ -273,9 +277,8 @@ def _load_model(folder: Path, family: _Family, dtype: torch.dtype, files: list[P
     weights, prefix = {}, None
     for file in files:
         with open_safetensors(file) as opened:
-            prefix = (
-                _prefix(opened.keys(), family) if prefix is None else prefix
-            )  # each file holds a part of the tower
+            if prefix is None:  # each file holds a part of the tower
+                prefix = _prefix(opened.keys(), family)
             keys = [key for key in opened.keys() if key.startswith(prefix)]
             weights |= {key.removeprefix(prefix): opened.get_tensor(key) for key in keys}
     model_class = getattr(transformers, family.model_class)
@@ -299,7 +302,7 @@ def _read_weight_map(folder: Path, add: Callable[[list[str]], None]) -> dict[str
             return dict.fromkeys(opened.keys(), WEIGHTS)
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not weight_map:
-        raise ValueError(f"{folder / INDEX} is no index of shards: it has no `weight_map`. Download it again.")
+        raise ValueError(f"{folder / INDEX} is not an index of shards: it has no `weight_map`. Download it again.")
     if outside := sorted(file for file in set(weight_map.values()) if Path(file).name != file):
         raise ValueError(f"{folder / INDEX} names shards outside its own folder: {outside}. Do not use it.")
     return weight_map

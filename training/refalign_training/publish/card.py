@@ -19,10 +19,10 @@ from refalign_training.run.log import METRICS_FILE, read_metrics
 
 logger = logging.getLogger(__name__)
 
-# Formats that are datasets of the Hub
+# Formats of datasets that are on the Hub
 DATASETS = {"opens2v": "BestWishYsh/OpenS2V-5M", "phantom": "ZhuoweiChen/phantom-data-Koala36M"}
 CURVE, SAMPLE, SAMPLE_PICTURE = "assets/loss.png", "assets/sample.mp4", "assets/sample.png"
-SHOWN = re.compile(r"(loss|validation)(/[^/]+)?")  # of the metrics
+SHOWN = re.compile(r"(loss|validation)(/[^/]+)?")  # metrics in the card's table
 Losses = list[tuple[str, str, int]]
 
 
@@ -42,8 +42,8 @@ def write_card(
     Args:
         folder (`Path`): what is published.
         run (`Path`): the run's folder. What it no longer has (metrics, samples) the card goes without.
-        state (`Mapping`): of the checkpoint; nothing of later steps is shown.
-        base (`str`): folder or Hub id of what was trained from. Of a folder only the last part is named.
+        state (`Mapping`): the checkpoint's; nothing of later steps is shown.
+        base (`str`): folder or Hub id of what the run started from. Only a folder's last part is named.
         base_folder (`Path`, *optional*): where its files are, if they are here.
         weights (`str`): which of the run's weights these are, in words.
         licence (`str`, *optional*): the Hub's name for it; by default the base's.
@@ -51,7 +51,7 @@ def write_card(
     """
     options, dataset = state["options"], state["dataset"]
     is_lora = options["training"] == "lora"
-    # A cache has but its folder's name, which says nothing
+    # A cache has only its folder's name, which says nothing
     known = DATASETS.get(dataset["name"]) if options["data.cache"] is None else None
     datasets = list(datasets) or [known] * (known is not None)
     losses = write_curve(run / METRICS_FILE, state["step"], folder / CURVE)
@@ -86,12 +86,12 @@ def write_card(
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name is ORG/NAME and no path here."""
+    """Whether a name is ORG/NAME and not a path here."""
     return HUB_ID.fullmatch(name) is not None and not name.startswith(".") and not Path(name).exists()
 
 
 def public_name(name: str) -> str:
-    """A Hub id as it is; of a path, which is of this machine, only the last part."""
+    """A Hub id as it is; only the last part of a path, which belongs to this machine."""
     return name if is_hub_id(name) else Path(name).resolve().name
 
 
@@ -131,11 +131,11 @@ def training_facts(state: Mapping[str, Any], base: str, dataset: str, weights: s
         ("Trained", _trained(o)),
         ("Weights", weights),
         ("Dataset", f"{dataset}, {count:,} samples"),
-        ("Videos", ", ".join(f"{width}x{height}, {frames} frames" for frames, height, width in _sizes(state))),
+        ("Videos", _videos(state)),
         ("Steps", f"{state['step']:,} of {o['steps']:,}, global batch {o['batch.size']}: {seen:,} samples seen"),
         ("Optimiser", _optimiser(o)),
         ("Timesteps", f"`{o['objective.timesteps']}`"),
-        ("Dropped", ", ".join(f"{o[f'objective.{name}']:.0%} {text}" for name, text in _DROPPED.items())),
+        ("Dropped", "{:.0%} text, {:.0%} references, {:.0%} both".format(*map(o.get, _DROPPED))),
         ("Reference alignment", _alignment(o, state["dataset"].get("teacher") or o["data.teacher"])),
         ("Precision", f"{o['model.precision']}; trained weights float32"),
         ("Seed", str(o["seed"])),
@@ -144,7 +144,7 @@ def training_facts(state: Mapping[str, Any], base: str, dataset: str, weights: s
     return [(name, " ".join(value.split()).replace("|", r"\|")) for name, value in rows if value]
 
 
-_DROPPED = {"no_text": "text", "no_references": "references", "neither": "both"}
+_DROPPED = ("objective.no_text", "objective.no_references", "objective.neither")
 
 
 def _trained(o: Mapping[str, Any]) -> str:
@@ -163,20 +163,21 @@ def _optimiser(o: Mapping[str, Any]) -> str:
 
 
 def _alignment(o: Mapping[str, Any], teacher: str | None) -> str:
-    o = {name.removeprefix("alignment."): value for name, value in o.items() if name.startswith("alignment.")}
-    if not o["weight"]:
+    if not o["alignment.weight"]:
         return "none"
     parts = [
-        f"weight {o['weight']:g}",
-        f"blocks {_ranges(o['layers'])}, {o['projector']} projectors",
+        f"weight {o['alignment.weight']:g}",
+        f"blocks {_ranges(o['alignment.layers'])}, {o['alignment.projector']} projectors",
         f"teacher {_linked(teacher)}" if teacher else "",
-        f"margins {o['positive_margin']:g} and {o['negative_margin']:g}",
-        f"negatives weigh {o['negative_weight']:g}",
-        f"times (t / 1000)^{o['gate_power']:g}",
-        "features normalised over the grid" if o["spatial_norm"] else "",
-        f"falls from step {o['decay_start']:,} on for {o['decay_steps']:,}" if o["decay_start"] is not None else "",
-        f"none from step {o['stop_step']:,} on" if o["stop_step"] is not None else "",
+        f"margins {o['alignment.positive_margin']:g} and {o['alignment.negative_margin']:g}",
+        f"negatives weigh {o['alignment.negative_weight']:g}",
+        f"times (t / 1000)^{o['alignment.gate_power']:g}",
+        "features normalised over the grid" if o["alignment.spatial_norm"] else "",
     ]
+    if o["alignment.decay_start"] is not None:
+        parts.append(f"falls from step {o['alignment.decay_start']:,} on for {o['alignment.decay_steps']:,}")
+    if o["alignment.stop_step"] is not None:
+        parts.append(f"none from step {o['alignment.stop_step']:,} on")
     return "; ".join(filter(None, parts))
 
 
@@ -191,6 +192,10 @@ def _ranges(numbers: Iterable[int]) -> str:
     return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
+def _videos(state: Mapping[str, Any]) -> str:
+    return ", ".join(f"{width}x{height}, {frames} frames" for frames, height, width in _sizes(state))
+
+
 def _sizes(state: Mapping[str, Any]) -> list[tuple[int, int, int]]:
     """Frames, height and width of the videos; empty if the checkpoint does not say."""
     if "sizes" in state["dataset"]:
@@ -198,7 +203,7 @@ def _sizes(state: Mapping[str, Any]) -> list[tuple[int, int, int]]:
     o = state["options"]
     if o["data.cache"] is not None:  # made with a recipe of its own
         return []
-    return [tuple(o[f"data.recipe.{name}"] for name in ("num_frames", "height", "width"))]
+    return [(o["data.recipe.num_frames"], o["data.recipe.height"], o["data.recipe.width"])]
 
 
 def _size(recipe: Recipe) -> tuple[int, int, int]:
@@ -217,8 +222,10 @@ def write_curve(metrics: Path, step: int, output: Path) -> Losses:
     for line in lines:
         for name in filter(SHOWN.fullmatch, line):
             last[name] = (name, "not finite" if line[name] is None else f"{line[name]:.4g}", line["step"])
-    drawn = (*TRAINING_LOSSES, *VALIDATION_LOSSES)
-    if any(line.get(name) is not None for line in lines for name in drawn):
+    has_loss = False
+    for name in (*TRAINING_LOSSES, *VALIDATION_LOSSES):
+        has_loss |= any(line.get(name) is not None for line in lines)
+    if has_loss:
         output.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory() as temporary:
             until_then = Path(temporary) / "metrics.jsonl"
@@ -229,8 +236,10 @@ def write_curve(metrics: Path, step: int, output: Path) -> Losses:
 
 def write_sample(samples: Path, step: int, folder: Path) -> str | None:
     """Copies the last video that was made up to a step, with its picture; Markdown that shows it, None if none was."""
-    folders = [path for path in samples.glob("step-[0-9]*") if int(path.name[5:]) <= step]
-    videos = [min(found) for path in sorted(folders) if (found := list(path.rglob("*.mp4")))]
+    videos: list[Path] = []
+    for path in sorted(samples.glob("step-[0-9]*")):
+        if int(path.name[5:]) <= step:
+            videos += sorted(path.rglob("*.mp4"))[:1]
     if not videos:
         return None
     (folder / "assets").mkdir(exist_ok=True)
