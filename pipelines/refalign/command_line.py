@@ -54,7 +54,8 @@ class Program:
         try:
             command, options = self.parse(sys.argv[1:] if words is None else words)
             logging.basicConfig(level=logging.INFO, format="%(message)s")
-            logging.getLogger("httpx").setLevel(logging.WARNING)
+            for client in ("httpx", "httpx2"):  # the Hub's, which log each request
+                logging.getLogger(client).setLevel(logging.WARNING)
             return command.run(options)
         except self.errors as error:
             print(f"{self.name}: {error}", file=sys.stderr)

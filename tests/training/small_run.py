@@ -77,12 +77,17 @@ def run_command(folder: Path, wan_folder: Path, cache: Path, **changes: Any) -> 
 
 def changed(options: Any, **changes: Any) -> Any:
     """The options with others in their place, by dotted names."""
+    values: dict[str, Any] = {}
     for name, value in changes.items():
         section, _, rest = name.partition(".")
-        if rest:
-            value = changed(getattr(options, section), **{rest: value})
-        options = dataclasses.replace(options, **{section: value})
-    return options
+        if rest:  # those of a section at once: some are valid together only
+            values.setdefault(section, {})[rest] = value
+        else:
+            values[section] = value
+    for section, value in values.items():
+        if dataclasses.is_dataclass(getattr(options, section)) and isinstance(value, dict):
+            values[section] = changed(getattr(options, section), **value)
+    return dataclasses.replace(options, **values)
 
 
 # -- Processes that train, and such that are killed. They are forked, so that they start at once ----------------------

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from refalign.pipeline_refalign_wan import normalize_latents
 from refalign_training.cache import run
 from refalign_training.cache.command import FAMILIES, CacheCommand
 from refalign_training.cache.encoders import VaeEncoder, vae_config
-from refalign_training.cache.reader import Cache, digest, item_path, normalize_latents, read_item
+from refalign_training.cache.reader import Cache, digest, item_path, read_item
 from refalign_training.cache.writer import NOT_FINITE, write_index
 from refalign_training.data import decoding
 from refalign_training.data.decoding import Task

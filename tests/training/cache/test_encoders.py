@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from refalign.files import identity
+from refalign.pipeline_refalign_wan import normalize_latents
 from refalign_training.cache.encoders import (
     PARTS,
     TeacherEncoder,
@@ -20,7 +21,6 @@ from refalign_training.cache.encoders import (
     model_identity,
     vae_config,
 )
-from refalign_training.cache.reader import normalize_latents
 from refalign_training.data.decoding import Decoded
 from refalign_training.method.teachers import load_teacher
 from tests.mock_hub import MockHub

@@ -111,7 +111,7 @@ def test_a_folder_of_ones_own(tmp_path, capsys):
         (["--data", "opens2v"], "annotation"),
         (["--data", "folder"], "videos"),
         (["--data", "folder", "--videos", "{}", "--limit", "0"], "--limit is 0"),
-        (["--data", "folder", "--videos", "{}", "--height", "50"], "50x832"),
+        (["--data", "folder", "--videos", "{}", "--height", "50"], "height is 50: it must be a multiple of 16"),
         (["--data", "folder", "--videos", "{}", "--select", "aesthetic"], "'aesthetic' is not like"),
         (["--data", "folder", "--videos", "{}", "--write", "{}/full"], "exists already"),
         (["--data", "folder", "--videos", "{}", "--preview", "{}"], "exists already"),

@@ -2,7 +2,7 @@
 
 An encoder takes a list of [`Decoded`] and gives for each what its item holds: tensors by name, on the CPU, in the
 dtype that is stored. What they compute is what [`RefAlignWanPipeline`] computes for inference; only the latents are
-not normalised yet ([`refalign_training.cache.reader.normalize_latents`]).
+not normalised yet ([`refalign.pipeline_refalign_wan.normalize_latents`]).
 """
 
 import itertools
@@ -18,12 +18,12 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from refalign.files import fetch, identity
+from refalign.pipeline_refalign_wan import TOKEN_PIXELS
 from refalign_training.data.decoding import Decoded
 
 
 MAX_SEQUENCE_LENGTH = 512  # of RefAlignWanPipeline: longer prompts are cut there
 PADDING = 64  # tokens: prompts are padded to multiples of it
-PATCH = 16  # pixels a token spans: the VAE's 8 times the transformer's patch of 2
 PARTS = {"video": ("vae",), "references": ("vae",), "text": ("text_encoder", "tokenizer")}
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
 
@@ -136,7 +136,7 @@ class TeacherEncoder:
 
     @torch.no_grad()
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        grid = (pixels.shape[1] // PATCH, pixels.shape[2] // PATCH)
+        grid = (pixels.shape[1] // TOKEN_PIXELS, pixels.shape[2] // TOKEN_PIXELS)
         images = pixels.to(self.device).permute(0, 3, 1, 2).float() / 255
         return self.teacher(images, grid=grid).to(self.dtype).cpu().contiguous()
 

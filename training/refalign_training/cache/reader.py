@@ -19,7 +19,7 @@ import itertools
 import json
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 
 from refalign.files import read_json
+from refalign.pipeline_refalign_wan import normalize_latents
 from refalign_training.cache.command import FAMILIES
 
 
@@ -44,20 +45,6 @@ BUCKET = ("frames", "height", "width", "num_references")
 
 # (frames, height, width, number of references), in pixels of the video
 Bucket = tuple[int, int, int, int]
-
-
-def normalize_latents(latents: torch.Tensor, vae_config: Mapping[str, Sequence[float]]) -> torch.Tensor:
-    """
-    The VAE's means as the transformer sees them, `(latents - mean) / std` by channel, in float32.
-
-    Args:
-        latents (`torch.Tensor`): `([batch,] channels, frames, height, width)`.
-        vae_config (`Mapping`): with `latents_mean` and `latents_std`, as [`AutoencoderKLWan`]'s config.
-    """
-    latents = latents.float()
-    mean = latents.new_tensor(vae_config["latents_mean"]).view(-1, 1, 1, 1)
-    std = latents.new_tensor(vae_config["latents_std"]).view(-1, 1, 1, 1)
-    return (latents - mean) / std
 
 
 # -- Files ------------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm.auto import tqdm
 
+from refalign.devices import find_device
 from refalign.files import new_file
 from refalign_training.cache import encoders
 from refalign_training.cache.command import CacheCommand
@@ -226,12 +227,10 @@ def encode(
 
 def make_encoder(family: str, command: CacheCommand, models: encoders.Models) -> encoders.Encoder:
     """A family's encoder, on this process's device."""
-    device = command.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    dtype, device = getattr(torch, command.dtype), torch.device(device)
+    device = find_device(command.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    dtype = getattr(torch, command.dtype)
     if family == "teacher":
         return encoders.TeacherEncoder(models.teacher, dtype, device)
     if family == "text":

@@ -17,7 +17,7 @@ def _whole_latents(num_frames: int) -> int:
     return num_frames
 
 
-Side = Annotated[int, Field(ge=16, multiple_of=16)]
+Side = Annotated[int, Field(ge=16, multiple_of=16)]  # the pipeline's TOKEN_PIXELS, without its imports
 
 
 @dataclass(frozen=True)

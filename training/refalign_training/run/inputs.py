@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from refalign.pipeline_refalign_wan import normalize_latents
 from refalign_training.cache.encoders import Models, TeacherEncoder, TextEncoder, VaeEncoder, fetch_models, vae_config
-from refalign_training.cache.reader import Cache, normalize_latents
+from refalign_training.cache.reader import Cache
 from refalign_training.data.decoding import Decoded, decode
 from refalign_training.data.pixels import draw_prompt
 from refalign_training.data.randomness import numpy_generator
