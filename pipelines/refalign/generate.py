@@ -10,7 +10,13 @@ import re
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+
+if TYPE_CHECKING:
+    import torch
+
+    from refalign import RefAlignWanPipeline, RefAlignWanTransformer3DModel
 
 
 @dataclass(frozen=True)
@@ -213,17 +219,7 @@ def _check_job(job: Job) -> None:
     for name in ("prompt", "output"):
         if getattr(command, name) is None:
             raise ValueError(f"{job.name}: the {name} is missing.")
-    if command.output.suffix != ".mp4":
-        raise ValueError(f"{job.name}: the output is {command.output}, but must end in .mp4.")
-    place = next(parent for parent in command.output.absolute().parents if parent.exists())
-    if command.output.is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
-        raise ValueError(f"{job.name}: {command.output} cannot be written. Name another output.")
-    if command.batch is None and not command.overwrite:
-        outputs = [command.output]
-        if command.preview:
-            outputs += [_preview_path(command, number) for number in range(len(command.reference))]
-        if existing := [str(output) for output in outputs if output.exists()]:
-            raise ValueError(f"{', '.join(existing)} exists already. Name another output, or pass --overwrite.")
+    _check_output(job)
     if not all(isinstance(reference, str) for reference in command.reference):
         raise ValueError(f"{job.name}: references are paths or URLs, not {command.reference}.")
     if unknown := set(command.cut_out) - CUT_OUT.keys():
@@ -235,6 +231,21 @@ def _check_job(job: Job) -> None:
         )
     if not -(2**63) <= command.seed < 2**64:
         raise ValueError(f"{job.name}: the seed is {command.seed}, more than 64 bits.")
+
+
+def _check_output(job: Job) -> None:
+    command = job.command
+    if command.output.suffix != ".mp4":
+        raise ValueError(f"{job.name}: the output is {command.output}, but must end in .mp4.")
+    place = next(parent for parent in command.output.absolute().parents if parent.exists())
+    if command.output.is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(f"{job.name}: {command.output} cannot be written. Name another output.")
+    if command.batch is None and not command.overwrite:
+        outputs = [command.output]
+        if command.preview:
+            outputs += [_preview_path(command, number) for number in range(len(command.reference))]
+        if existing := [str(output) for output in outputs if output.exists()]:
+            raise ValueError(f"{', '.join(existing)} exists already. Name another output, or pass --overwrite.")
 
 
 def _prepare_references(command: Generate) -> list:
@@ -250,7 +261,7 @@ def _prepare_references(command: Generate) -> list:
 # -- The pipeline -----------------------------------------------------------------------------------------------------
 
 
-def _load_pipeline(command: Generate):
+def _load_pipeline(command: Generate) -> "RefAlignWanPipeline":
     import torch
 
     from refalign.devices import find_device
@@ -273,7 +284,7 @@ def _load_pipeline(command: Generate):
     return pipeline
 
 
-def _load_parts(command: Generate, dtype):
+def _load_parts(command: Generate, dtype: "torch.dtype") -> "RefAlignWanPipeline":
     """The pipeline, with text encoder and transformer in `dtype`."""
     import torch
 
@@ -304,7 +315,7 @@ def _folder_or_hub_id(name: str) -> str:
     return name
 
 
-def _load_native(command: Generate, dtype):
+def _load_native(command: Generate, dtype: "torch.dtype") -> "RefAlignWanTransformer3DModel":
     from refalign import RefAlignWanTransformer3DModel
     from refalign.convert import check_shapes
     from refalign.files import find_safetensors, read, read_headers
@@ -338,7 +349,7 @@ def _read_lora(lora: str) -> tuple[str, float]:
     return source, scale
 
 
-def _load_loras(pipeline, loras: list[tuple[str, float]]) -> None:
+def _load_loras(pipeline: "RefAlignWanPipeline", loras: list[tuple[str, float]]) -> None:
     scales = {}
     for number, (source, scale) in enumerate(loras):
         name = f"lora_{number}"
@@ -354,7 +365,7 @@ def _load_loras(pipeline, loras: list[tuple[str, float]]) -> None:
 # -- One video --------------------------------------------------------------------------------------------------------
 
 
-def _generate_one(pipeline, command: Generate, references: list) -> None:
+def _generate_one(pipeline: "RefAlignWanPipeline", command: Generate, references: list) -> None:
     import torch
 
     from refalign.video import write_video
@@ -380,7 +391,7 @@ def _generate_one(pipeline, command: Generate, references: list) -> None:
     print(f"Wrote {command.output}", flush=True)
 
 
-def _plan(pipeline, command: Generate, num_references: int) -> str:
+def _plan(pipeline: "RefAlignWanPipeline", command: Generate, num_references: int) -> str:
     from refalign.pipeline_refalign_wan import guidance_passes
 
     _, patch_height, patch_width = pipeline.transformer.config.patch_size

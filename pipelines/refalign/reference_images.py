@@ -18,6 +18,7 @@ import socket
 import urllib.parse
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -360,8 +361,9 @@ def _has_background_model() -> bool:
     homes = (os.getenv("U2NET_HOME"), os.getenv("REMBG_HOME"), f"{data}/rembg", "~/.rembg", f"{data}/.u2net")
     paths = []
     for home in filter(None, homes):
-        paths += [os.path.join(home, file), os.path.join(home, "models", BACKGROUND_MODEL, file)]
-    if not any(os.path.exists(os.path.expanduser(path)) for path in paths):
+        folder = Path(home).expanduser()
+        paths += [folder / file, folder / "models" / BACKGROUND_MODEL / file]
+    if not any(path.exists() for path in paths):
         return False  # without asking rembg, whose first import compiles for half a minute
     try:
         sessions = importlib.import_module("rembg.sessions").sessions

@@ -47,16 +47,16 @@ def write_video(
         raise ValueError(f"Frames are {width}x{height}, but H.264 needs even sides.")
     if different := {frame.shape for frame in frames if frame.shape != (height, width, 3)}:
         raise ValueError(f"All frames must be ({height}, {width}, 3), but there are {sorted(different)}.")
-    with new_file(output, overwrite=overwrite) as file:
-        with av.open(str(file), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-            if settings is not None:
-                container.metadata["comment"] = json.dumps(settings, ensure_ascii=False)
-            # With more threads, equal frames give other files more often
-            stream = container.add_stream("libx264", rate=fps, options={"crf": "17", "threads": "1"})
-            stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-            for frame in frames:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-            container.mux(stream.encode())
+    to_mp4 = {"format": "mp4", "options": {"movflags": "+faststart"}}
+    with new_file(output, overwrite=overwrite) as file, av.open(str(file), "w", **to_mp4) as container:
+        if settings is not None:
+            container.metadata["comment"] = json.dumps(settings, ensure_ascii=False)
+        # With more threads, equal frames give other files more often
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "17", "threads": "1"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
     return Path(output)
 
 

@@ -102,7 +102,7 @@ def command_line(module: str, *words: object) -> list[str]:
 def kill_after_a_checkpoint(*words: object) -> None:
     """Ends a run by SIGKILL once it has taken a step more than it has saved."""
     output = Path(words[words.index("--output") + 1])
-    with open("killed.log", "w") as log:
+    with Path("killed.log").open("w") as log:
         process = subprocess.Popen(command_line("refalign_training.cli", *words), stdout=log, stderr=log)
     while process.poll() is None and not is_ahead_of_its_checkpoint(output):
         time.sleep(0.001)

@@ -519,9 +519,9 @@ def test_a_dead_decoder_is_told_with_its_samples(made, monkeypatch):
 
     monkeypatch.setattr(decoding._Tasks, "__getitem__", die)
     sample = next(iter(read_source(made.source)))
-    with pytest.raises(ValueError, match=r"has died .*these samples: clip00\. Run the command again.*--workers 0"):
-        with decoding.decoding("video", RECIPE, [Task("key", 0, sample)], workers=0) as results:
-            list(results)
+    died = pytest.raises(ValueError, match=r"has died .*these samples: clip00\. Run the command again.*--workers 0")
+    with died, decoding.decoding("video", RECIPE, [Task("key", 0, sample)], workers=0) as results:
+        list(results)
 
 
 def test_an_index_that_is_damaged_is_named(command):

@@ -72,6 +72,10 @@ def _identity(path: Path) -> list[Any]:
 
 
 def _with_absolute_paths(source: Source) -> Source:
-    annotations = tuple(Path(os.path.abspath(path)) for path in source.annotations)
-    videos = source.videos and Path(os.path.abspath(source.videos))
+    annotations = tuple(map(_absolute, source.annotations))
+    videos = source.videos and _absolute(source.videos)
     return dataclasses.replace(source, annotations=annotations, videos=videos)
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))  # noqa: PTH100  (it removes "..", and keeps links)

@@ -50,7 +50,7 @@ class Unusable(ValueError):
         super().__init__(f"{kind}: {detail}")
         self.kind, self.detail = kind, detail
 
-    def __reduce__(self):  # else it would not come back whole from a worker process
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:  # else it would not come back whole from a worker process
         return type(self), (self.kind, self.detail)
 
 

@@ -126,7 +126,7 @@ def open_video(path: Path) -> Iterator[VideoFrames]:
 
 def check_file(path: Path) -> None:
     """Raises [`Unusable`] unless it is a file."""
-    if not os.path.isfile(path):  # unlike Path's, false for a name that is too long too
+    if not os.path.isfile(path):  # unlike Path's, false for a name that is too long too  # noqa: PTH113
         raise Unusable("missing file", f"{path} is not a file")
 
 

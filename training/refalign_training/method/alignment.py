@@ -143,7 +143,14 @@ class ReferenceAlignment(nn.Module):
         total, positive, negative, cosine, active = (torch.stack(values, 1) for values in zip(*losses, strict=True))
         return AlignmentOutput(total.mean(1), positive.mean(1), negative.mean(1), cosine, active)
 
-    def _layer_loss(self, projector, hidden_states, teacher_features, subject_ids, keep) -> AlignmentLoss:
+    def _layer_loss(
+        self,
+        projector: nn.Module,
+        hidden_states: torch.Tensor,
+        teacher_features: torch.Tensor,
+        subject_ids: torch.Tensor | Sequence | None,
+        keep: torch.Tensor | Sequence[bool] | None,
+    ) -> AlignmentLoss:
         height, width = teacher_features.shape[2:4]
         # The transformer may be in bfloat16 and the projectors in float32; under autocast, that decides
         hidden_states = hidden_states.to(next(projector.parameters()).dtype)
@@ -159,7 +166,7 @@ class ReferenceAlignment(nn.Module):
             **self.loss_options,
         )
 
-    def _check_inputs(self, reference_hidden_states, teacher_features) -> None:
+    def _check_inputs(self, reference_hidden_states: Sequence[torch.Tensor], teacher_features: torch.Tensor) -> None:
         if len(reference_hidden_states) != len(self.layers):
             raise ValueError(
                 f"There are hidden states of {len(reference_hidden_states)} layers, but {len(self.layers)} are "

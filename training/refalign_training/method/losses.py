@@ -257,7 +257,12 @@ def reference_alignment_loss(
     return AlignmentLoss(positive + negative_weight * negative, positive, negative, cosine, active_negatives)
 
 
-def _subjects(subject_ids, keep, batch: int, references: int) -> list[list[int] | None]:
+def _subjects(
+    subject_ids: torch.Tensor | Sequence | None,
+    keep: torch.Tensor | Sequence[bool] | None,
+    batch: int,
+    references: int,
+) -> list[list[int] | None]:
     """The subject of each reference of each sample; None for a sample that is not kept."""
     ids = torch.arange(references) if subject_ids is None else torch.as_tensor(subject_ids)
     if tuple(ids.shape) not in ((references,), (batch, references)):

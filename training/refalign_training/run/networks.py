@@ -1,6 +1,6 @@
 """The networks of a run: the transformer with what of it is trained, and the alignment's projectors."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -106,7 +106,10 @@ def take_plain_attention(transformer: RefAlignWanTransformer3DModel) -> None:
 def _keep_time_embedding_in_float32(transformer: RefAlignWanTransformer3DModel) -> None:
     """Under autocast too: that is what inference does, and neighbouring timesteps are one in bfloat16."""
 
-    def forward(hidden_states: torch.Tensor, compute=transformer.condition_embedder.time_embedder.forward):
+    def forward(
+        hidden_states: torch.Tensor,
+        compute: Callable[[torch.Tensor], torch.Tensor] = transformer.condition_embedder.time_embedder.forward,
+    ) -> torch.Tensor:
         with torch.autocast(hidden_states.device.type, enabled=False):
             return compute(hidden_states)
 

@@ -7,6 +7,7 @@ import itertools
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 from PIL import Image, ImageChops, ImageDraw, ImageEnhance, ImageFilter
 from PIL.Image import Resampling, Transform
@@ -133,7 +134,7 @@ def _points(*places: Point, scale: float = 1.0) -> list[Point]:
     return [(_CENTRE + scale * _UNIT * x, _CENTRE + scale * _UNIT * y) for x, y in places]
 
 
-def _disc(draw: ImageDraw.ImageDraw, x: float, y: float, radius: float, fill, outline=None) -> None:
+def _disc(draw: ImageDraw.ImageDraw, x: float, y: float, radius: float, fill: Any, outline: Any = None) -> None:
     box = _points((x - radius, y - radius), (x + radius, y + radius))
     draw.ellipse(box, fill=fill, outline=outline, width=3)
 

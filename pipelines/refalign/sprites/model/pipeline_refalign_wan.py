@@ -7,6 +7,7 @@ import inspect
 import logging
 import math
 import numbers
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -140,7 +141,7 @@ class RefAlignWanPipeline(WanPipeline):
         scheduler: FlowMatchEulerDiscreteScheduler,
         transformer: WanTransformer3DModel,
         call_defaults: dict[str, Any] | None = None,
-    ):
+    ) -> None:
         if unknown := sorted((call_defaults or {}).keys() - CALL_DEFAULTS.keys()):
             raise ValueError(f"`call_defaults` names {unknown}; it can name {sorted(CALL_DEFAULTS)}.")
         DiffusionPipeline.__init__(self)  # not WanPipeline's: it registers Wan 2.2's second transformer
@@ -169,26 +170,26 @@ class RefAlignWanPipeline(WanPipeline):
 
     def check_inputs(
         self,
-        prompt,
-        negative_prompt,
-        height,
-        width,
-        num_frames,
-        num_inference_steps,
-        guidance_scale,
-        image_guidance_scale,
-        num_videos_per_prompt=1,
-        generator=None,
-        latents=None,
-        prompt_embeds=None,
-        negative_prompt_embeds=None,
-        reference_images=None,
-        reference_latents=None,
-        output_type="np",
-        attention_kwargs=None,
-        callback_on_step_end=None,
-        callback_on_step_end_tensor_inputs=(),
-        max_sequence_length=512,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        height: int | None,
+        width: int | None,
+        num_frames: int | None,
+        num_inference_steps: int | None,
+        guidance_scale: float | None,
+        image_guidance_scale: float | None,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        prompt_embeds: torch.Tensor | None = None,
+        negative_prompt_embeds: torch.Tensor | None = None,
+        reference_images: Any = None,
+        reference_latents: torch.Tensor | None = None,
+        output_type: str = "np",
+        attention_kwargs: dict[str, Any] | None = None,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = (),
+        max_sequence_length: int = 512,
     ) -> None:
         """Raises ValueError for the first argument that is wrong, with its value and what would be right."""
         _, patch_height, patch_width = self.transformer.config.patch_size
@@ -220,7 +221,13 @@ class RefAlignWanPipeline(WanPipeline):
         if getattr(self, name) is None:
             raise ValueError(f"This call needs the pipeline's `{name}`, but it was loaded without one.")
 
-    def _check_prompts(self, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds) -> None:
+    def _check_prompts(
+        self,
+        prompt: str | list[str] | None,
+        negative_prompt: str | list[str] | None,
+        prompt_embeds: torch.Tensor | None,
+        negative_prompt_embeds: torch.Tensor | None,
+    ) -> None:
         if (prompt is None) == (prompt_embeds is None):
             raise ValueError("Pass exactly one of `prompt` and `prompt_embeds`.")
         _check_text("prompt", prompt)
@@ -239,7 +246,9 @@ class RefAlignWanPipeline(WanPipeline):
                 "all prompts, or one per prompt."
             )
 
-    def _check_references(self, reference_images, reference_latents, batch_size: int, height: int, width: int) -> None:
+    def _check_references(
+        self, reference_images: Any, reference_latents: torch.Tensor | None, batch_size: int, height: int, width: int
+    ) -> None:
         if reference_images is not None and reference_latents is not None:
             raise ValueError("Pass either `reference_images` or `reference_latents`, not both.")
         split_reference_images(reference_images, batch_size)
@@ -247,7 +256,9 @@ class RefAlignWanPipeline(WanPipeline):
             _, channels, _, height, width = self._latents_shape(batch_size, 1, height, width)
             _check_tensor("reference_latents", reference_latents, (batch_size, channels, None, height, width))
 
-    def _check_callback(self, callback_on_step_end, callback_on_step_end_tensor_inputs) -> None:
+    def _check_callback(
+        self, callback_on_step_end: Callable | None, callback_on_step_end_tensor_inputs: Sequence[str] | None
+    ) -> None:
         if callback_on_step_end is not None and not callable(callback_on_step_end):
             raise ValueError(f"`callback_on_step_end` must be callable, but is {callback_on_step_end!r}.")
         unknown = [k for k in callback_on_step_end_tensor_inputs or () if k not in self._callback_tensor_inputs]
@@ -256,7 +267,9 @@ class RefAlignWanPipeline(WanPipeline):
                 f"`callback_on_step_end_tensor_inputs` has {unknown}; it can have {self._callback_tensor_inputs}."
             )
 
-    def _default_size(self, latents, reference_latents) -> tuple[int, int, int]:
+    def _default_size(
+        self, latents: torch.Tensor | None, reference_latents: torch.Tensor | None
+    ) -> tuple[int, int, int]:
         """(height, width, frames) of given latents, else those that the model was trained at"""
         defaults = self.call_defaults
         height, width, num_frames = defaults["height"], defaults["width"], defaults["num_frames"]
@@ -278,7 +291,13 @@ class RefAlignWanPipeline(WanPipeline):
             width // self.vae_scale_factor_spatial,
         )
 
-    def prepare_latents(self, shape, generator, latents, device) -> torch.Tensor:
+    def prepare_latents(
+        self,
+        shape: tuple[int, ...],
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: torch.Tensor | None,
+        device: torch.device,
+    ) -> torch.Tensor:
         """Noise in float32, drawn on the CPU (so that a seed gives the same video on every device) unless the
         generator is on another device; or the given `latents`."""
         if latents is not None:
@@ -288,7 +307,7 @@ class RefAlignWanPipeline(WanPipeline):
         return randn_tensor(shape, generator=generator, device=noise_device, dtype=torch.float32).to(device)
 
     @torch.no_grad()
-    def encode_reference(self, image, height: int, width: int) -> torch.Tensor:
+    def encode_reference(self, image: Any, height: int, width: int) -> torch.Tensor:
         """
         A reference image as latents of shape `(1, channels, 1, height / 8, width / 8)`, float32, normalised as the
         video's are: letterboxed on white, encoded as a one-frame video (RefAlign, section 3).
@@ -299,7 +318,7 @@ class RefAlignWanPipeline(WanPipeline):
         return normalize_latents(self.vae.encode(pixels).latent_dist.mode(), self.vae.config)
 
     def prepare_references(
-        self, reference_images, reference_latents, batch_size: int, height: int, width: int
+        self, reference_images: Any, reference_latents: torch.Tensor | None, batch_size: int, height: int, width: int
     ) -> list[torch.Tensor | None]:
         """One entry per prompt: its references' latents, `(1, channels, references, h, w)` in float32, or `None`."""
         if reference_latents is not None:
@@ -316,7 +335,14 @@ class RefAlignWanPipeline(WanPipeline):
         return references
 
     def _predict_velocity(
-        self, latents, timestep, prompt_embeds, negative_prompt_embeds, references, context_suffix, context
+        self,
+        latents: torch.Tensor | None,
+        timestep: torch.Tensor,
+        prompt_embeds: torch.Tensor | None,
+        negative_prompt_embeds: torch.Tensor | None,
+        references: torch.Tensor | None,
+        context_suffix: str,
+        context: dict[str, Any],
     ) -> torch.Tensor:
         """The guided velocity, float32, for samples with the same number of references."""
         dtype = self.transformer.dtype
@@ -528,7 +554,14 @@ class RefAlignWanPipeline(WanPipeline):
         return WanPipelineOutput(frames=video)
 
     def _denoise(
-        self, latents, prompt_embeds, negative_prompt_embeds, groups, generator, callback, callback_tensors
+        self,
+        latents: torch.Tensor | None,
+        prompt_embeds: torch.Tensor | None,
+        negative_prompt_embeds: torch.Tensor | None,
+        groups: list[tuple[list[int], torch.Tensor | None]],
+        generator: torch.Generator | list[torch.Generator] | None,
+        callback: Callable | None,
+        callback_tensors: Sequence[str],
     ) -> torch.Tensor:
         """Makes latents of noise; `groups` come from [`group_by_references`]."""
         timesteps = self.scheduler.timesteps
@@ -583,7 +616,7 @@ class RefAlignWanPipeline(WanPipeline):
             self.scheduler.set_timesteps(num_inference_steps, device=device)
         self.scheduler.set_begin_index(0)  # spares a copy from the device at each step
 
-    def _decode(self, latents: torch.Tensor, output_type: str):
+    def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
         latents = latents.to(get_module_execution_device(self.vae))
         latents = denormalize_latents(latents, self.vae.config).to(self.vae.dtype)
         video = self.vae.decode(latents, return_dict=False)[0]
@@ -592,7 +625,7 @@ class RefAlignWanPipeline(WanPipeline):
     # -- What diffusers 0.42 does not offer; tests/pipelines/test_diffusers.py tells which of it can go ---------------
 
     @classmethod
-    def _dict_from_json_file(cls, json_file):
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
         """Reads `model_index.json`. A Hub repo names classes of the code it carries; the installed package takes its
         own classes for them, so that it needs no `trust_remote_code`."""
         # diffusers/configuration_utils.py: `load_config` has no other place where classes can be named anew
@@ -608,14 +641,16 @@ class RefAlignWanPipeline(WanPipeline):
         return config
 
     @classmethod
-    def extract_init_dict(cls, config_dict, **kwargs):
+    def extract_init_dict(
+        cls, config_dict: dict[str, Any], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         # diffusers/configuration_utils.py: warns at every load of `auto_map`, which its own AutoModel reads
         config_dict = dict(config_dict)
         config_dict.pop("auto_map", None)
         return super().extract_init_dict(config_dict, **kwargs)
 
     @classmethod
-    def from_pipe(cls, pipeline, **kwargs):
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "RefAlignWanPipeline":
         """Makes the pipeline from another one's parts, as diffusers' own does. A [`WanPipeline`]'s transformer is
         given the reference branch, sharing its weights."""
         # diffusers/pipelines/pipeline_utils.py: hands on only parts of the very class of the annotation
@@ -755,7 +790,7 @@ def _given_or(default: Any, given: Any) -> Any:
     return default if given is None else given
 
 
-def _batch_size(prompt, prompt_embeds) -> int:
+def _batch_size(prompt: str | list[str] | None, prompt_embeds: torch.Tensor | None) -> int:
     if prompt is None:
         return prompt_embeds.shape[0]
     return 1 if isinstance(prompt, str) else len(prompt)

@@ -125,7 +125,7 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
 
     # `wraps` keeps the signature, from which diffusers reads the names of the configuration
     @functools.wraps(WanTransformer3DModel.__init__)
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._take_reference_blocks()
         # Both without parameters: places where context parallelism splits the mask and gathers the tokens
@@ -287,7 +287,13 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
             return (sample,) if references is None else (sample, references)
         return RefAlignWanTransformerOutput(sample=sample, reference_hidden_states=references)
 
-    def _check_references(self, hidden_states, timestep, reference_hidden_states, layers) -> None:
+    def _check_references(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        reference_hidden_states: torch.Tensor,
+        layers: Sequence[int] | None,
+    ) -> None:
         video, references = tuple(hidden_states.shape), tuple(reference_hidden_states.shape)
         if len(references) != 5 or references[:2] != video[:2] or references[3:] != video[3:] or references[2] == 0:
             raise ValueError(
@@ -319,14 +325,23 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
             block.__class__ = RefAlignWanTransformerBlock  # same parameters, another forward
 
     @classmethod
-    def extract_init_dict(cls, config_dict, **kwargs):
+    def extract_init_dict(
+        cls, config_dict: dict[str, Any], **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         # diffusers/configuration_utils.py: warns at every load of `auto_map`, which its own AutoModel reads
         config_dict = dict(config_dict)
         config_dict.pop("auto_map", None)
         return super().extract_init_dict(config_dict, **kwargs)
 
     @classmethod
-    def from_single_file(cls, pretrained_model_link_or_path_or_dict=None, *, dtype=None, torch_dtype=None, **kwargs):
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path_or_dict: str | dict | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ) -> "RefAlignWanTransformer3DModel":
         """
         Loads a native or diffusers checkpoint, as diffusers' own does. With `dtype` it keeps in float32 what
         [`~RefAlignWanTransformer3DModel.from_pretrained`] keeps: norms, modulation, timestep embedding.
