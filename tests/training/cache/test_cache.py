@@ -304,6 +304,19 @@ def test_what_failed_waits_for_a_change_or_to_be_asked(tmp_path, wan_folder, mon
     assert len(Cache(tmp_path / "cache").samples) == 3
 
 
+def test_a_failure_that_a_kill_has_cut_off_is_found_again(tmp_path, wan_folder):
+    clips = write_clips(tmp_path / "clips", 3)
+    for name in ("clip00", "clip01"):
+        corrupt(clips / f"{name}.mp4")
+    command = cache_command(clips, tmp_path / "cache", wan_folder, families=("video",))
+    assert run(command) == 0
+    listed = failures(command.output)
+    file = command.output / "failed.jsonl"
+    file.write_bytes(file.read_bytes()[:-30])
+    assert run(command) == 0
+    assert failures(command.output) == listed and len(listed) == 2
+
+
 def test_what_failed_with_another_recipe_stays_listed_until_it_goes(tmp_path, wan_folder):
     clips = write_clips(tmp_path / "clips", 2)
     corrupt(clips / "clip01.mp4")

@@ -174,7 +174,7 @@ class Store:
     def write_failure(self, task: Task, fault: Unusable) -> None:
         line = self.failure(task.key, task.sample.id, "sample", fault.kind, fault.detail)
         with FileLock(self.folder.parent / ".lock"), (self.folder.parent / FAILED).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(f"\n{json.dumps(line)}\n")  # on a line of its own, also after one that a kill has cut off
 
     def failure(self, key: str, sample_id: str, lost: str, kind: str, detail: str) -> dict[str, Any]:
         """A line of failed.jsonl."""
@@ -183,11 +183,14 @@ class Store:
 
 
 def read_failures(root: Path) -> Failures:
-    """The lines of failed.jsonl, without faults of the dataset."""
+    """The lines of failed.jsonl, without faults of the dataset. What a kill has cut off is tried again."""
     failures = {}
     if (root / FAILED).exists():
-        for text in (root / FAILED).read_text("utf-8").splitlines():
-            line = json.loads(text)
+        for text in (root / FAILED).read_text("utf-8", errors="replace").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue
             if "key" in line:
                 failures[line["folder"], line["key"]] = line
     return failures
