@@ -36,13 +36,13 @@ class Options:
     samples: int = 64
     """Clips of the dataset, each with a caption and a reference."""
     height: int = 96
-    """Of the clips, in pixels, a multiple of 16."""
+    """The height of the clips in pixels, a multiple of 16."""
     width: int = 160
-    """Of the clips, in pixels, a multiple of 16."""
+    """The width of the clips in pixels, a multiple of 16."""
     num_frames: int = 17
-    """Of the clips."""
+    """The number of frames of the clips."""
     repeats: int = 3
-    """Caches a setting."""
+    """How many caches are made per setting."""
 
 
 def write_dataset(folder: Path, options: Options) -> None:

@@ -76,7 +76,7 @@ class Options:
     device: str = "cpu"
     """cpu or cuda."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights, but those that diffusers keeps in float32."""
+    """The dtype of the weights, but for those that diffusers keeps in float32."""
     references: tuple[int, ...] = (0, 1, 2, 3)
     """Numbers of references."""
     passes: tuple[int, ...] = (1, 2, 3)

@@ -31,7 +31,7 @@ class Options:
     folder: Path
     """Where the files are written meanwhile."""
     size: float = 1.0
-    """Of the larger file, in GB."""
+    """The size of the larger file in GB."""
 
 
 def draw_mask(seed: int) -> np.ndarray:

@@ -25,7 +25,7 @@ REFERENCES = 2
 
 @dataclass(frozen=True)
 class Size:
-    """Of the models, as arguments of their configurations, and of the clips: (frames, height, width)."""
+    """The sizes of the models, as arguments of their configurations, and of the clips: (frames, height, width)."""
 
     transformer: dict[str, int]
     aligned_blocks: int

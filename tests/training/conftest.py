@@ -19,7 +19,7 @@ def training_world(tmp_path_factory, wan_folder) -> World:
 
 @pytest.fixture(scope="session")
 def larger_cache(tmp_path_factory, training_world) -> Path:
-    """Of 12 samples: enough to hold one out."""
+    """12 samples: enough to hold one out."""
     folder = tmp_path_factory.mktemp("larger")
     clips, cache = write_clips(folder / "clips", 12), folder / "cache"
     assert run(cache_command(clips, cache, training_world.wan, training_world.teacher)) == 0

@@ -47,7 +47,7 @@ class World:
     teacher: Path
     clips: Path
     cache: Path
-    """Of 8 samples, each second one with two references, in float32."""
+    """8 samples, each second one with two references, in float32."""
 
 
 def run_command(folder: Path, wan_folder: Path, cache: Path, **changes: Any) -> RunCommand:

@@ -54,7 +54,7 @@ def change(sample, **changes):
 
 
 def mean_colour(image):
-    """Of what is not white."""
+    """The mean colour of what is not white."""
     pixels = np.asarray(image).reshape(-1, 3)
     return pixels[(pixels < 240).any(axis=1)].mean(axis=0)
 

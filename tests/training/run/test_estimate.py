@@ -124,7 +124,7 @@ def counted_flop(transformer: nn.Module, backward: bool = False) -> int:
 
 @pytest.mark.parametrize("num_layers", [1, 2, 5])
 def test_a_forward_pass_is_what_torch_counts(num_layers):
-    """Of as many blocks as there are, though one and two are counted."""
+    """The FLOPs hold for all blocks, though one and two are counted."""
     config = {**TRANSFORMER, "num_layers": num_layers}
     asked, shape = command(objective__max_sequence_length=7), estimates._Shape(config, TINY_BUCKET)
     whole, _ = estimates._count_weights_and_flop(asked, config, shape)

@@ -277,7 +277,7 @@ def test_two_stopped_processes_come_to_the_same_tensors(stopped, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2"])
 def test_three_killed_processes_come_to_the_same_tensors(training_world, tmp_path, mode):
-    """Of three summands the order counts, unlike of two."""
+    """With three summands the order counts, unlike with two."""
     options = {"training": "full", "batch.size": 6, "batch.micro": 1, "parallel": mode}
     command = run_command(tmp_path / "run", training_world.wan, training_world.cache, **options)
     undisturbed = train(changed(command, output=tmp_path / "undisturbed"), processes=3)

@@ -22,7 +22,7 @@ from tests.training.small_run import changed, run_command
 
 @pytest.fixture(scope="module")
 def trainer(tmp_path_factory, training_world) -> Trainer:
-    """Of a LoRA with dropout, validated on a cache of its own."""
+    """A trainer of a LoRA with dropout, validated on a cache of its own."""
     folder = tmp_path_factory.mktemp("validated")
     changes = {"validation.every": 1, "validation.cache": training_world.cache, "lora.dropout": 0.3}
     trainer = Trainer(run_command(folder, training_world.wan, training_world.cache, **changes))
@@ -153,7 +153,7 @@ def test_without_a_readable_sample_the_run_goes_without_validation(trainer, brok
 
 @pytest.fixture(scope="module")
 def videos(trainer, tmp_path_factory):
-    """Of a sample with one reference and one with two."""
+    """Pictures of the videos of a sample with one reference and of one with two."""
     folder = tmp_path_factory.mktemp("videos")
     validation = validation_of(trainer, range(3), **{"validation.videos": 2})
     torch.manual_seed(0)
