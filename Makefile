@@ -14,7 +14,7 @@ test: $(VENV)/installed
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,background]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,background,ray]"
 	$(BIN)/python -m pytest -q -m slow
 
 lint: $(VENV)/installed

@@ -87,7 +87,7 @@ def item_file(cache: Path, sample_id: str, family: str, variant: int = 0) -> Pat
     """The file of a sample's item."""
     opened = Cache(cache)
     entry = next(entry for entry in opened.samples if entry.sample_id == sample_id)
-    return opened.item(entry, family, variant)
+    return opened.items[family].path(opened.place(entry, family, variant))
 
 
 def failures(cache: Path) -> list[dict[str, Any]]:

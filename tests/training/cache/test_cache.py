@@ -14,9 +14,10 @@ import torch
 from refalign.pipeline_refalign_wan import normalize_latents
 from refalign_training.cache import run
 from refalign_training.cache.command import FAMILIES, CacheCommand
-from refalign_training.cache.encoders import VaeEncoder, vae_config
-from refalign_training.cache.reader import Cache, digest, item_path, read_item
-from refalign_training.cache.writer import NOT_FINITE, write_index
+from refalign_training.cache.encoders import NOT_FINITE, VaeEncoder, vae_config
+from refalign_training.cache.items import digest, text_key
+from refalign_training.cache.reader import Cache
+from refalign_training.cache.writer import write_index
 from refalign_training.data import decoding
 from refalign_training.data.decoding import Task
 from refalign_training.data.pixels import load_references, load_video
@@ -79,6 +80,10 @@ def computed(command):
         return {family: families.count(family) for family in sorted(set(families))}
 
     return run_again
+
+
+def folder_of(cache: Cache, family: str) -> Path:
+    return cache.items[family].folder
 
 
 def corrupt(path: Path) -> None:
@@ -176,7 +181,7 @@ def test_a_second_run_computes_nothing(computed, command):
 
 @pytest.mark.parametrize("family", ["video", "references", "text", "teacher"])
 def test_a_family_is_rebuilt_alone(computed, command, family):
-    shutil.rmtree(Cache(command.output).folders[family])
+    shutil.rmtree(Cache(command.output).items[family].folder)
     assert computed(families=(family,)) == {family: {"references": 6, "teacher": 6, "text": 4}.get(family, 3)}
     assert len(Cache(command.output).samples) == 3
 
@@ -186,14 +191,16 @@ def test_another_size_makes_all_but_text_anew_beside_the_first(computed, command
     assert computed(height=48) == {"references": 6, "teacher": 6, "video": 3}
     second = Cache(command.output)
     assert second.samples[0].bucket == (5, 48, 48, 1)
-    assert second.folders["video"] != first.folders["video"] and second.folders["text"] == first.folders["text"]
+    assert folder_of(second, "video") != folder_of(first, "video") and folder_of(second, "text") == folder_of(
+        first, "text"
+    )
     assert first.read(first.samples[0])["latents"].shape == (16, 2, 4, 6)
     assert computed(height=32) == {}  # what was made before is found again
     assert Cache(command.output).fingerprint == first.fingerprint
 
 
 def test_a_recipe_says_what_its_folder_was_made_with(made):
-    recipe = json.loads((Cache(made.output).folders["video"] / "recipe.json").read_text("utf-8"))
+    recipe = json.loads((folder_of(Cache(made.output), "video") / "recipe.json").read_text("utf-8"))
     assert recipe["model"].startswith("sha256:")
     assert (recipe["family"], recipe["height"], recipe["num_frames"], recipe["dtype"]) == ("video", 32, 5, "float32")
 
@@ -317,16 +324,16 @@ def test_a_failure_that_a_kill_has_cut_off_is_found_again(tmp_path, wan_folder):
     assert failures(command.output) == listed and len(listed) == 2
 
 
-def test_what_failed_with_another_recipe_stays_listed_until_it_goes(tmp_path, wan_folder):
+def test_what_is_listed_has_failed_with_this_recipe_and_this_dataset(tmp_path, wan_folder):
     clips = write_clips(tmp_path / "clips", 2)
     corrupt(clips / "clip01.mp4")
     command = cache_command(clips, tmp_path / "cache", wan_folder, families=("video",))
     for frames in (5, 1):
         assert run(change(command, num_frames=frames)) == 0
-    assert len(failures(command.output)) == 2
-    assert run(change(command, prune=True)) == 0
+        (line,) = failures(command.output)
+        assert line["folder"] == folder_of(Cache(command.output), "video").name
     for path in clips.glob("clip01*"):
-        path.unlink()  # and what failed with this one goes with its sample
+        path.unlink()
     assert run(change(command, num_frames=1)) == 0
     assert failures(command.output) == []
 
@@ -342,7 +349,7 @@ def test_latents_that_are_not_finite_are_listed_and_another_dtype_tries_again(tm
     assert run(change(command, dtype="float16")) == 1
     assert [line["kind"] for line in failures(command.output)] == ["video", "video"]
     assert set(NOT_FINITE.values()) <= set(FAULTS)
-    with pytest.raises(ValueError, match=r"has no sample .*: 2 failed in `video`. .*--retry-failed"):
+    with pytest.raises(ValueError, match=r"has no sample .*: 2 without `video`. .*--retry-failed"):
         Cache(command.output)
     assert run(command) == 0
     assert len(Cache(command.output).samples) == 2
@@ -499,7 +506,7 @@ def test_video_and_references_of_different_vaes_are_refused(command, tmp_path):
     cache = Cache(command.output, ("references",))
     vae = cache.recipes["references"]["vae"]
     assert vae["latents_std"] == [2.0] * 16
-    stored = read_item(cache.item(cache.samples[0], "references"))["latents"]
+    stored = cache.items["references"].read(cache.place(cache.samples[0], "references"))["latents"]
     assert torch.equal(cache.read(cache.samples[0])["reference_latents"], normalize_latents(stored, vae))
     assert Cache(command.output, ("video",)).recipes["video"]["vae"] != vae
 
@@ -548,7 +555,7 @@ def test_the_empty_prompt_without_text(made, tmp_path, command):
     assert run(change(made, output=tmp_path / "video", families=("video",))) == 0
     with pytest.raises(ValueError, match=r"no embeddings of the empty prompt. .*--families text"):
         _ = Cache(tmp_path / "video").empty_prompt_embeds
-    flip(item_path(Cache(command.output).folders["text"], digest([[""], 0])))
+    flip(Cache(command.output).items["text"].path(bytes.fromhex(text_key([""]))))
     assert run(change(command, verify=True)) == 1
     assert run(command) == 0
     assert torch.equal(Cache(command.output).empty_prompt_embeds, Cache(made.output).empty_prompt_embeds)
@@ -556,7 +563,7 @@ def test_the_empty_prompt_without_text(made, tmp_path, command):
 
 def test_a_cache_of_many_samples_is_small_in_memory(made, tmp_path):
     count = 20_000
-    families = {name: {"folder": path.name, "variants": 1} for name, path in Cache(made.output).folders.items()}
+    families = {name: {"folder": i.folder.name, "variants": 1} for name, i in Cache(made.output).items.items()}
     shutil.copytree(made.output, tmp_path / "cache", ignore=shutil.ignore_patterns("*.safetensors"))
     bucket = {"frames": 81, "height": 480, "width": 832, "num_references": 3, "subjects": [[0, 1, 2]]}
     rows = []
@@ -567,7 +574,7 @@ def test_a_cache_of_many_samples_is_small_in_memory(made, tmp_path):
     cache = Cache(tmp_path / "cache")
     assert len(cache.samples) == count
     assert cache.samples[-1].bucket == (81, 480, 832, 3)
-    assert cache.item(cache.samples[300], "text") == item_path(cache.folders["text"], f"{300:032x}")
+    assert cache.place(cache.samples[300], "text") == (300).to_bytes(16)
     assert len(pickle.dumps(cache)) < 300 * count
 
 
@@ -585,7 +592,7 @@ def test_prune_removes_what_nothing_needs(command, capsys):
         path.unlink()
     assert run(change(command, height=48, families=("video",))) == 0
     assert run(command) == 0
-    half = Cache(command.output).folders["video"] / "ab/.abc.safetensors.17"
+    half = folder_of(Cache(command.output), "video") / "ab/.abc.safetensors.17"
     half.mkdir(parents=True)
     (half / "abc.safetensors").write_bytes(b"half")
     (command.output / ".plan.json.17").mkdir()

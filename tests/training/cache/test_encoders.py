@@ -13,6 +13,7 @@ from PIL import Image
 from refalign.files import identity
 from refalign.pipeline_refalign_wan import normalize_latents
 from refalign_training.cache.encoders import (
+    BATCH_SIZES,
     PARTS,
     TeacherEncoder,
     TextEncoder,
@@ -99,7 +100,7 @@ def replace(pipeline, name, component):
 
 
 def test_more_prompts_than_a_batch(text_encoder):
-    prompts = tuple(f"prompt {number}" for number in range(text_encoder.batch_size + 3))
+    prompts = tuple(f"prompt {number}" for number in range(BATCH_SIZES["text"] + 3))
     (item,) = text_encoder([Decoded(prompts=prompts)])
     last = text_encoder([Decoded(prompts=prompts[-1:])])[0]["prompt_embeds_0"]
     torch.testing.assert_close(item[f"prompt_embeds_{len(prompts) - 1}"], last, atol=1e-4, rtol=1e-4)
@@ -162,7 +163,7 @@ def test_a_hub_id_is_resolved_once_and_identified_by_its_content(wan_folder, tmp
     shutil.copytree(wan_folder, tmp_path / "repos/org/wan")
     code = (
         "from refalign_training.cache.encoders import *; m = fetch_models(('video', 'text'), 'org/wan', None);"
-        "print(m.pipeline.name, m.identities['video'], m.identities['text'])"
+        "print(m['video'].folder.name, m['video'].identity, m['text'].identity)"
     )
 
     def resolve() -> list[str]:

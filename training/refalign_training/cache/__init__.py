@@ -16,8 +16,7 @@ def run(command: CacheCommand) -> int:
     """Does what the command says and returns the exit code. Raises ValueError if the command does not fit together."""
     asked = [name for name in ("status", "verify", "prune") if getattr(command, name)]
     if len(asked) > 1:
-        options = ", ".join(f"--{name}" for name in asked)
-        raise ValueError(f"{options} do not go together. Pass one of them.")
+        raise ValueError(f"--{', --'.join(asked)} do not go together. Pass one of them.")
     if asked:
         from refalign_training.cache import checks
 

@@ -45,6 +45,9 @@ class CacheCommand:
     """cuda, mps or cpu. auto takes the first that there is; each process of accelerate takes its own GPU."""
     workers: int = 2
     """How many processes decode videos and images while the encoder runs. With 0, the encoder waits for decoding."""
+    ray: str | None = None
+    """Let a Ray cluster of many machines do it: `auto` for the one that runs here (or a new one on this machine), or a
+    cluster's address. Needs the extra `ray`."""
     limit: int | None = None
     """How many of the dataset's first samples to take; by default all."""
     retry_failed: bool = False

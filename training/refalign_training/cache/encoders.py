@@ -7,8 +7,9 @@ not normalised yet ([`refalign.pipeline_refalign_wan.normalize_latents`]).
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,21 +18,25 @@ from diffusers import AutoencoderKLWan
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from transformers import AutoTokenizer, UMT5EncoderModel
 
+from refalign.devices import find_device
 from refalign.files import fetch, identity
 from refalign.pipeline_refalign_wan import TOKEN_PIXELS
-from refalign_training.data.decoding import Decoded
+from refalign_training.cache.command import CacheCommand
+from refalign_training.cache.items import Outcome
+from refalign_training.data.decoding import Decoded, Task
+from refalign_training.data.sample import Unusable
 
 
 MAX_SEQUENCE_LENGTH = 512  # of RefAlignWanPipeline: longer prompts are cut there
 PADDING = 64  # tokens: prompts are padded to multiples of it
+BATCH_SIZES = {"video": 1, "references": 1, "text": 8, "teacher": 1}  # a clip at 480x832x81 fills the GPU by itself
+NOT_FINITE = {"video": "video", "references": "image", "teacher": "image", "text": "not readable"}
 PARTS = {"video": ("vae",), "references": ("vae",), "text": ("text_encoder", "tokenizer")}
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
 
 
 class Encoder(Protocol):
-    """A family's encoder. `batch_size`: how many samples it takes at once."""
-
-    batch_size: int
+    """A family's encoder."""
 
     def __call__(self, batch: Sequence[Decoded]) -> list[dict[str, torch.Tensor]]: ...
 
@@ -48,8 +53,6 @@ class VaeEncoder:
         vae (`AutoencoderKLWan`, *optional*): one that is loaded already.
     """
 
-    batch_size = 1  # a clip at 480x832x81 fills the GPU by itself
-
     def __init__(
         self,
         model: Path,
@@ -61,7 +64,7 @@ class VaeEncoder:
     ) -> None:
         self.dtype, self.device, self.references = dtype, device, references
         self.vae = vae or AutoencoderKLWan.from_pretrained(model, subfolder="vae", torch_dtype=vae_dtype)
-        self.vae.to(device).eval()
+        self.vae.to(device).eval()  # pyright: ignore[reportArgumentType]  (diffusers wraps `to`)
 
     def __call__(self, batch: Sequence[Decoded]) -> list[dict[str, torch.Tensor]]:
         """`latents`, `(16, latent frames or references, height / 8, width / 8)`, not normalised."""
@@ -76,38 +79,39 @@ class VaeEncoder:
     def _means(self, pixels: torch.Tensor) -> torch.Tensor:
         video = pixels.to(self.device).permute(3, 0, 1, 2)[None].float() / 255
         video = (2.0 * video - 1.0).to(self.vae.dtype)
-        return self.vae.encode(video).latent_dist.mode()[0].float()
+        return self.vae.encode(video, return_dict=False)[0].mode()[0].float()
 
 
 class TextEncoder:
     """UMT5's embeddings of prompts, cleaned and cut as the pipeline does, without padding."""
 
-    batch_size = 8
-
     def __init__(self, model: Path, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
         self.tokenizer = AutoTokenizer.from_pretrained(model, subfolder="tokenizer")
         self.text_encoder = UMT5EncoderModel.from_pretrained(model, subfolder="text_encoder", dtype=dtype)
-        self.text_encoder.to(device).eval()
+        self.text_encoder.to(device).eval()  # pyright: ignore[reportArgumentType]  (transformers wraps `to`)
 
     def __call__(self, batch: Sequence[Decoded]) -> list[dict[str, torch.Tensor]]:
         """`prompt_embeds_0`, ...: one `(tokens, dim)` a prompt."""
-        prompts = itertools.chain.from_iterable(decoded.prompts for decoded in batch)
-        embeds, items = self._encode(list(prompts)), []
+        prompts: list[str] = []
         for decoded in batch:
-            names = [f"prompt_embeds_{number}" for number in range(len(decoded.prompts))]
-            items.append(dict(zip(names, embeds, strict=False)))
+            prompts += decoded.prompts
+        embeds, items = self._encode(prompts), []
+        for decoded in batch:
+            item = {}
+            for number in range(len(decoded.prompts)):
+                item[f"prompt_embeds_{number}"] = next(embeds)
+            items.append(item)
         return items
 
     def _encode(self, prompts: Sequence[str]) -> Iterator[torch.Tensor]:
-        for start in range(0, len(prompts), self.batch_size):
-            yield from self._encode_batch(prompts[start : start + self.batch_size])
+        for start in range(0, len(prompts), BATCH_SIZES["text"]):
+            yield from self._encode_batch(prompts[start : start + BATCH_SIZES["text"]])
 
     @torch.no_grad()
     def _encode_batch(self, prompts: Sequence[str]) -> list[torch.Tensor]:
-        tokens = self.tokenizer(
-            [prompt_clean(prompt) for prompt in prompts], max_length=MAX_SEQUENCE_LENGTH, truncation=True
-        )
+        cleaned = list(map(prompt_clean, prompts))
+        tokens = self.tokenizer(cleaned, max_length=MAX_SEQUENCE_LENGTH, truncation=True)
         # Padding is masked and adds nothing but time, so it is not to 512 as in diffusers. But there always is some:
         # without a mask, other kernels run, whose last bits differ
         longest = max(map(len, tokens.input_ids))
@@ -121,8 +125,6 @@ class TextEncoder:
 
 class TeacherEncoder:
     """The teacher's features of references, on the transformer's own grid of tokens."""
-
-    batch_size = 1
 
     def __init__(self, teacher: Path, dtype: torch.dtype, device: torch.device) -> None:
         from refalign_training.method.teachers import load_teacher
@@ -145,22 +147,21 @@ class TeacherEncoder:
 
 
 @dataclass(frozen=True)
-class Models:
-    """The folders of the models that a command needs, of one commit each where they come from the Hub."""
+class Model:
+    """The folder of a model, of one commit where it comes from the Hub."""
 
-    pipeline: Path | None = None
-    teacher: Path | None = None
-    identities: Mapping[str, str] = field(default_factory=dict)
-    """By family: what changes when the model's outputs may, and only then."""
+    folder: Path
+    identity: str
+    """What changes when the model's outputs may, and only then."""
 
 
 def fetch_models(
-    families: Iterable[str],
+    families: Sequence[str],
     model: str | None,
     teacher: str | None,
     revision: str | None = None,
     teacher_revision: str | None = None,
-) -> Models:
+) -> dict[str, Model]:
     """
     The models of the families, downloaded if need be.
 
@@ -169,18 +170,18 @@ def fetch_models(
     """
     from refalign_training.method.teachers import teacher_files
 
-    families, pipeline_folder, teacher_folder, identities = tuple(families), None, None, {}
-    parts = set(itertools.chain.from_iterable(PARTS.get(family, ()) for family in families))
-    if parts:
+    models = {}
+    of_pipeline = [family for family in families if family in PARTS]
+    if of_pipeline and model is not None:
+        parts = set(itertools.chain(*map(PARTS.__getitem__, of_pipeline)))
         patterns = [f"{part}/{pattern}" for part, pattern in itertools.product(sorted(parts), FILES)]
-        pipeline_folder = fetch(model, patterns, revision)
-        of_parts = {PARTS[f]: model_identity(pipeline_folder, PARTS[f]) for f in families if f in PARTS}
-        identities = {f: of_parts[PARTS[f]] for f in families if f in PARTS}
-    if "teacher" in families:
+        folder = fetch(model, patterns, revision)
+        for family in of_pipeline:
+            models[family] = Model(folder, model_identity(folder, PARTS[family]))
+    if "teacher" in families and teacher is not None:
         files = teacher_files(teacher, teacher_revision)
-        teacher_folder = files[0].parent
-        identities["teacher"] = identity(teacher_folder, files)
-    return Models(pipeline_folder, teacher_folder, identities)
+        models["teacher"] = Model(files[0].parent, identity(files[0].parent, files))
+    return models
 
 
 def model_identity(folder: Path, parts: Sequence[str]) -> str:
@@ -199,3 +200,38 @@ def vae_config(model: str | Path) -> dict[str, Any]:
         return json.loads((Path(model) / "vae/config.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{model} has no VAE that can be read: {error}") from error
+
+
+# -- Their use --------------------------------------------------------------------------------------------------------
+
+
+def make_encoder(family: str, command: CacheCommand, model: Model) -> Encoder:
+    """A family's encoder, on this process's device."""
+    device = find_device(command.device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    dtype = getattr(torch, command.dtype)
+    if family == "teacher":
+        return TeacherEncoder(model.folder, dtype, device)
+    if family == "text":
+        return TextEncoder(model.folder, dtype, device)
+    vae_dtype = getattr(torch, command.vae_dtype)
+    return VaeEncoder(model.folder, dtype, device, vae_dtype, references=family == "references")
+
+
+def encode(
+    family: str, encoder: Encoder, batch: Sequence[tuple[Task, Decoded | Unusable]]
+) -> Iterator[tuple[Task, Outcome]]:
+    """What becomes of decoded tasks."""
+    tasks, usable = [], []
+    for task, decoded in batch:
+        if isinstance(decoded, Unusable):
+            yield task, decoded
+        else:
+            tasks.append(task)
+            usable.append(decoded)
+    for task, decoded, tensors in zip(tasks, usable, encoder(usable), strict=True):
+        if all(tensor.isfinite().all() for tensor in tensors.values()):
+            yield task, (tensors, decoded.info)
+        else:
+            yield task, Unusable(NOT_FINITE[family], "what the encoder gives of it is not finite")

@@ -1,17 +1,15 @@
 """
 What lies in a cache's folder, and how training reads it.
 
-    plan.json                            what the last `cache` command set out to compute
-    samples.parquet                      what the last one that came to its end has made
-    failed.jsonl                         faults of the dataset, items that failed, references that were lost
-    video-1f0c.../recipe.json            a family made in one way; another model, size or dtype is another folder
-    video-1f0c.../ab/<key>.safetensors   an item
+    plan.json           what the last `cache` command set out to compute
+    samples.parquet     what the last one that came to its end has made
+    failed.jsonl        of that one: faults of the dataset, items that failed, references that were lost
+    video-1f0c.../      a family made in one way ([`Items`]); another model, size or dtype is another folder
 
 An item's key is a digest of its sample: id, annotation, variant, names, sizes and times of its files (to read millions
 of videos takes as long as to encode them). So a dataset may be moved, or copied with its times (`cp -p`, `rsync -a`),
-while a file that is touched is encoded again. Every file is written beside its place and renamed: an item that exists
-is done. [`Cache`] reads samples.parquet, which names the folders and items: a command with other settings that runs,
-or was killed, changes nothing for it until one comes to its end.
+while a file that is touched is encoded again. [`Cache`] reads samples.parquet, which names the folders and items: a
+command with other settings that runs, or was killed, changes nothing for it until one comes to its end.
 """
 
 import hashlib
@@ -19,7 +17,7 @@ import itertools
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,50 +28,21 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from pyarrow import parquet
-from safetensors import SafetensorError
-from safetensors.torch import load
 
 from refalign.files import read_json
 from refalign.pipeline_refalign_wan import normalize_latents
 from refalign_training.cache.command import FAMILIES
+from refalign_training.cache.items import RECIPE, Items, text_key
 
 
 logger = logging.getLogger(__name__)
 
-PLAN, INDEX, FAILED, RECIPE = "plan.json", "samples.parquet", "failed.jsonl", "recipe.json"
+FORMAT = 2  # of samples.parquet
+PLAN, INDEX, FAILED = "plan.json", "samples.parquet", "failed.jsonl"
 BUCKET = ("frames", "height", "width", "num_references")
 
 # (frames, height, width, number of references), in pixels of the video
 Bucket = tuple[int, int, int, int]
-
-
-# -- Files ------------------------------------------------------------------------------------------------------------
-
-
-def digest(value: Any) -> str:
-    """128 bits of the sha256 of the value as JSON, in hexadecimal digits. Paths count by their name alone."""
-    text = json.dumps(value, sort_keys=True, default=lambda path: path.name)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def text_key(prompts: Sequence[str]) -> str:
-    """The key of an item of the family `text`, which depends on the captions alone."""
-    return digest([list(prompts), 0])
-
-
-def item_path(folder: Path, key: str) -> Path:
-    """The file of an item in its family's folder."""
-    return folder / key[:2] / f"{key}.safetensors"
-
-
-def read_item(path: Path) -> dict[str, torch.Tensor]:
-    """An item's tensors. Raises ValueError if it is not there, or not whole."""
-    try:
-        return load(path.read_bytes())
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{path} cannot be read ({error}). `refalign-train cache --verify` finds all such items."
-        ) from error
 
 
 def check_format(root: Path) -> None:
@@ -98,7 +67,18 @@ def open_index(root: Path) -> tuple[dict[str, Any], parquet.ParquetFile]:
         ) from None
     except pa.ArrowInvalid as error:
         raise ValueError(f"{root / INDEX} is damaged ({error}). Remove it and run `refalign-train cache`.") from None
-    return json.loads(table.metadata.metadata[b"cache"]), table
+    header = json.loads(table.metadata.metadata[b"cache"])
+    if header.pop("format", 1) != FORMAT:
+        raise ValueError(
+            f"{root / INDEX} was written by an earlier version. Remove that file and run `refalign-train cache` "
+            "again: items that are computed are kept."
+        )
+    return header, table
+
+
+def open_families(root: Path, families: Mapping[str, Any]) -> dict[str, Items]:
+    """The items of the families that a header names."""
+    return {family: Items(root / made["folder"]) for family, made in families.items()}
 
 
 # -- Samples ----------------------------------------------------------------------------------------------------------
@@ -133,8 +113,8 @@ class Samples(Sequence[Entry]):
             return [self[i] for i in range(*row.indices(len(self)))]
         row = range(len(self))[row]
         subjects = self.table["subjects"][row].as_py()
-        variants = tuple(variant for variant, numbers in enumerate(subjects) if numbers is not None)
-        return Entry(self.table["id"][row].as_py(), tuple(self.buckets[row].tolist()), variants, row)
+        variants = (variant for variant, numbers in enumerate(subjects) if numbers is not None)
+        return Entry(self.table["id"][row].as_py(), tuple(self.buckets[row].tolist()), tuple(variants), row)
 
 
 class Cache:
@@ -162,14 +142,16 @@ class Cache:
         made = header["families"]
         wanted = made if families is None else families
         self.families = tuple(family for family in FAMILIES if family in wanted)
-        if missing := [family for family in self.families if family not in made]:
-            raise ValueError(f"{folder} has no {', '.join(missing)}. Compute it: refalign-train cache --families ...")
-        self.folders = {family: self.root / made[family]["folder"] for family in self.families}
-        self.recipes = {family: read_json(path / RECIPE) for family, path in self.folders.items()}
-        self._check_agreement()
+        self.items: dict[str, Items] = {}
+        self.recipes: dict[str, dict[str, Any]] = {}
         self.excluded: Counter[str] = Counter()
-        missing = [f"{family}_missing" for family in self.families]
-        self.samples = Samples(self._complete(table.read(["id", *BUCKET, "subjects", *self.families, *missing])))
+        for family in self.families:
+            if family not in made:
+                raise ValueError(f"{folder} has no {family}. Compute it: refalign-train cache --families {family} ...")
+            self.items[family] = Items(self.root / made[family]["folder"])
+            self.recipes[family] = read_json(self.items[family].folder / RECIPE)
+        self._check_agreement()
+        self.samples = Samples(self._complete(table.read(["id", *BUCKET, "subjects", *self.families])))
         self._tell_what_is_left_out()
 
     def _check_agreement(self) -> None:
@@ -189,13 +171,11 @@ class Cache:
     def _complete(self, table: pa.Table) -> pa.Table:
         """The samples that are complete in all families; the others are counted."""
         for family in self.families:
-            reasons = table[f"{family}_missing"]
-            for reason in pc.unique(reasons.drop_null()).to_pylist():
-                self.excluded[f"{reason} in `{family}`"] = pc.sum(pc.equal(reasons, reason)).as_py()
-            table = table.filter(pc.is_null(reasons))
+            self.excluded[f"without `{family}`"] = table[family].null_count
+            table = table.filter(pc.field(family).is_valid())
         if {"references", "teacher"} & set(self.families):
             count = len(table)
-            table = table.filter(pc.greater(table["num_references"], 0))
+            table = table.filter(pc.field("num_references") > 0)
             self.excluded["references and teacher disagree"] += count - len(table)
         return table
 
@@ -205,19 +185,18 @@ class Cache:
         if not len(self.samples):
             raise ValueError(
                 f"{self.root} has no sample that is complete in {', '.join(self.families)}: "
-                f"{reasons or 'the dataset is empty'}. Finish it: refalign-train cache, with --retry-failed for what "
-                "failed; or ask for fewer families."
+                f"{reasons or 'the dataset is empty'}. {FAILED} has what failed. Finish it: refalign-train cache, "
+                "with --retry-failed for that; or ask for fewer families."
             )
         if reasons:
             logger.warning("%s: %d samples; left out: %s.", self.root, len(self.samples), reasons)
 
     # -- Reading ---------------------------------------------------------------------------------------------------
 
-    def item(self, entry: Entry, family: str, variant: int = 0) -> Path:
-        """The file of a sample's item; of video and text, the same for all variants."""
-        keys = self.samples.table[family][entry.row].as_py()
-        key = keys[variant if family in ("references", "teacher") else 0]
-        return item_path(self.folders[family], key.hex())
+    def place(self, entry: Entry, family: str, variant: int = 0) -> bytes:
+        """Where a sample's item lies among `items[family]`; of video and text, the same for all variants."""
+        places = self.samples.table[family][entry.row].as_py()
+        return places[variant if family in ("references", "teacher") else 0]
 
     def read(self, entry: Entry, variant: int = 0, prompt: int | None = None) -> dict[str, Any]:
         """
@@ -241,7 +220,7 @@ class Cache:
             raise ValueError(f"{entry.sample_id!r} has variants {entry.variants}, not {variant}.")
         values: dict[str, Any] = {}
         for family in self.families:
-            tensors = read_item(self.item(entry, family, variant))
+            tensors = self.items[family].read(self.place(entry, family, variant))
             if family in ("video", "references"):
                 name = "latents" if family == "video" else "reference_latents"
                 values[name] = normalize_latents(tensors["latents"], self.recipes[family]["vae"])
@@ -258,18 +237,23 @@ class Cache:
     def empty_prompt_embeds(self) -> torch.Tensor:
         """`(tokens, dim)` of the empty prompt, which conditioning dropout puts in a caption's place. ValueError if the
         family `text` was not computed."""
-        if "text" not in self.folders:
+        if "text" not in self.items:
             raise ValueError(
                 f"{self.root} has no embeddings of the empty prompt. Compute them: refalign-train cache "
                 "--families text ..."
             )
-        return read_item(item_path(self.folders["text"], text_key([""])))["prompt_embeds_0"]
+        items = self.items["text"]
+        return items.read(items.place(text_key([""])))["prompt_embeds_0"]
 
     @cached_property
     def fingerprint(self) -> str:
         """A digest of all that the samples hold, in their order: another one, another dataset."""
-        folders = [path.name for path in self.folders.values()]
-        total = hashlib.sha256(repr(folders).encode())
-        for name in (*BUCKET, "subjects", *self.families):
+        total = hashlib.sha256()
+        for name in (*BUCKET, "subjects"):
             total.update(repr(self.samples.table[name].to_pylist()).encode())
+        for family, items in self.items.items():
+            total.update(items.folder.name.encode())
+            for places in self.samples.table[family].to_pylist():
+                for place in places:
+                    total.update(place[:16] if place else b"-")  # in files or in shards, items are the same
         return total.hexdigest()

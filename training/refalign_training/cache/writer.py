@@ -8,7 +8,6 @@ one that finds everything done at its end, by whomever, writes samples.parquet.
 import dataclasses
 import itertools
 import json
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,40 +15,22 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import pyarrow as pa
-import torch
 from filelock import FileLock
 from pyarrow import parquet
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from tqdm.auto import tqdm
 
-from refalign.devices import find_device
 from refalign.files import new_file
-from refalign_training.cache import encoders
+from refalign_training.cache import cluster, encoders
 from refalign_training.cache.command import CacheCommand
-from refalign_training.cache.plan import ROOT, Plan
-from refalign_training.cache.reader import (
-    BUCKET,
-    FAILED,
-    INDEX,
-    PLAN,
-    RECIPE,
-    check_format,
-    digest,
-    item_path,
-    open_index,
-    text_key,
-)
-from refalign_training.data.decoding import Decoded, Task, decoding
-from refalign_training.data.sample import Clip, Sample, Unusable
-from refalign_training.data.sample_files import read_sample
+from refalign_training.cache.items import RECIPE, Items, digest, text_key, write_json
+from refalign_training.cache.plan import Plan
+from refalign_training.cache.reader import BUCKET, FAILED, FORMAT, INDEX, PLAN, check_format, open_families, open_index
+from refalign_training.data.decoding import decoding
+from refalign_training.data.sample import Unusable
 
 
 ROWS = 10_000  # of samples.parquet are written at once
 SCHEMAS = {"video": 1, "references": 1, "text": 1, "teacher": 1}  # raised when our code gives other numbers
-NOT_FINITE = {"video": "video", "references": "image", "teacher": "image", "text": "not readable"}
-NOT_COMPUTED = "not computed yet"
-EMPTY_PROMPT = Sample("the empty prompt", ("",), Clip(Path()), (), "", 0)
 
 # What of the pixels' recipe a family's items do not depend on
 _WITHOUT = {
@@ -57,11 +38,6 @@ _WITHOUT = {
     "references": {"num_frames", "stride"},
     "teacher": {"num_frames", "stride"},
 }
-
-# (folder of the family, key): the line of failed.jsonl
-Failures = dict[tuple[str, str], dict[str, Any]]
-# A task and what became of it; the second is tensors with what is kept beside them, or why there are none
-Outcome = tuple[Task, tuple[dict[str, torch.Tensor], Mapping[str, Any]] | Unusable]
 
 
 class _Unfinished(Exception):
@@ -76,170 +52,59 @@ def fill(command: CacheCommand) -> int:
         command.families, command.model, command.teacher, command.revision, command.teacher_revision
     )
     families = open_index(root)[0]["families"] if (root / INDEX).exists() else {}
-    recipes = {family: _recipe(family, command, models) for family in command.families}
-    for family, recipe in recipes.items():
+    for family in command.families:
+        recipe = _recipe(family, command, models[family])
         variants = command.variants if family in ("references", "teacher") else 1
         families[family] = {"folder": f"{family}-{digest(recipe)[:12]}", "variants": variants}
+        write_json(root / families[family]["folder"] / RECIPE, recipe)
     with tempfile.TemporaryFile("w+", encoding="utf-8", dir=root) as file:
         plan = Plan(file, command, families)
-        _write_json(root / PLAN, plan.header)
-        failures = read_failures(root)
-        for family, recipe in recipes.items():
-            store = Store(root / families[family]["folder"])
-            _write_json(store.folder / RECIPE, recipe)
-            tasks = Tasks(plan, family, store, failures, command.retry_failed)
-            if len(tasks):
-                _compute(family, command, models, store, tasks)
+        write_json(root / PLAN, plan.header)
+        for family in command.families:
+            items = Items(root / families[family]["folder"])
+            if command.ray:
+                cluster.compute(family, command, models[family], items, plan)
+            else:
+                _compute(family, command, models[family], items, plan)
         return _finish(root, plan, command.families)
 
 
 def _check_output(root: Path) -> None:
     check_format(root)
     root.mkdir(parents=True, exist_ok=True)
-    others = [path for path in root.iterdir() if not path.name.startswith(".")]
-    if others and not (root / PLAN).exists():  # looked for last: a process that starts beside this one writes it first
+    # The plan is looked for last: a process that starts beside this one writes it
+    if any(root.glob("[!.]*")) and not any(root.glob(f"*/{RECIPE}")) and not (root / PLAN).exists():
         raise ValueError(f"{root} holds other things than a cache. Name a new folder as --output.")
 
 
-def _recipe(family: str, command: CacheCommand, models: encoders.Models) -> dict[str, Any]:
+def _recipe(family: str, command: CacheCommand, model: encoders.Model) -> dict[str, Any]:
     """What all items of a family are made with."""
-    recipe = {"family": family, "schema": SCHEMAS[family], "model": models.identities[family], "dtype": command.dtype}
+    recipe = {"family": family, "schema": SCHEMAS[family], "model": model.identity, "dtype": command.dtype}
     if family in ("video", "references"):
-        config = encoders.vae_config(models.pipeline)
+        config = encoders.vae_config(model.folder)
         recipe["vae_dtype"] = command.vae_dtype
-        recipe["vae"] = {name: config[name] for name in ("latents_mean", "latents_std")}
+        recipe["vae"] = {"latents_mean": config["latents_mean"], "latents_std": config["latents_std"]}
     if family != "text":
-        options = dataclasses.asdict(command.recipe)
-        recipe |= {name: value for name, value in options.items() if name not in _WITHOUT[family]}
+        recipe |= dataclasses.asdict(command.recipe)
+        for name in _WITHOUT[family]:
+            del recipe[name]
     return recipe
 
 
-def _write_json(path: Path, value: Any) -> None:
-    with new_file(path, overwrite=True) as file:
-        file.write_text(json.dumps(value, indent=2), "utf-8")
+# -- Items ------------------------------------------------------------------------------------------------------------
 
 
-# -- What is there and what is missing --------------------------------------------------------------------------------
-
-
-class Tasks:
-    """What this process is to compute of a family."""
-
-    def __init__(self, plan: Plan, family: str, store: "Store", failures: Failures, retry: bool) -> None:
-        self._plan, self._family, self._store, self._failures, self._retry = plan, family, store, failures, retry
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self._missing())
-
-    def __iter__(self) -> Iterator[Task]:
-        for line, variant, key in self._missing():
-            yield Task(key, variant, EMPTY_PROMPT if line is None else read_sample(line, ROOT))
-
-    def _missing(self) -> Iterator[tuple[str | None, int, str]]:
-        if self._family == "text" and self._plan.rank == 0 and self._is_missing(text_key([""])):
-            yield None, 0, text_key([""])
-        for record in self._plan.records():
-            if "sample" in record:
-                for variant, key in enumerate(record["keys"][self._family]):
-                    if self._is_missing(key):
-                        yield record["sample"], variant, key
-
-    def _is_missing(self, key: str) -> bool:
-        failure = self._failures.get((self._store.folder.name, key))
-        if failure and (self._retry or failure["lost"] == "sample"):
-            return self._retry
-        return self._store.find(key) is None
-
-
-class Store:
-    """The items of a family."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def find(self, key: str) -> dict[str, Any] | None:
-        """What is kept of an item beside its tensors; `None` if it is missing, or not whole."""
-        try:
-            with safe_open(item_path(self.folder, key), "pt") as opened:
-                metadata = opened.metadata()
-            return json.loads(metadata["info"]) if metadata["key"] == key else None
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError):
-            return None
-
-    def write(self, key: str, tensors: dict[str, torch.Tensor], info: Mapping[str, Any]) -> None:
-        data = save(tensors, {"key": key, "info": json.dumps(info)})
-        with new_file(item_path(self.folder, key), overwrite=True) as file:
-            file.write_bytes(data)
-
-    def write_failure(self, task: Task, fault: Unusable) -> None:
-        line = self.failure(task.key, task.sample.id, "sample", fault.kind, fault.detail)
-        with FileLock(self.folder.parent / ".lock"), (self.folder.parent / FAILED).open("a", encoding="utf-8") as file:
-            file.write(f"\n{json.dumps(line)}\n")  # on a line of its own, also after one that a kill has cut off
-
-    def failure(self, key: str, sample_id: str, lost: str, kind: str, detail: str) -> dict[str, Any]:
-        """A line of failed.jsonl."""
-        folder = self.folder.name
-        return {"folder": folder, "key": key, "sample_id": sample_id, "lost": lost, "kind": kind, "detail": detail}
-
-
-def read_failures(root: Path) -> Failures:
-    """The lines of failed.jsonl, without faults of the dataset. What a kill has cut off is tried again."""
-    failures = {}
-    if (root / FAILED).exists():
-        for text in (root / FAILED).read_text("utf-8", errors="replace").splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
-            if "key" in line:
-                failures[line["folder"], line["key"]] = line
-    return failures
-
-
-# -- From one to the other --------------------------------------------------------------------------------------------
-
-
-def _compute(family: str, command: CacheCommand, models: encoders.Models, store: Store, tasks: Tasks) -> None:
+def _compute(family: str, command: CacheCommand, model: encoders.Model, items: Items, plan: Plan) -> None:
     """Decodes in worker processes while this one encodes."""
-    encoder = make_encoder(family, command, models)
+    encoder = None
     workers = 0 if family == "text" else command.workers
-    bar = tqdm(total=len(tasks), desc=family, unit="item", smoothing=0.05)
-    with bar, decoding(family, command.recipe, tasks, workers) as results:
-        while batch := list(itertools.islice(results, encoder.batch_size)):
-            for task, outcome in encode(family, encoder, batch):
-                if isinstance(outcome, Unusable):
-                    store.write_failure(task, outcome)
-                else:
-                    store.write(task.key, *outcome)
-            bar.update(len(batch))
-
-
-def encode(
-    family: str, encoder: encoders.Encoder, batch: Sequence[tuple[Task, Decoded | Unusable]]
-) -> Iterator[Outcome]:
-    """What becomes of decoded tasks."""
-    usable = [(task, decoded) for task, decoded in batch if isinstance(decoded, Decoded)]
-    yield from ((task, fault) for task, fault in batch if isinstance(fault, Unusable))
-    encoded = encoder([decoded for _, decoded in usable])
-    for (task, decoded), tensors in zip(usable, encoded, strict=True):
-        if all(tensor.isfinite().all() for tensor in tensors.values()):
-            yield task, (tensors, decoded.info)
-        else:
-            yield task, Unusable(NOT_FINITE[family], "what the encoder gives of it is not finite")
-
-
-def make_encoder(family: str, command: CacheCommand, models: encoders.Models) -> encoders.Encoder:
-    """A family's encoder, on this process's device."""
-    device = find_device(command.device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    dtype = getattr(torch, command.dtype)
-    if family == "teacher":
-        return encoders.TeacherEncoder(models.teacher, dtype, device)
-    if family == "text":
-        return encoders.TextEncoder(models.pipeline, dtype, device)
-    vae_dtype = getattr(torch, command.vae_dtype)
-    return encoders.VaeEncoder(models.pipeline, dtype, device, vae_dtype, references=family == "references")
+    bar = tqdm(plan.tasks(family), desc=family, unit="item", smoothing=0.05)
+    missing = (task for task in bar if items.lacks(task.key, command.retry_failed))
+    with bar, decoding(family, command.recipe, missing, workers) as results:
+        while batch := list(itertools.islice(results, encoders.BATCH_SIZES[family])):
+            encoder = encoder or encoders.make_encoder(family, command, model)
+            for task, outcome in encoders.encode(family, encoder, batch):
+                items.write(task, outcome)
 
 
 # -- The end ----------------------------------------------------------------------------------------------------------
@@ -265,60 +130,48 @@ def _finish(root: Path, plan: Plan, computed: Sequence[str]) -> int:
 def _rows(
     root: Path, plan: Plan, computed: Sequence[str], failed: TextIO, counts: Counter[str]
 ) -> Iterator[dict[str, Any]]:
-    """The rows of samples.parquet. Failures that are still true are written to `failed`."""
-    stores = {family: Store(root / made["folder"]) for family, made in plan.families.items()}
-    failures = read_failures(root)
-    current = {store.folder.name for store in stores.values()}
-    others = {folder for folder, _ in failures if folder not in current and (root / folder).exists()}
-    lines = [line for (folder, _), line in failures.items() if folder in others]
-    if "text" in computed and stores["text"].find(text_key([""])) is None:
+    """The rows of samples.parquet; what failed is written to `failed`."""
+    families = open_families(root, plan.families)
+    if "text" in computed and families["text"].find(text_key([""])) is None:
         raise _Unfinished
     for record in plan.records():
-        if "fault" in record:
-            lines.append(record["fault"])
-        else:
-            row, found = {"id": record["id"], "prompts": record["prompts"]}, {}
-            for family, store in stores.items():
-                found[family] = [store.find(key) for key in record["keys"][family]]
-                row |= _columns(family, store, record, found[family], failures, lines)
-                if family in computed and row[f"{family}_missing"] == NOT_COMPUTED:
-                    raise _Unfinished
-            row |= _shape(found)
-            counts["complete"] += all(row[f"{family}_missing"] is None for family in computed)
-            yield row
-        failed.writelines(f"{json.dumps(line)}\n" for line in lines)
-        counts["failed"] += len(lines)
-        lines.clear()
+        lines = [record["fault"]] if "fault" in record else []
+        if not lines:
+            infos = {}
+            row = {"id": record["id"], "prompts": record["prompts"]}
+            for family, items in families.items():
+                row[family], infos[family] = _find(items, record, family, family in computed, lines)
+            counts["complete"] += None not in map(row.get, computed)
+            yield row | _shape(infos)
+        for line in lines:
+            failed.write(f"{json.dumps(line)}\n")
+            counts["failed"] += 1
 
 
-def _columns(
-    family: str,
-    store: Store,
-    record: Mapping[str, Any],
-    items: Sequence[dict[str, Any] | None],
-    failures: Failures,
-    lines: list[dict[str, Any]],
-) -> dict[str, Any]:
-    """The keys of a sample's items, and why it has none; failures go to `lines`."""
-    keys, missing = [], None if any(item is not None for item in items) else "failed"
-    for key, item in zip(record["keys"][family], items, strict=True):
-        failure = failures.get((store.folder.name, key))
-        keys.append(None if item is None else bytes.fromhex(key))
-        if item is not None:
-            lost = item.get("lost", ())
-            lines += [store.failure(key, record["id"], "reference", kind, detail) for kind, detail in lost]
-        elif failure is not None:
+def _find(
+    items: Items, record: Mapping[str, Any], family: str, is_computed: bool, lines: list[dict[str, Any]]
+) -> tuple[list[bytes | None] | None, list[dict[str, Any] | None]]:
+    """By variant, where a sample's items lie (`None` if there are none) and what is kept beside their tensors."""
+    places, infos = [], []
+    for key in record["keys"][family]:
+        place, info = items.find(key) or (None, None)
+        places.append(place)
+        infos.append(info)
+        if info is not None:
+            for lost in info.get("lost", ()):
+                lines.append(items.failure(key, record["id"], "reference", Unusable(*lost)))
+        elif failure := items.find_failure(key):
             lines.append(failure)
-        else:
-            missing = NOT_COMPUTED
-    return {family: keys, f"{family}_missing": missing}
+        elif is_computed:
+            raise _Unfinished
+    return places if any(places) else None, infos
 
 
-def _shape(found: Mapping[str, Sequence[dict[str, Any] | None]]) -> dict[str, Any]:
+def _shape(infos: Mapping[str, Sequence[dict[str, Any] | None]]) -> dict[str, Any]:
     """The columns of a sample's bucket, and by variant the numbers of its references' subjects."""
-    video = next(filter(None, found.get("video", ())), {"frames": 0, "size": (0, 0)})
-    families = [found[family] for family in ("references", "teacher") if any(found.get(family, ()))]
-    subjects: list[list[int] | None] = [_agreed(items) for items in zip(*families, strict=False)]
+    video = next(filter(None, infos.get("video", ())), {"frames": 0, "size": (0, 0)})
+    families = [infos[family] for family in ("references", "teacher") if any(infos.get(family, ()))]
+    subjects = list(map(_agreed, zip(*families, strict=False)))
     count = next((len(numbers) for numbers in subjects if numbers is not None), 0)
     for variant, numbers in enumerate(subjects):
         if numbers is not None and len(numbers) != count:
@@ -327,24 +180,25 @@ def _shape(found: Mapping[str, Sequence[dict[str, Any] | None]]) -> dict[str, An
     return dict(zip(BUCKET, bucket, strict=True)) | {"subjects": subjects or [[]]}
 
 
-def _agreed(items: Sequence[dict[str, Any] | None]) -> list[int] | None:
+def _agreed(infos: Sequence[dict[str, Any] | None]) -> list[int] | None:
     """Numbers of the references' subjects; `None` if an item is missing or the families saw other references."""
-    for item in items:
-        if item is None or any(item[name] != items[0][name] for name in ("subjects", "origins")):
+    first = infos[0]
+    if first is None:
+        return None
+    for info in infos:
+        if info is None or (info["subjects"], info["origins"]) != (first["subjects"], first["origins"]):
             return None
-    subjects = items[0]["subjects"]
-    numbers = {subject: number for number, subject in enumerate(dict.fromkeys(subjects))}
-    return [numbers[subject] for subject in subjects]
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(subject, len(numbers)) for subject in first["subjects"]]
 
 
 def write_index(root: Path, header: Mapping[str, Any], rows: Iterable[dict[str, Any]]) -> None:
     """Writes samples.parquet."""
-    fields = [("id", pa.string()), ("prompts", pa.int32()), *((name, pa.int32()) for name in BUCKET)]
-    fields.append(("subjects", pa.list_(pa.list_(pa.int32()))))
-    for family in header["families"]:
-        fields += [(family, pa.list_(pa.binary(16))), (f"{family}_missing", pa.string())]
-    schema, rows = pa.schema(fields), iter(rows)
+    columns = dict.fromkeys(("prompts", *BUCKET), pa.int32())
+    columns |= dict.fromkeys(header["families"], pa.list_(pa.binary()))
+    columns |= {"id": pa.string(), "subjects": pa.list_(pa.list_(pa.int32()))}
+    schema, rows = pa.schema(columns), iter(rows)
     with new_file(root / INDEX, overwrite=True) as file, parquet.ParquetWriter(file, schema) as writer:
-        writer.add_key_value_metadata({"cache": json.dumps(header)})
+        writer.add_key_value_metadata({"cache": json.dumps({**header, "format": FORMAT})})
         while chunk := list(itertools.islice(rows, ROWS)):
             writer.write_table(pa.Table.from_pylist(chunk, schema))

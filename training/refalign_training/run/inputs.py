@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from refalign.pipeline_refalign_wan import normalize_latents
-from refalign_training.cache.encoders import Models, TeacherEncoder, TextEncoder, VaeEncoder, fetch_models, vae_config
+from refalign_training.cache.encoders import Model, TeacherEncoder, TextEncoder, VaeEncoder, fetch_models, vae_config
 from refalign_training.cache.reader import Cache
 from refalign_training.data.decoding import Decoded, decode
 from refalign_training.data.pixels import draw_prompt
@@ -84,10 +84,10 @@ class OnlineSamples:
         self._dtype = getattr(torch, model.precision)
         self._encoders: dict[str, Any] = {}
         if fetches:
-            vae_config(self._models.pipeline)
+            vae_config(self._models["video"].folder)
 
     @cached_property
-    def _models(self) -> Models:
+    def _models(self) -> dict[str, Model]:
         """Downloaded, if they have to be: a dry run does not ask for them."""
         return fetch_models(self._families, *self._names)
 
@@ -114,13 +114,13 @@ class OnlineSamples:
             "prompt_embeds": self._encoder("text")([read["text"]])[0]["prompt_embeds_0"],
             "subjects": torch.tensor([numbers[subject] for subject in subjects]),
         }
-        if self._models.teacher is not None:
+        if "teacher" in self._models:
             value["teacher_features"] = self._encoder("teacher")([read["references"]])[0]["features"]
         return value
 
     def _latents(self, family: str, read: dict[str, Decoded]) -> torch.Tensor:
         latents = self._encoder(family)([read[family]])[0]["latents"]
-        return normalize_latents(latents, vae_config(self._models.pipeline))
+        return normalize_latents(latents, vae_config(self._models[family].folder))
 
     def empty_prompt_embeds(self) -> torch.Tensor:
         if "empty" not in self._encoders:
@@ -130,15 +130,15 @@ class OnlineSamples:
     def _encoder(self, family: str) -> Any:
         """Made when it is first needed: never in a worker."""
         if family not in self._encoders:
-            pipeline, device = self._models.pipeline, self.device
+            folder, device = self._models[family].folder, self.device
             if family == "text":
-                encoder = TextEncoder(pipeline, self._dtype, device)
+                encoder = TextEncoder(folder, self._dtype, device)
             elif family == "teacher":
-                encoder = TeacherEncoder(self._models.teacher, self._dtype, device)
+                encoder = TeacherEncoder(folder, self._dtype, device)
             else:
                 other = self._encoders.get("references" if family == "video" else "video")
                 is_references, vae = family == "references", other and other.vae
-                encoder = VaeEncoder(pipeline, torch.float32, device, references=is_references, vae=vae)
+                encoder = VaeEncoder(folder, torch.float32, device, references=is_references, vae=vae)
             self._encoders[family] = encoder
         return self._encoders[family]
 
