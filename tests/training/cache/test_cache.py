@@ -16,7 +16,7 @@ from refalign_training.cache import run
 from refalign_training.cache.command import FAMILIES, CacheCommand
 from refalign_training.cache.encoders import NOT_FINITE, VaeEncoder, vae_config
 from refalign_training.cache.items import digest, text_key
-from refalign_training.cache.reader import Cache
+from refalign_training.cache.reader import Cache, open_index
 from refalign_training.cache.writer import write_index
 from refalign_training.data import decoding
 from refalign_training.data.decoding import Task
@@ -542,6 +542,18 @@ def test_a_dead_decoder_is_told_with_its_samples(made, monkeypatch):
     died = pytest.raises(ValueError, match=r"has died .*these samples: clip00\. Run the command again.*--workers 0")
     with died, decoding.decoding("video", RECIPE, [Task("key", 0, sample)], workers=0) as results:
         list(results)
+
+
+@pytest.mark.parametrize("changes", [{}, {"verify": True}, {"prune": True}])
+def test_an_index_that_names_a_folder_outside_is_refused(command, tmp_path, changes):
+    header, table = open_index(command.output)
+    (command.output / header["families"]["video"]["folder"]).rename(tmp_path / "video-0")
+    header["families"]["video"]["folder"] = "../video-0"
+    write_index(command.output, header, table.read().to_pylist())
+    before = stamps(tmp_path, "video-0/*/*")
+    with pytest.raises(ValueError, match=r"names '\.\./video-0' as a folder of its own"):
+        run(change(command, **changes)) if changes else Cache(command.output)
+    assert stamps(tmp_path, "video-0/*/*") == before
 
 
 def test_an_index_that_is_damaged_is_named(command):

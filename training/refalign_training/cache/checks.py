@@ -18,10 +18,10 @@ def status(root: Path) -> int:
     """Prints how far the last command has come, and returns the exit code."""
     plan = _read_plan(root)
     print(f"{root}: {plan['samples']} samples.")
-    for family, made in plan["families"].items():
-        items = Items(root / made["folder"])
+    for family, items in open_families(root, plan["families"]).items():
         sizes = items.sizes()
-        wanted = plan["samples"] * made["variants"] + (family == "text")  # with the empty prompt
+        variants = plan["families"][family]["variants"]
+        wanted = plan["samples"] * variants + (family == "text")  # with the empty prompt
         failed = len(items.failures())
         print(f"{family:<10}  {len(sizes)} of {wanted} items, {failed} failed, {sum(sizes) / 1e6:,.1f} MB")
     end = "has come to its end" if _is_finished(root, plan) else "runs, or was killed: the same command goes on"
@@ -88,9 +88,9 @@ def prune(root: Path) -> int:
         ValueError: if the last command has not come to its end, whose items would be lost.
     """
     header, table = open_index(root)
+    families = open_families(root, header["families"])
     if not _is_finished(root, _read_plan(root)):
         raise ValueError(f"The last command on {root} has not come to its end. Run it to its end first.")
-    families = open_families(root, header["families"])
     unneeded = set(root.glob(".*")) - {root / ".lock"}
     for family in FAMILIES:
         unneeded.update(root.glob(f"{family}-*"))

@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -77,8 +78,13 @@ def open_index(root: Path) -> tuple[dict[str, Any], parquet.ParquetFile]:
 
 
 def open_families(root: Path, families: Mapping[str, Any]) -> dict[str, Items]:
-    """The items of the families that a header names."""
-    return {family: Items(root / made["folder"]) for family, made in families.items()}
+    """The items of the families that a header names. ValueError if they lie in other places than a cache's own."""
+    opened = {}
+    for family, made in families.items():
+        if not re.fullmatch(rf"{family}-[0-9a-f]+", str(made["folder"])) or family not in FAMILIES:
+            raise ValueError(f"{root} names {made['folder']!r} as a folder of its own. Do not use this cache.")
+        opened[family] = Items(root / made["folder"])
+    return opened
 
 
 # -- Samples ----------------------------------------------------------------------------------------------------------
@@ -148,7 +154,7 @@ class Cache:
         for family in self.families:
             if family not in made:
                 raise ValueError(f"{folder} has no {family}. Compute it: refalign-train cache --families {family} ...")
-            self.items[family] = Items(self.root / made[family]["folder"])
+            self.items |= open_families(self.root, {family: made[family]})
             self.recipes[family] = read_json(self.items[family].folder / RECIPE)
         self._check_agreement()
         self.samples = Samples(self._complete(table.read(["id", *BUCKET, "subjects", *self.families])))
