@@ -1,8 +1,11 @@
 """What all programs do alike: help that reads like a manual, the version, and errors that name what was wrong."""
 
 import dataclasses
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -43,6 +46,18 @@ def test_the_version_is_told(capsys, main):
         main(["--version"])
     assert exit.value.code == 0
     assert re.fullmatch(rf"refalign\S* {re.escape(refalign.__version__)}\n", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("main", MAINS, ids=lambda main: main.__module__)
+def test_a_reader_that_has_seen_enough_is_no_error(main, unbuffered):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing) as closed:
+        command = [sys.executable, "-m", main.__module__, "--help"]
+        environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        ended = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, env=environment, text=True)
+    assert ended.stderr == ""
 
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.name)

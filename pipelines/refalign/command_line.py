@@ -8,6 +8,7 @@ import difflib
 import inspect
 import itertools
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -37,6 +38,10 @@ class Command:
     read: Callable[..., Any] = tyro.cli
     """What makes options of words, called as `tyro.cli` is."""
 
+    @property
+    def description(self) -> str:
+        return inspect.getdoc(self.options) or ""
+
 
 @dataclass(frozen=True)
 class Program:
@@ -58,11 +63,14 @@ class Program:
                 logging.getLogger(client).setLevel(logging.WARNING)
             return command.run(options)
         except self.errors as error:
-            print(f"{self.name}: {error}", file=sys.stderr)
+            if not (isinstance(error, BrokenPipeError) and _has_lost_reader("\n")):
+                print(f"{self.name}: {error}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             print(f"{self.name}: interrupted; no unfinished file is left.", file=sys.stderr)
             return 130
+        finally:
+            _has_lost_reader()  # asked now, because at exit Python would tell a traceback
 
     def parse(self, words: Sequence[str]) -> tuple[Command, Any]:
         """
@@ -85,7 +93,7 @@ class Program:
         return command.parse(rest) if isinstance(command, Program) else self._parse_options(name, command, rest)
 
     def _parse_options(self, name: str, command: Command, words: list[str]) -> tuple[Command, Any]:
-        program, description = f"{self.name} {name}", inspect.getdoc(command.options)
+        program, description = f"{self.name} {name}", command.description
         if required := ", ".join(_required(command.options)):
             description += f"\n\nRequired: {required}."
         told = {"prog": program, "description": description, "registry": REGISTRY}
@@ -100,10 +108,9 @@ class Program:
         lines = [f"usage: {self.name} COMMAND [OPTIONS]", "", self.description, "", "Commands:"]
         width = max(map(len, self.commands)) + 4
         for name, command in self.commands.items():
-            told = command.description if isinstance(command, Program) else inspect.getdoc(command.options)
             columns = shutil.get_terminal_size().columns
             first, later = f"  {name}".ljust(width), " " * width
-            lines.append(textwrap.fill(told, columns, initial_indent=first, subsequent_indent=later))
+            lines.append(textwrap.fill(command.description, columns, initial_indent=first, subsequent_indent=later))
         return "\n".join([*lines, "", f"`{self.name} COMMAND --help` describes a command and its options."])
 
     def _correction(self, name: str) -> str:
@@ -113,6 +120,16 @@ class Program:
         matches = difflib.get_close_matches(name, self.commands, n=1)
         hint = f" Did you mean {matches[0]}?" if matches else ""
         return f"There is no command {name!r}.{hint} The commands are {names}."
+
+
+def _has_lost_reader(text: str = "") -> bool:
+    """Whether nobody reads the output any more, as when `head` has seen enough; the rest of it is then thrown away."""
+    try:
+        print(text, end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 REGISTRY = ConstructorRegistry()
@@ -151,9 +168,10 @@ def description(options: type, name: str) -> str | None:
 def _docstrings(options: type) -> dict[str, str]:
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(options))).body
     texts = {}
-    for statement, text in itertools.pairwise(definition.body):
-        if isinstance(statement, ast.AnnAssign) and isinstance(text, ast.Expr):
-            texts[statement.target.id] = " ".join(ast.literal_eval(text.value).split())
+    for pair in itertools.pairwise(ast.iter_child_nodes(definition)):
+        match pair:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                texts[name] = " ".join(text.split())
     return texts
 
 
@@ -165,7 +183,7 @@ def _required(options: type) -> Iterator[str]:
             continue
         kind = hints[field.name]
         bare = next(iter(get_args(kind)), kind)
-        if is_dataclass(bare):
+        if isinstance(bare, type) and is_dataclass(bare):
             yield from _required(bare)
         elif kind == Positional[bare]:
             yield field.name.upper()

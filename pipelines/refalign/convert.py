@@ -5,7 +5,7 @@ import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -102,7 +102,7 @@ def check_shapes(tensors: Mapping[str, StoredTensor], config: Mapping, source: o
     from refalign.transformer_refalign_wan import RefAlignWanTransformer3DModel
 
     with torch.device("meta"):
-        model = RefAlignWanTransformer3DModel.from_config(dict(config))
+        model = cast(RefAlignWanTransformer3DModel, RefAlignWanTransformer3DModel.from_config(dict(config)))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     missing = sorted(native_key(key) for key in expected.keys() - tensors.keys())
     unknown = sorted(tensors[key].key for key in tensors.keys() - expected.keys())

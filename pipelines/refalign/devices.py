@@ -10,9 +10,10 @@ def find_device(name: str = "auto") -> torch.device:
     Raises:
         ValueError: if it is not a device, or this machine does not have it.
     """
-    count, here = 0, torch.device("cpu")
+    count, accelerator = 0, None
     if torch.accelerator.is_available():
-        count, here = torch.accelerator.device_count(), torch.accelerator.current_accelerator()
+        count, accelerator = torch.accelerator.device_count(), torch.accelerator.current_accelerator()
+    here = accelerator or torch.device("cpu")
     if name == "auto":
         return here
     try:

@@ -312,17 +312,14 @@ def _merge_imports(imports: list[ast.Import | ast.ImportFrom]) -> list[str]:
 
 def _split_imports(source: str) -> tuple[list[ast.Import | ast.ImportFrom], str]:
     """Top-level imports from other packages, and the code without imports and docstring."""
-    lines = source.splitlines()
-    imports = []
-    nodes = ast.parse(source).body
-    for position, node in enumerate(nodes):
-        is_docstring = position == 0 and isinstance(node, ast.Expr)
-        is_import = isinstance(node, (ast.Import, ast.ImportFrom))
-        if is_import and not getattr(node, "level", 0):
-            imports.append(node)
-        if is_import or is_docstring:
-            lines[node.lineno - 1 : node.end_lineno] = [None] * (node.end_lineno - node.lineno + 1)
-    return imports, "\n".join(line for line in lines if line is not None).strip() + "\n"
+    lines, imports = source.splitlines(), []
+    docstring, *nodes = ast.parse(source).body
+    for node in reversed(nodes):  # from the end, so that the lines before a node keep their numbers
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            del lines[node.lineno - 1 : node.end_lineno]
+            if not getattr(node, "level", 0):
+                imports.append(node)
+    return imports, "\n".join(lines[docstring.end_lineno :]).strip() + "\n"
 
 
 def write_community_script(output: str | Path) -> Path:
@@ -355,8 +352,11 @@ def _allowed_files(source: Path) -> dict[str, tuple[str, ...]]:
     if _is_lora(source):
         return {".": LORA_FILES, "assets": ASSET_FILES}
     index = _read_json(source / "model_index.json")
-    allowed = {name: COMPONENT_FILES for name, value in index.items() if isinstance(value, list) and name[0] != "_"}
-    return allowed | {".": ROOT_FILES, "assets": ASSET_FILES}
+    allowed: dict[str, tuple[str, ...]] = {".": ROOT_FILES, "assets": ASSET_FILES}
+    for name, value in index.items():
+        if isinstance(value, list) and name[0] != "_":
+            allowed[name] = COMPONENT_FILES
+    return allowed
 
 
 def _is_lora(folder: Path) -> bool:

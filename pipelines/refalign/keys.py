@@ -6,9 +6,7 @@ A *layer* is a native name without `.weight` behind it: `blocks.0.self_attn.q`.
 
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
-
-import torch
+from typing import NamedTuple, TypeVar
 
 
 # -- Weights ----------------------------------------------------------------------------------------------------------
@@ -63,14 +61,16 @@ _IN_BLOCK = re.compile(r"(blocks\.\d+\.)(.+)")
 _COMFYUI_PREFIX = "model.diffusion_model."
 
 
-def native_to_diffusers(
-    state_dict: Mapping[str, torch.Tensor],
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+Tensor = TypeVar("Tensor")  # a tensor, or where one is stored
+
+
+def native_to_diffusers(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """
     A native state dict as diffusers' one, and the projectors of a training checkpoint, apart.
 
     Args:
-        state_dict (`Mapping[str, torch.Tensor]`): native keys, with or without the prefix `model.diffusion_model.`.
+        state_dict (`Mapping`): tensors, or where they are stored, under native keys, with or without the prefix
+            `model.diffusion_model.`.
 
     Returns:
         `tuple[dict, dict]`: the transformer's tensors under diffusers' keys, and the projectors under their native
@@ -89,7 +89,7 @@ def native_to_diffusers(
     return transformer, projectors
 
 
-def diffusers_to_native(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def diffusers_to_native(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     A diffusers state dict as a native one: the inverse of [`native_to_diffusers`]. Projector keys stay as they are.
 

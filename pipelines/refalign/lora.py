@@ -171,8 +171,8 @@ def _gather(tensors: Mapping[str, torch.Tensor]) -> tuple[str, dict[str, dict[st
     pairs, styles, extra = defaultdict(dict), set(), []
     for key, tensor in tensors.items():
         match = _PART.fullmatch(key)
-        found = match and parse_lora_name(match[1])
-        if not found:
+        found = parse_lora_name(match[1]) if match else None
+        if match is None or found is None:
             extra.append(key)
             continue
         styles.add(found.style)

@@ -84,7 +84,7 @@ def _import_httpx() -> Any:
 async def _public_addresses(host: str, port: int | None) -> list[str]:
     """The addresses of a host, all checked. One of them is connected to, so the name cannot change its mind later."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    addresses = list(dict.fromkeys(sockaddr[0] for *_, sockaddr in found))
+    addresses = list(dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in found))
     for address in addresses:
         if not _is_public(address):
             raise ValueError(f"{host} is at {address}, not a public address. Download it yourself and pass its path.")
@@ -231,12 +231,12 @@ def _to_rgb_or_rgba(image: Image.Image) -> Image.Image:
         image = _gray_of_more_than_8_bits(image)
     elif image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        image = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        image = ImageCms.buildTransform(lab, srgb, "LAB", "RGB").apply(image)
     elif image.mode == "La":
         image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        if image.getchannel("A").getextrema()[0] < 255:
+        if np.asarray(image.getchannel("A")).min() < 255:
             return image
     return image.convert("RGB")
 
@@ -247,10 +247,11 @@ def _from_pil(image: Image.Image) -> Image.Image:
 
 
 def _from_array(image: np.ndarray | torch.Tensor) -> Image.Image:
-    shape, layout, values = tuple(image.shape), "(height, width[, channels])", image
-    if not isinstance(image, np.ndarray):
-        layout = "([channels,] height, width)"
-        image = image.detach().cpu()
+    shape = tuple(image.shape)
+    if isinstance(image, np.ndarray):
+        layout, values = "(height, width[, channels])", image
+    else:
+        layout, image = "([channels,] height, width)", image.detach().cpu()
         # numpy has no bfloat16
         values = (image.float() if image.is_floating_point() else image).numpy()
         values = np.moveaxis(values, 0, -1) if values.ndim == 3 else values
@@ -461,7 +462,7 @@ def prepare_reference_images(
         ImportError: `cut_out=True` needs rembg or a URL needs httpx2, and it is not installed.
     """
     images = list(images) if isinstance(images, (list, tuple)) else [images]
-    cut_outs = list(cut_out) if isinstance(cut_out, (list, tuple)) else [cut_out] * len(images)
+    cut_outs: list[CutOut] = list(cut_out) if isinstance(cut_out, (list, tuple)) else [cut_out] * len(images)
     if len(cut_outs) != len(images):
         raise ValueError(f"`cut_out` has {len(cut_outs)} entries for {len(images)} references: pass one for each.")
     _check_size(height, width)

@@ -10,7 +10,7 @@ import numbers
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import (
@@ -155,8 +155,8 @@ class RefAlignWanPipeline(WanPipeline):
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, scheduler=scheduler, transformer=transformer
         )
         self.register_to_config(call_defaults=call_defaults)
-        self.vae_scale_factor_temporal = vae.config.scale_factor_temporal if vae is not None else 4
-        self.vae_scale_factor_spatial = vae.config.scale_factor_spatial if vae is not None else 8
+        self.vae_scale_factor_temporal = vae.config["scale_factor_temporal"] if vae is not None else 4
+        self.vae_scale_factor_spatial = vae.config["scale_factor_spatial"] if vae is not None else 8
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
 
     @property
@@ -172,12 +172,12 @@ class RefAlignWanPipeline(WanPipeline):
         self,
         prompt: str | list[str] | None,
         negative_prompt: str | list[str] | None,
-        height: int | None,
-        width: int | None,
-        num_frames: int | None,
-        num_inference_steps: int | None,
-        guidance_scale: float | None,
-        image_guidance_scale: float | None,
+        height: int,
+        width: int,
+        num_frames: int,
+        num_inference_steps: int,
+        guidance_scale: float,
+        image_guidance_scale: float,
         num_videos_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: torch.Tensor | None = None,
@@ -336,9 +336,9 @@ class RefAlignWanPipeline(WanPipeline):
 
     def _predict_velocity(
         self,
-        latents: torch.Tensor | None,
+        latents: torch.Tensor,
         timestep: torch.Tensor,
-        prompt_embeds: torch.Tensor | None,
+        prompt_embeds: torch.Tensor,
         negative_prompt_embeds: torch.Tensor | None,
         references: torch.Tensor | None,
         context_suffix: str,
@@ -511,14 +511,13 @@ class RefAlignWanPipeline(WanPipeline):
         groups = group_by_references(references, num_videos_per_prompt, device, dtype)
 
         # 3. Prompts
-        needs_negative = (
-            callback_on_step_end is not None and self.text_encoder is not None
-        )  # it may raise the guidance
+        # A callback may raise the guidance
+        needs_negative = callback_on_step_end is not None and self.text_encoder is not None
         for _, group in groups:
             passes = guidance_passes(guidance_scale, image_guidance_scale, group is not None)
             needs_negative = needs_negative or any(name != "full" for name, _ in passes)
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
-            prompt=prompt,
+            prompt=prompt,  # pyright: ignore[reportArgumentType] (None beside embeddings)
             negative_prompt=negative_prompt if negative_prompt_embeds is None else None,
             do_classifier_free_guidance=needs_negative,
             prompt_embeds=prompt_embeds,
@@ -555,10 +554,10 @@ class RefAlignWanPipeline(WanPipeline):
 
     def _denoise(
         self,
-        latents: torch.Tensor | None,
-        prompt_embeds: torch.Tensor | None,
+        latents: torch.Tensor,
+        prompt_embeds: torch.Tensor,
         negative_prompt_embeds: torch.Tensor | None,
-        groups: list[tuple[list[int], torch.Tensor | None]],
+        groups: list[tuple[torch.Tensor | slice, torch.Tensor | None]],
         generator: torch.Generator | list[torch.Generator] | None,
         callback: Callable | None,
         callback_tensors: Sequence[str],
@@ -569,7 +568,7 @@ class RefAlignWanPipeline(WanPipeline):
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         step_arguments = {"generator": generator} if takes_generator else {}
         self._forget_broken_call()
-        with self.progress_bar(total=len(timesteps)) as progress_bar:
+        with self.progress_bar(total=len(timesteps)) as progress_bar:  # pyright: ignore[reportCallIssue]
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
@@ -593,7 +592,7 @@ class RefAlignWanPipeline(WanPipeline):
                     )
                 latents = self.scheduler.step(velocity, t, latents, **step_arguments, return_dict=False)[0]
                 if callback is not None:
-                    tensors = {
+                    tensors: dict[str, Any] = {
                         "latents": latents,
                         "prompt_embeds": prompt_embeds,
                         "negative_prompt_embeds": negative_prompt_embeds,
@@ -611,7 +610,7 @@ class RefAlignWanPipeline(WanPipeline):
         if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
             # The paper's schedule (the scheduler applies its shift); the scheduler's own default ends at another sigma
             sigmas = torch.linspace(1, 0, num_inference_steps + 1)[:-1]
-            self.scheduler.set_timesteps(sigmas=sigmas.numpy(), device=device)
+            self.scheduler.set_timesteps(sigmas=sigmas.tolist(), device=device)
         else:
             self.scheduler.set_timesteps(num_inference_steps, device=device)
         self.scheduler.set_begin_index(0)  # spares a copy from the device at each step
@@ -657,7 +656,7 @@ class RefAlignWanPipeline(WanPipeline):
         transformer = pipeline.components.get("transformer")
         if isinstance(transformer, WanTransformer3DModel):
             kwargs.setdefault("transformer", transformer)
-        return super().from_pipe(pipeline, **kwargs)
+        return super().from_pipe(pipeline, **kwargs)  # pyright: ignore[reportReturnType] (typed as any pipeline)
 
     def _forget_broken_call(self) -> None:
         # diffusers/models/cache_utils.py: a call that was broken off leaves its cache behind, and only this removes it
@@ -745,15 +744,15 @@ def group_by_references(
         `list[tuple]`: the samples' places in the batch, and their references, `(samples, channels, references, h, w)`
         or `None`, in the order in which the numbers first occur.
     """
-    groups: dict[int, list[int]] = {}
+    groups: dict[int, tuple[list[int], list[torch.Tensor]]] = {}
     for index, latents in enumerate(references):
-        groups.setdefault(0 if latents is None else latents.shape[2], []).append(index)
+        indices, members = groups.setdefault(0 if latents is None else latents.shape[2], ([], []))
+        indices.append(index)
+        if latents is not None:
+            members.append(latents)
     result = []
-    for count, indices in groups.items():
-        latents = None
-        if count:
-            latents = torch.cat([references[index] for index in indices]).to(device, dtype)
-            latents = _repeat(latents, repeats)
+    for indices, members in groups.values():
+        latents = _repeat(torch.cat(members).to(device, dtype), repeats) if members else None
         samples = slice(None)  # the usual single group is the batch as it is: a slice spares copies at every step
         if len(groups) > 1:
             first = torch.tensor(indices, device=device)[:, None] * repeats
@@ -786,14 +785,17 @@ def _repeat(tensor: torch.Tensor, repeats: int) -> torch.Tensor:
     return tensor if repeats == 1 else tensor.repeat_interleave(repeats, dim=0)
 
 
-def _given_or(default: Any, given: Any) -> Any:
+Value = TypeVar("Value")
+
+
+def _given_or(default: Any, given: Value | None) -> Value:
     return default if given is None else given
 
 
 def _batch_size(prompt: str | list[str] | None, prompt_embeds: torch.Tensor | None) -> int:
-    if prompt is None:
+    if prompt_embeds is not None:
         return prompt_embeds.shape[0]
-    return 1 if isinstance(prompt, str) else len(prompt)
+    return len(prompt) if isinstance(prompt, list) else 1
 
 
 def _check_whole_number(name: str, value: Any) -> None:

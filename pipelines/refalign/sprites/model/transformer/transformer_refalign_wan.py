@@ -9,7 +9,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -66,7 +66,12 @@ class RefAlignWanTransformerBlock(WanTransformerBlock):
                 tokens. Takes the place of `num_video_tokens` where the tokens are split over ranks.
         """
         if num_video_tokens is None and token_mask is None:
-            return super().forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
+            return super().forward(
+                hidden_states,
+                encoder_hidden_states,
+                temb,
+                rotary_emb,  # pyright: ignore[reportArgumentType] (diffusers types the pair as one tensor)
+            )
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.scale_shift_table + temb.float()).chunk(6, dim=1)
 
         # 1. Self-attention over video and references
@@ -146,7 +151,8 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
                 f"{cls.__name__} in the first place (its from_pretrained and from_single_file), and LoRAs after that."
             )
         with torch.device("meta"):
-            model = cls.from_config(transformer.config)
+            # diffusers types it as a tuple, which it is only on demand
+            model = cast("RefAlignWanTransformer3DModel", cls.from_config(transformer.config))
         model.load_state_dict(transformer.state_dict(), assign=True)
         model.rope = transformer.rope  # its buffers are in no state dict
         for ours, theirs in zip(model.parameters(), transformer.parameters(), strict=True):
@@ -225,7 +231,7 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
                     "tokens to return. Pass `reference_hidden_states`, or leave `output_reference_layers` out."
                 )
             # The decorator has taken the LoRA scale out of `attention_kwargs`, so it is not applied twice
-            return super().forward(
+            return super().forward(  # pyright: ignore[reportReturnType] (diffusers types it as a tensor)
                 hidden_states=hidden_states,
                 timestep=timestep,
                 encoder_hidden_states=encoder_hidden_states,
@@ -237,7 +243,7 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
 
         # 1. Tokens: references are latent frames behind the video's, in the patches and in the rotary positions
         batch_size, _, num_frames, height, width = hidden_states.shape
-        _, patch_height, patch_width = self.config.patch_size
+        _, patch_height, patch_width = self.config["patch_size"]
         grid = (num_frames, height // patch_height, width // patch_width)
         num_video_tokens = grid[0] * grid[1] * grid[2]
         latents = torch.cat([hidden_states, reference_hidden_states.to(hidden_states.dtype)], dim=2)
@@ -264,7 +270,8 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
         arguments = (encoder_hidden_states, timestep_proj, rotary_emb, num_video_tokens, token_mask)
         for index, block in enumerate(self.blocks):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
-                hidden_states = self._gradient_checkpointing_func(block, hidden_states, *arguments)
+                checkpointed = self._gradient_checkpointing_func
+                hidden_states = checkpointed(block, hidden_states, *arguments)  # pyright: ignore[reportOptionalCall]
             else:
                 hidden_states = block(hidden_states, *arguments)
             if index in (layers or ()):
@@ -306,9 +313,9 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
                 f"`timestep` has shape {tuple(timestep.shape)}; with references it must be (batch,): one timestep "
                 "modulates all tokens of a sample."
             )
-        if self.config.patch_size[0] != 1:
+        if self.config["patch_size"][0] != 1:
             raise ValueError(
-                f"`patch_size` is {tuple(self.config.patch_size)}; with references its first number must be 1, "
+                f"`patch_size` is {tuple(self.config['patch_size'])}; with references its first number must be 1, "
                 "because each reference is one latent frame."
             )
         for layer in layers or ():
@@ -348,10 +355,13 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
         """
         # diffusers/loaders/single_file_model.py: casts these too
         dtype = torch_dtype if dtype is None else dtype
-        if dtype is None or kwargs.get("quantization_config") is not None:
-            return super().from_single_file(pretrained_model_link_or_path_or_dict, dtype=dtype, **kwargs)
-        model = super().from_single_file(pretrained_model_link_or_path_or_dict, **kwargs)
-        return model.cast_weights(dtype)
+        is_quantized = kwargs.get("quantization_config") is not None
+        model = super().from_single_file(
+            pretrained_model_link_or_path_or_dict,  # pyright: ignore[reportArgumentType] (it takes state dicts too)
+            dtype=dtype if is_quantized else None,
+            **kwargs,
+        )
+        return model if dtype is None or is_quantized else model.cast_weights(dtype)
 
     def cast_weights(self, dtype: torch.dtype) -> "RefAlignWanTransformer3DModel":
         """Casts its weights but those that [`~RefAlignWanTransformer3DModel.from_pretrained`] keeps in float32."""
@@ -369,8 +379,7 @@ def _register_for_caches() -> None:
     except ImportError:
         return
     TransformerBlockRegistry.register(
-        RefAlignWanTransformerBlock,
-        TransformerBlockMetadata(return_hidden_states_index=0, return_encoder_hidden_states_index=None),
+        RefAlignWanTransformerBlock, TransformerBlockMetadata(return_hidden_states_index=0)
     )
 
 
