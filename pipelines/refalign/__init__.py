@@ -22,7 +22,7 @@ _MODULES = {
     "ModelMixin": "diffusers",  # diffusers looks here for the base class of the components named ["refalign", ...]
 }
 
-__all__ = [*_MODULES, "__version__"]
+__all__ = [*_MODULES, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll] (names of __getattr__)
 
 
 def __getattr__(name: str) -> Any:

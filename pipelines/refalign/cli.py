@@ -28,11 +28,12 @@ class Convert:
     output: Path
     """The pipeline folder to write. It must not exist."""
     max_shard_size: str = "5GB"
-    """The largest size of a file of the transformer."""
+    """The largest size of a file of the transformer, in bytes or with a unit."""
     keep_scheduler: bool = False
     """Take the base's scheduler too, instead of the paper's (Euler, shift 5)."""
     card: str = "auto"
-    """The model card: template, refalign-1.3b or refalign-14b. auto knows the authors' releases by their Hub id."""
+    """The model card to write: template, refalign-1.3b or refalign-14b. auto takes a card of the authors for their
+    releases, which it knows by their Hub ids, and template for others."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,12 @@ class Export:
     """Write a pipeline for others: as one native file (ComfyUI), as a Hub repo folder, or its code as one script."""
 
     model: str | None = None
-    """The pipeline, as a folder or a Hub id."""
+    """The pipeline to write, as a folder or a Hub id."""
     output: Path | None = None
-    """What to write: FILE.safetensors is one native file, any other name is a new folder, a Hub repo."""
+    """The file or folder to write. A name that ends in .safetensors makes one native file, any other name a new
+    folder, a Hub repo."""
     community: Path | None = None
-    """A file for the pipeline's code as one script, for diffusers' custom_pipeline."""
+    """The file to write the pipeline's code to, as one script for diffusers' custom_pipeline."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Push:
     """Push a pipeline folder to the Hub, so that it loads with and without this package."""
 
     folder: Positional[Path]
-    """The pipeline folder that is pushed."""
+    """The pipeline folder to push."""
     repo: str
     """The repo on the Hub, as ORG/NAME. It is made if it does not exist."""
     private: bool = False
@@ -99,7 +101,7 @@ def export(command: Export) -> int:
         raise ValueError("Pass --model and --output (FILE.safetensors or a new folder), or --community FILE.")
     if command.community is not None:
         print(f"Wrote {hub.write_community_script(command.community)}")
-    if command.output is not None:
+    if command.model is not None and command.output is not None:
         native = command.output.suffix == ".safetensors"
         write = export_native if native else hub.export_repo
         print(f"Wrote {write(command.model, command.output)}")

@@ -25,17 +25,17 @@ class Demo:
     """Make a video of drawn figures, offline and in seconds, with the tiny model that comes with this package."""
 
     output: Path = Path("demo")
-    """A folder for `demo.mp4` and `demo.png`, the references beside frames of the video."""
+    """The folder for `demo.mp4` and for `demo.png`, which shows the references beside frames of the video."""
     prompt: str = "On the left one hops up and down, on the right one spins around, in a meadow."
-    """What happens: "it", or "the left one" and "the right one", hops up and down, spins around, grows, rises or
-    falls; "it" also slides to the right or to the left; "the two change places". And where: in a meadow, on a beach,
-    in the snow, at night, in a desert, in a city."""
+    """A description of what happens and where. "It", or "the left one" and "the right one", hops up and down, spins
+    around, grows, rises or falls. "It" also slides to the right or to the left, and "the two change places". All this
+    happens in a meadow, on a beach, in the snow, at night, in a desert or in a city."""
     subjects: tuple[str, ...] = ("crowned-star", "yellow-heart")
-    """One or two, from the left to the right: names that --list shows, or pictures of your own."""
+    """The one or two subjects, from the left to the right: names that --list shows, or pictures of your own."""
     seed: int = 0
-    """Another seed, another video."""
+    """The seed of the noise. Another seed gives another video."""
     list: bool = False
-    """Only show the names of the subjects."""
+    """Only show the names of the subjects, and make no video."""
 
 
 def run(command: Demo) -> int:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}  # torch's names
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 # -- Written whole or not at all: beside its place, then renamed ------------------------------------------------------

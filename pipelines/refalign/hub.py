@@ -22,7 +22,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from refalign.files import fetch, new_file, new_folder, open_safetensors, read_json
+from refalign.files import HUB_ID, fetch, new_file, new_folder, open_safetensors, read_json
 
 
 logger = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ def push(
 
 def check_repo_id(repo_id: str) -> None:
     """Raises ValueError unless it is ORG/NAME."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+    if not HUB_ID.fullmatch(repo_id):
         raise ValueError(f"`repo_id` is {repo_id!r}, but must be ORG/NAME.")
 
 

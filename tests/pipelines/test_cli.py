@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from refalign import RefAlignWanPipeline, video
 from refalign.cli import main
-from refalign.generate import Generate, _load_pipeline, _read_lora, _settings
+from refalign.generate import Generate, _load_pipeline, _settings
+from refalign.loading import parse_lora
 from refalign.reference_images import prepare_reference_image
 from refalign.video import read_settings, read_video
 from tests.drawn_references import write_reference_sets
@@ -215,7 +216,7 @@ def test_loras_are_applied_at_their_scale(generate, lora_folder, tmp_path, frame
     ],
 )
 def test_a_lora_may_be_a_hub_id(lora, source, scale):
-    assert _read_lora(lora) == (source, scale)
+    assert parse_lora(lora) == (source, scale)
 
 
 def test_group_offload_makes_the_same_video(generate, tmp_path, frames):

@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard
 
-from refalign.generate import HUB_ID
+from refalign.files import HUB_ID
 from refalign.hub import NATIVE, PROJECTORS, fill_card
 from refalign_training.data.recipe import Recipe
 from refalign_training.run.log import METRICS_FILE, read_metrics
