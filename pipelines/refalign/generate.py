@@ -25,7 +25,7 @@ class Generate:
 
     model: str | None = None
     """The pipeline that makes the video, as a folder or a Hub id. With --base it is a native checkpoint: a file, a
-    folder of shards or a Hub id. Without it, the tiny model of drawn figures in this package is taken."""
+    folder of shards or a Hub id. Without --model, the tiny one of drawn figures in this package is taken."""
     prompt: str | None = None
     """A description of what happens in the video."""
     reference: tuple[str, ...] = ()
