@@ -59,9 +59,9 @@ def training_step(golden, request):
     timesteps, weights = timestep_table("refalign")
     weight = weights[(timesteps - timestep).abs().argmin()][None]
     weighted_mse, gate = flow_matching_loss(output.sample, noise, latents, weight), timestep_gate(timestep)
-    loss = weighted_mse + gate * aligned.loss
+    loss = weighted_mse + gate * aligned.total
     loss.sum().backward()
-    losses = {"weighted_mse": weighted_mse, "ra_total": aligned.loss, "ra_neg": aligned.negative}
+    losses = {"weighted_mse": weighted_mse, "ra_total": aligned.total, "ra_neg": aligned.negative}
     gradients = diffusers_to_native({name: p.grad for name, p in golden.model.named_parameters()})
     gradients |= {
         f"blocks.{i}.input_mlp.{n}": p.grad for i, m in alignment.projectors.items() for n, p in m.named_parameters()
@@ -101,7 +101,7 @@ def test_losses_are_means_over_the_layers(hidden_states, features):
         )
         for projector, tokens in zip(alignment.projectors.values(), hidden_states, strict=True)
     ]
-    torch.testing.assert_close(output.loss, sum(layer.total for layer in layers) / 2)
+    torch.testing.assert_close(output.total, sum(layer.total for layer in layers) / 2)
     torch.testing.assert_close(output.negative, sum(layer.negative for layer in layers) / 2)
     torch.testing.assert_close(output.cosine, torch.stack([layer.cosine for layer in layers], 1))
     torch.testing.assert_close(output.active_negatives, torch.stack([layer.active_negatives for layer in layers], 1))
@@ -119,7 +119,7 @@ def test_gradients_stop_at_the_last_aligned_block(inputs):
     model = tiny_transformer(RefAlignWanTransformer3DModel, num_layers=3)
     alignment = ReferenceAlignment(24, 6, (0, 1))
     output = model(**inputs, output_reference_layers=(0, 1))
-    alignment(output.reference_hidden_states, torch.randn(2, 2, 2, 3, 6)).loss.sum().backward()
+    alignment(output.reference_hidden_states, torch.randn(2, 2, 2, 3, 6)).total.sum().backward()
     with_gradient = [any(p.grad is not None for p in block.parameters()) for block in model.blocks]
     assert with_gradient == [True, True, False]
 
@@ -131,7 +131,7 @@ def test_a_dropped_sample_costs_nothing(hidden_states, features, projector):
     nothing = torch.tensor([[[0.0]], [[torch.nan]]])
     hidden_states = [(tokens.detach() + nothing).requires_grad_() for tokens in hidden_states]
     output = alignment(hidden_states, features, keep=torch.tensor([True, False]))
-    gradients = torch.autograd.grad(output.loss.sum(), (*hidden_states, *alignment.parameters()))
+    gradients = torch.autograd.grad(output.total.sum(), (*hidden_states, *alignment.parameters()))
     assert all((value[1] == 0).all() and (value[0] != 0).all() for value in output)
     assert all(g[1].count_nonzero() == 0 and g[0].count_nonzero() for g in gradients[: len(hidden_states)])
     assert all(g.isfinite().all() for g in gradients)
@@ -141,9 +141,9 @@ def test_bfloat16_hidden_states_meet_float32_projectors(hidden_states, features)
     alignment = make_alignment()
     halves = [tokens.detach().bfloat16() for tokens in hidden_states]
     output = alignment(halves, features.bfloat16())
-    assert output.loss.dtype == torch.float32
+    assert output.total.dtype == torch.float32
     expected = alignment([tokens.float() for tokens in halves], features.bfloat16().float())
-    torch.testing.assert_close(output.loss, expected.loss)
+    torch.testing.assert_close(output.total, expected.total)
 
 
 def test_only_hidden_states_and_features_are_held_until_the_backward_pass(hidden_states, features):
@@ -174,8 +174,8 @@ def test_spatial_norm_is_of_each_reference_and_channel(features):
 
 
 def test_spatial_norm_is_applied_to_the_teacher(hidden_states, features):
-    normed = make_alignment(spatial_norm=True)(hidden_states, features).loss
-    torch.testing.assert_close(normed, make_alignment()(hidden_states, normalize_over_grid(features)).loss)
+    normed = make_alignment(spatial_norm=True)(hidden_states, features).total
+    torch.testing.assert_close(normed, make_alignment()(hidden_states, normalize_over_grid(features)).total)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +212,7 @@ def test_projectors_save_and_load(hidden_states, features, projector, tmp_path):
     save_file(alignment.native_state_dict(), tmp_path / "projectors.safetensors")
     other = ReferenceAlignment(8, 6, (0, 3), projector=projector)
     other.load_native_state_dict(load_file(tmp_path / "projectors.safetensors"))
-    assert torch.equal(other(hidden_states, features).loss, alignment(hidden_states, features).loss)
+    assert torch.equal(other(hidden_states, features).total, alignment(hidden_states, features).total)
 
 
 @pytest.mark.parametrize(

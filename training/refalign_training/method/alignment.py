@@ -5,14 +5,14 @@ Projectors exist in training alone: they are saved in checkpoints, under their n
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from refalign.keys import projector_key, projector_name
-from refalign_training.method.losses import AlignmentLoss, reference_alignment_loss
+from refalign_training.method.losses import AlignmentLoss, Keep, SubjectIds, reference_alignment_loss
 
 
 class AlignmentProjector(nn.Module):
@@ -43,22 +43,7 @@ class ConvAlignmentProjector(nn.Module):
         return self.conv(images).permute(0, 2, 3, 1).reshape(batch, tokens.shape[1], -1)
 
 
-PROJECTORS = {"linear": AlignmentProjector, "conv": ConvAlignmentProjector}
-
-
-class AlignmentOutput(NamedTuple):
-    """
-    What [`ReferenceAlignment`] returns; 0 for a sample that is not kept.
-
-    `loss`, `positive` and `negative`, of shape `(batch,)`, are means over the layers. `cosine` and `active_negatives`,
-    of shape `(batch, layers)`, are those of [`AlignmentLoss`], for logs.
-    """
-
-    loss: torch.Tensor
-    positive: torch.Tensor
-    negative: torch.Tensor
-    cosine: torch.Tensor
-    active_negatives: torch.Tensor
+PROJECTORS: dict[str, type[nn.Module]] = {"linear": AlignmentProjector, "conv": ConvAlignmentProjector}
 
 
 class ReferenceAlignment(nn.Module):
@@ -75,7 +60,7 @@ class ReferenceAlignment(nn.Module):
         projector (`str`, *optional*, defaults to `"linear"`): or `"conv"`.
         spatial_norm (`bool`, *optional*, defaults to `False`): whether to bring each channel of each reference's
             teacher features to mean 0 and deviation 1 over the grid (iREPA, arXiv 2512.10794).
-        positive_margin, negative_margin, negative_weight (`float`, *optional*): of [`reference_alignment_loss`].
+        positive_margin, negative_margin, negative_weight (`float`, *optional*): see [`reference_alignment_loss`].
 
     Raises:
         ValueError: if there is no layer, one comes twice or is below 0, or the projector is unknown.
@@ -112,9 +97,9 @@ class ReferenceAlignment(nn.Module):
         self,
         reference_hidden_states: Sequence[torch.Tensor],
         teacher_features: torch.Tensor,
-        subject_ids: torch.Tensor | Sequence | None = None,
-        keep: torch.Tensor | Sequence[bool] | None = None,
-    ) -> AlignmentOutput:
+        subject_ids: SubjectIds = None,
+        keep: Keep = None,
+    ) -> AlignmentLoss:
         """
         Args:
             reference_hidden_states (`Sequence[torch.Tensor]`): for each of `layers`, in their order, the reference
@@ -126,7 +111,8 @@ class ReferenceAlignment(nn.Module):
                 references were dropped (the null reference): they cost nothing.
 
         Returns:
-            [`AlignmentOutput`].
+            [`AlignmentLoss`]: the losses are means over the layers; `cosine` and `active_negatives` have shape
+            `(batch, layers)`.
 
         Raises:
             ValueError: if numbers or shapes do not fit each other.
@@ -141,17 +127,12 @@ class ReferenceAlignment(nn.Module):
             # Nothing in it is random, so there is no state of a generator to preserve
             losses.append(checkpoint(self._layer_loss, *arguments, use_reentrant=False, preserve_rng_state=False))
         total, positive, negative, cosine, active = (torch.stack(values, 1) for values in zip(*losses, strict=True))
-        return AlignmentOutput(total.mean(1), positive.mean(1), negative.mean(1), cosine, active)
+        return AlignmentLoss(total.mean(1), positive.mean(1), negative.mean(1), cosine, active)
 
     def _layer_loss(
-        self,
-        projector: nn.Module,
-        hidden_states: torch.Tensor,
-        teacher_features: torch.Tensor,
-        subject_ids: torch.Tensor | Sequence | None,
-        keep: torch.Tensor | Sequence[bool] | None,
+        self, projector: nn.Module, hidden_states: torch.Tensor, features: torch.Tensor, subjects: SubjectIds, keep: Keep
     ) -> AlignmentLoss:
-        height, width = teacher_features.shape[2:4]
+        height, width = features.shape[2:4]
         # The transformer may be in bfloat16 and the projectors in float32; under autocast, that decides
         hidden_states = hidden_states.to(next(projector.parameters()).dtype)
         if keep is not None:  # not even what is not finite in a dropped sample may reach the projector's gradient
@@ -159,9 +140,9 @@ class ReferenceAlignment(nn.Module):
             hidden_states = hidden_states.masked_fill(is_dropped[:, None, None], 0)
         return reference_alignment_loss(
             projector(hidden_states, (height, width)),
-            teacher_features.flatten(1, 3),
+            features.flatten(1, 3),
             height * width,
-            subject_ids=subject_ids,
+            subject_ids=subjects,
             keep=keep,
             **self.loss_options,
         )
@@ -191,30 +172,25 @@ class ReferenceAlignment(nn.Module):
         Raises:
             ValueError: naming the keys that are missing, unknown, or whose tensors have another shape.
         """
-        expected = {key: tuple(tensor.shape) for key, tensor in self.native_state_dict().items()}
-        given = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
-        problems = {
-            "missing": sorted(expected.keys() - given.keys()),
-            "not known": sorted(given.keys() - expected.keys()),
-            "of another shape": [
-                f"{key} {given[key]}, not {shape}" for key, shape in expected.items() if given.get(key, shape) != shape
-            ],
-        }
-        if any(problems.values()):
-            named = "; ".join(f"{what}: {', '.join(keys)}" for what, keys in problems.items() if keys)
-            raise ValueError(f"The projectors do not fit layers {self.layers} ({named}). Check model and layers.")
+        expected, problems = self.native_state_dict(), []
+        for key in sorted(expected.keys() | state_dict.keys()):
+            if key not in state_dict:
+                problems.append(f"missing: {key}")
+            elif key not in expected:
+                problems.append(f"not known: {key}")
+            elif state_dict[key].shape != expected[key].shape:
+                shapes = f"{tuple(state_dict[key].shape)}, not {tuple(expected[key].shape)}"
+                problems.append(f"of another shape: {key} {shapes}")
+        if problems:
+            told = "; ".join(problems)
+            raise ValueError(f"The projectors do not fit layers {self.layers} ({told}). Check model and layers.")
         self.projectors.load_state_dict({projector_name(key): tensor for key, tensor in state_dict.items()})
 
 
 def normalize_over_grid(features: torch.Tensor) -> torch.Tensor:
     """
-    Each channel of each reference to mean 0 and deviation 1 over its grid (iREPA, arXiv 2512.10794).
-
-    Args:
-        features (`torch.Tensor` of shape `(batch, references, height, width, dim)`): a teacher's.
-
-    Returns:
-        `torch.Tensor` of the same shape, float32.
+    Brings each channel of each reference to mean 0 and deviation 1 over its grid (iREPA, arXiv 2512.10794): features
+    `(batch, references, height, width, dim)` become float32 of the same shape.
     """
     features = features.float()
     deviation, mean = torch.std_mean(features, dim=(2, 3), correction=0, keepdim=True)
@@ -230,16 +206,14 @@ def alignment_weight(
     stop_step: int | None = None,
 ) -> float:
     """
-    The weight of the alignment at a training step; by default the same at all (RefAlign, arXiv 2603.25743).
-
-    Alignment helps early and can harm late (HASTE, arXiv 2505.16792), so it can end.
+    The weight of the alignment at a training step, counted from 0; by default the same at all (RefAlign, arXiv
+    2603.25743). Alignment helps early and can harm late (HASTE, arXiv 2505.16792), so it can end.
 
     Args:
-        step (`int`): optimiser steps so far, from 0.
-        weight (`float`, *optional*, defaults to 1): before any decay.
-        decay_start (`int`, *optional*): from this step on the weight falls along half a cosine; `None`: never.
-        decay_steps (`int`, *optional*, defaults to 0): it reaches 0 so many steps later.
-        stop_step (`int`, *optional*): from this step on the weight is 0; `None`: never.
+        weight (`float`, *optional*, defaults to 1): the weight before any decay.
+        decay_start (`int`, *optional*): the step from which the weight falls along half a cosine; `None`: never.
+        decay_steps (`int`, *optional*, defaults to 0): the number of steps over which it falls to 0.
+        stop_step (`int`, *optional*): the step from which the weight is 0; `None`: never.
 
     Raises:
         ValueError: for a number below 0.

@@ -4,7 +4,7 @@ Shapes: `tokens` are the tokens of one sample's references, one reference behind
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 
 NUM_TRAIN_TIMESTEPS = 1000
+TIMESTEP_PRESETS = ("refalign", "logit_normal", "uniform")
+
+SubjectIds = torch.Tensor | Sequence | None
+Keep = torch.Tensor | Sequence[bool] | None
 
 
 # -- Flow matching ----------------------------------------------------------------------------------------------------
@@ -107,18 +111,8 @@ def timestep_gate(timestep: torch.Tensor, power: float = 3) -> torch.Tensor:
 
 def timestep_table(preset: str) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    The 1000 timesteps that stand for a preset's distribution, each as likely as the others, and their weights.
-
-    Args:
-        preset (`str`): `"refalign"` (shift 5, bump weights; RefAlign, arXiv 2603.25743: exactly these timesteps are
-            drawn), `"logit_normal"` (Stable Diffusion 3, arXiv 2403.03206, section 3.1; shift 3, unweighted) or
-            `"uniform"` (shift 7, unweighted: most steps where layout and identity are decided; for tiny models).
-
-    Returns:
-        `tuple` of two `torch.Tensor` of shape `(1000,)`, float32: timesteps, falling, and w(t), of mean 1.
-
-    Raises:
-        ValueError: for an unknown preset.
+    The 1000 timesteps that stand for a preset's distribution, falling, each as likely as the others, and their weights
+    w(t), of mean 1: see [`sample_timesteps`].
     """
     quantiles = (torch.arange(NUM_TRAIN_TIMESTEPS, 0, -1, dtype=torch.float64) - 0.5) / NUM_TRAIN_TIMESTEPS
     return sample_timesteps(preset, quantiles)
@@ -131,7 +125,9 @@ def sample_timesteps(preset: str, quantiles: torch.Tensor) -> tuple[torch.Tensor
     Quantiles from the caller's own generator draw; (i + u_i) / batch instead stratifies a batch of the i-th samples.
 
     Args:
-        preset (`str`): see [`timestep_table`].
+        preset (`str`): `"refalign"` (shift 5, bump weights; RefAlign, arXiv 2603.25743: one of 1000 timesteps is
+            drawn), `"logit_normal"` (Stable Diffusion 3, arXiv 2403.03206, section 3.1; shift 3, unweighted) or
+            `"uniform"` (shift 7, unweighted: most steps where layout and identity are decided; for tiny models).
         quantiles (`torch.Tensor` of shape `(batch,)`): in [0, 1). The higher, the noisier.
 
     Returns:
@@ -144,27 +140,19 @@ def sample_timesteps(preset: str, quantiles: torch.Tensor) -> tuple[torch.Tensor
         raise ValueError(f"The timestep preset is {preset!r}; known are {', '.join(TIMESTEP_PRESETS)}.")
     if ((quantiles < 0) | (quantiles >= 1)).any():
         raise ValueError(f"`quantiles` are from {quantiles.min():g} to {quantiles.max():g}, but must be in [0, 1).")
-    timesteps, weights = TIMESTEP_PRESETS[preset](quantiles.double())
-    return timesteps.float(), weights.float()
-
-
-def _refalign(quantiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    count = NUM_TRAIN_TIMESTEPS
-    timesteps = count * _shift(torch.arange(1, count + 1, dtype=torch.float64, device=quantiles.device) / count, 5)
-    bump = torch.exp(-2 * (timesteps / count - 0.5).square())
-    weights = (bump - bump.min()) / (bump - bump.min()).mean()
-    index = (quantiles * count).long()
-    return timesteps[index], weights[index]
-
-
-def _logit_normal(quantiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    sigmas = _shift(torch.special.ndtri(quantiles).sigmoid(), 3)
-    return NUM_TRAIN_TIMESTEPS * sigmas, torch.ones_like(sigmas)
-
-
-def _uniform(quantiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    sigmas = _shift(quantiles, 7)
-    return NUM_TRAIN_TIMESTEPS * sigmas, torch.ones_like(sigmas)
+    quantiles, count = quantiles.double(), NUM_TRAIN_TIMESTEPS
+    if preset == "refalign":
+        sigmas = torch.arange(1, count + 1, dtype=torch.float64, device=quantiles.device) / count
+        timesteps = count * _shift(sigmas, 5)
+        bump = torch.exp(-2 * (timesteps / count - 0.5).square())
+        weights = (bump - bump.min()) / (bump - bump.min()).mean()
+        index = (quantiles * count).long()
+        return timesteps[index].float(), weights[index].float()
+    if preset == "logit_normal":
+        sigmas = _shift(torch.special.ndtri(quantiles).sigmoid(), 3)
+    else:
+        sigmas = _shift(quantiles, 7)
+    return (count * sigmas).float(), torch.ones_like(sigmas).float()
 
 
 def _shift(sigmas: torch.Tensor, shift: float) -> torch.Tensor:
@@ -172,19 +160,12 @@ def _shift(sigmas: torch.Tensor, shift: float) -> torch.Tensor:
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
-TIMESTEP_PRESETS: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] = {
-    "refalign": _refalign,
-    "logit_normal": _logit_normal,
-    "uniform": _uniform,
-}
-
-
 # -- Reference alignment ----------------------------------------------------------------------------------------------
 
 
 class AlignmentLoss(NamedTuple):
     """
-    What [`reference_alignment_loss`] returns, each of shape `(batch,)` and 0 for a sample that is not kept.
+    The reference alignment loss, each part of shape `(batch,)` and 0 for a sample that is not kept.
 
     `total` = `positive` + weight * `negative`. `cosine`, the mean cosine of a token and the teacher's own, and
     `active_negatives`, the share of pairs of different subjects inside the negative margin, carry no gradient.
@@ -205,8 +186,8 @@ def reference_alignment_loss(
     positive_margin: float = 0.0,
     negative_margin: float = 1.0,
     negative_weight: float = 1.0,
-    subject_ids: torch.Tensor | Sequence | None = None,
-    keep: torch.Tensor | Sequence[bool] | None = None,
+    subject_ids: SubjectIds = None,
+    keep: Keep = None,
 ) -> AlignmentLoss:
     """
     Pulls each reference token to the teacher's token of the same place and pushes it off those of other subjects
@@ -257,12 +238,7 @@ def reference_alignment_loss(
     return AlignmentLoss(positive + negative_weight * negative, positive, negative, cosine, active_negatives)
 
 
-def _subjects(
-    subject_ids: torch.Tensor | Sequence | None,
-    keep: torch.Tensor | Sequence[bool] | None,
-    batch: int,
-    references: int,
-) -> list[list[int] | None]:
+def _subjects(subject_ids: SubjectIds, keep: Keep, batch: int, references: int) -> list[list[int] | None]:
     """The subject of each reference of each sample; None for a sample that is not kept."""
     ids = torch.arange(references) if subject_ids is None else torch.as_tensor(subject_ids)
     if tuple(ids.shape) not in ((references,), (batch, references)):
@@ -286,14 +262,15 @@ def _sample_losses(
     if subjects is None:
         zero = student[:0].sum(dtype=teacher.dtype)  # its gradient is there, and 0
         return zero, zero, zero.detach(), zero.detach()
-    references = []
+    references, pairs = [], 0
     for number, subject in enumerate(subjects):
         others = [teacher[i] for i, other in enumerate(subjects) if other != subject]
         arguments = (student[number], teacher[number], others, margins)
+        pairs += len(others)
         # Computed again in the backward pass: the matrices of all references at once are large
         references.append(checkpoint(_reference_losses, *arguments, use_reentrant=False, preserve_rng_state=False))
     positive, negative, cosine, active = map(torch.stack, zip(*references, strict=True))
-    pairs = sum(len(subjects) - subjects.count(subject) for subject in subjects) or 1
+    pairs = max(pairs, 1)
     return positive.mean(), negative.sum() / pairs, cosine.mean(), active.sum() / pairs
 
 
@@ -302,17 +279,19 @@ def _reference_losses(
 ) -> tuple[torch.Tensor, ...]:
     """
     A reference's tokens against the teacher's of the same places and against all of other subjects' references: the
-    mean loss of the former, the sum over references of the mean loss of the latter, the mean cosine, and the share
-    of active pairs, summed up as well.
+    mean loss of the former, the sum over references of the mean loss of the latter, the mean cosine, and the sum over
+    references of the share of active pairs.
     """
     positive_margin, negative_margin = margins
     student = _normalize(student)
     cosines = (student * teacher).sum(-1)
     positive = (1 - cosines - positive_margin).relu().mean()
-    excesses = [(student @ other.T).sub_(1 - negative_margin).relu_() for other in others]
-    negative = sum((excess.mean() for excess in excesses), torch.zeros_like(positive))
-    active = sum((excess.detach().sign().mean() for excess in excesses), torch.zeros_like(positive))
-    return positive, negative, cosines.detach().mean(), active.detach()
+    negative = active = torch.zeros_like(positive)
+    for other in others:
+        excess = (student @ other.T).sub_(1 - negative_margin).relu_()
+        negative = negative + excess.mean()
+        active = active + excess.detach().sign().mean()
+    return positive, negative, cosines.detach().mean(), active
 
 
 def _normalize(tokens: torch.Tensor) -> torch.Tensor:

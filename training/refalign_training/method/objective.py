@@ -40,8 +40,8 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The batch with what the network needs on a device."""
-        stays = {"keeps_references": self.keeps_references, "subjects": self.subjects}
-        return dataclasses.replace(self._each(lambda tensor: tensor.to(device, non_blocking=True)), **stays)
+        moved = self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return dataclasses.replace(moved, keeps_references=self.keeps_references, subjects=self.subjects)
 
     def pin_memory(self) -> "Batch":
         """The batch in memory that a GPU copies from while it computes."""
@@ -68,9 +68,9 @@ class Losses(NamedTuple):
     """Booleans: whether there is an alignment and the references were not dropped."""
     has_negatives: torch.Tensor
     """Booleans: kept, and of two or more subjects."""
-    cosine: torch.Tensor | None
+    cosine: torch.Tensor | None = None
     """`(batch, layers)`, for logs; so `active_negatives`."""
-    active_negatives: torch.Tensor | None
+    active_negatives: torch.Tensor | None = None
 
 
 class Objective:
@@ -79,7 +79,7 @@ class Objective:
         transformer (`nn.Module`): [`RefAlignWanTransformer3DModel`], perhaps wrapped to run in parallel.
         alignment (`nn.Module`, *optional*): [`ReferenceAlignment`], perhaps wrapped too.
         options ([`AlignmentOptions`]): gate and schedule of the alignment.
-        dtype (`torch.dtype`): what is computed in. Losses are in float32.
+        dtype (`torch.dtype`): what the networks compute in. Losses are in float32.
         detail_weight (`Callable`, *optional*): by step, how much more positions of [`detail`] count.
     """
 
@@ -114,20 +114,20 @@ class Objective:
     def __call__(self, batch: Batch, step: int) -> Losses:
         """The losses of a batch, on the device where the batch and the networks are."""
         weight = self.alignment_weight(step)
-        layers = self.options.layers if weight else None
+        alignment = self.alignment if weight else None
         with self.autocast(batch.latents.device):
             output = self.transformer(
                 hidden_states=add_noise(batch.latents, batch.noise, batch.timesteps),
                 timestep=batch.timesteps,
                 encoder_hidden_states=batch.prompt_embeds.to(self.dtype),
                 reference_hidden_states=batch.reference_latents,
-                output_reference_layers=layers,
+                output_reference_layers=None if alignment is None else self.options.layers,
             )
             aligned = None
-            if layers is not None:
+            if alignment is not None:
                 # Lists, because a wrapper would bring tensors to the GPU, where they are waited for
                 subjects, keep = batch.subjects.tolist(), batch.keeps_references.tolist()
-                aligned = self.alignment(output.reference_hidden_states, batch.teacher_features, subjects, keep)
+                aligned = alignment(output.reference_hidden_states, batch.teacher_features, subjects, keep)
         mse = flow_matching_loss(output.sample, batch.noise, batch.latents)
         diffusion = mse * batch.weights
         if (more := self.detail_weight(step)) != 1:
@@ -135,17 +135,17 @@ class Objective:
             diffusion = flow_matching_loss(output.sample, batch.noise, batch.latents, batch.weights, position_weights)
         if aligned is None:
             none = torch.zeros_like(mse)
-            return Losses(diffusion, diffusion, mse, none, none.bool(), none.bool(), None, None)
+            return Losses(diffusion, diffusion, mse, none, none.bool(), none.bool())
         gate = timestep_gate(batch.timesteps, self.options.gate_power)
         kept = batch.keeps_references
         has_negatives = kept & (batch.subjects != batch.subjects[:, :1]).any(1)
         return Losses(
-            diffusion + gate * weight * aligned.loss,
-            diffusion,
-            mse,
-            aligned.loss,
-            kept.to(mse.device),
-            has_negatives.to(mse.device),
-            aligned.cosine,
-            aligned.active_negatives,
+            total=diffusion + gate * weight * aligned.total,
+            diffusion=diffusion,
+            mse=mse,
+            alignment=aligned.total,
+            kept=kept.to(mse.device),
+            has_negatives=has_negatives.to(mse.device),
+            cosine=aligned.cosine,
+            active_negatives=aligned.active_negatives,
         )
