@@ -117,7 +117,7 @@ class ReferenceAlignment(nn.Module):
         Raises:
             ValueError: if numbers or shapes do not fit each other.
         """
-        self._check_inputs(reference_hidden_states, teacher_features)
+        self._check(reference_hidden_states, teacher_features)
         teacher_features = teacher_features.detach()
         if self.spatial_norm:
             teacher_features = normalize_over_grid(teacher_features)
@@ -130,9 +130,14 @@ class ReferenceAlignment(nn.Module):
         return AlignmentLoss(total.mean(1), positive.mean(1), negative.mean(1), cosine, active)
 
     def _layer_loss(
-        self, projector: nn.Module, hidden_states: torch.Tensor, features: torch.Tensor, subjects: SubjectIds, keep: Keep
+        self,
+        projector: nn.Module,
+        hidden_states: torch.Tensor,
+        teacher_features: torch.Tensor,
+        subject_ids: SubjectIds,
+        keep: Keep,
     ) -> AlignmentLoss:
-        height, width = features.shape[2:4]
+        height, width = teacher_features.shape[2:4]
         # The transformer may be in bfloat16 and the projectors in float32; under autocast, that decides
         hidden_states = hidden_states.to(next(projector.parameters()).dtype)
         if keep is not None:  # not even what is not finite in a dropped sample may reach the projector's gradient
@@ -140,20 +145,20 @@ class ReferenceAlignment(nn.Module):
             hidden_states = hidden_states.masked_fill(is_dropped[:, None, None], 0)
         return reference_alignment_loss(
             projector(hidden_states, (height, width)),
-            features.flatten(1, 3),
+            teacher_features.flatten(1, 3),
             height * width,
-            subject_ids=subjects,
+            subject_ids=subject_ids,
             keep=keep,
             **self.loss_options,
         )
 
-    def _check_inputs(self, reference_hidden_states: Sequence[torch.Tensor], teacher_features: torch.Tensor) -> None:
-        if len(reference_hidden_states) != len(self.layers):
+    def _check(self, hidden_states: Sequence[torch.Tensor], teacher_features: torch.Tensor) -> None:
+        if len(hidden_states) != len(self.layers):
             raise ValueError(
-                f"There are hidden states of {len(reference_hidden_states)} layers, but {len(self.layers)} are "
-                f"aligned. Ask the transformer for `output_reference_layers={self.layers}`."
+                f"There are hidden states of {len(hidden_states)} layers, but {len(self.layers)} are aligned. Ask the "
+                f"transformer for `output_reference_layers={self.layers}`."
             )
-        teacher, student = tuple(teacher_features.shape), tuple(reference_hidden_states[0].shape)
+        teacher, student = tuple(teacher_features.shape), tuple(hidden_states[0].shape)
         if len(teacher) != 5 or teacher[4] != self.teacher_dim or (teacher[0], math.prod(teacher[1:4])) != student[:2]:
             raise ValueError(
                 f"`teacher_features` has shape {teacher}; beside hidden states of shape {student} it must be "

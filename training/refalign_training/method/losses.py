@@ -25,16 +25,8 @@ def add_noise(latents: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor
     """
     x_t = (1 - sigma) x_0 + sigma noise, sigma = t / 1000 (flow matching, arXiv 2210.02747, on the straight path).
 
-    Args:
-        latents (`torch.Tensor` of shape `(batch, ...)`): clean latents, normalised.
-        noise (`torch.Tensor` of the same shape): Gaussian noise.
-        timestep (`torch.Tensor` of shape `(batch,)`): one per sample, in [0, 1000].
-
-    Returns:
-        `torch.Tensor`: noisy latents in the dtype of `latents`, computed in float32.
-
-    Raises:
-        ValueError: if the shapes do not fit each other.
+    Takes clean, normalised latents `(batch, ...)`, noise of the same shape and a timestep for each sample `(batch,)`,
+    or raises ValueError. Computes in float32 and returns the dtype of `latents`.
     """
     _check_same_shape(latents=latents, noise=noise)
     _check_a_sample("timestep", timestep, latents)
@@ -55,15 +47,12 @@ def flow_matching_loss(
     Args:
         velocity (`torch.Tensor` of shape `(batch, ...)`): what the model predicts.
         noise, latents (`torch.Tensor` of the same shape): the noise, and the clean latents it was added to.
-        weights (`torch.Tensor` of shape `(batch,)`, *optional*): w(t), of [`sample_timesteps`]; 1 without.
+        weights (`torch.Tensor` of shape `(batch,)`, *optional*): w(t), see [`sample_timesteps`]; 1 without.
         position_weights (`torch.Tensor` of shape `(batch, 1, frames, h, w)`, *optional*): how much each position
             counts, relative to the others of its sample; all alike without.
 
     Returns:
-        `torch.Tensor` of shape `(batch,)`, float32.
-
-    Raises:
-        ValueError: if the shapes do not fit each other.
+        `torch.Tensor` of shape `(batch,)`, float32. Shapes that do not fit each other raise ValueError.
     """
     _check_same_shape(velocity=velocity, noise=noise, latents=latents)
     error = (velocity.float() - (noise.float() - latents.float())).square()
@@ -78,14 +67,9 @@ def flow_matching_loss(
 
 def detail(latents: torch.Tensor, threshold: float = 0.7) -> torch.Tensor:
     """
-    Where latents differ from those at their left or right by more than a threshold, on average over the channels: at
-    subjects, where places are smooth along a row.
-
-    Args:
-        latents (`torch.Tensor` of shape `(batch, channels, frames, h, w)`): clean and normalised.
-
-    Returns:
-        Booleans of shape `(batch, 1, frames, h, w)`.
+    Where clean latents `(batch, channels, frames, h, w)` differ from those at their left or right by more than a
+    threshold, on average over the channels: at subjects, where places are smooth along a row. Returns booleans
+    `(batch, 1, frames, h, w)`.
     """
     step = latents.float().diff(dim=-1).abs().mean(1, keepdim=True)
     edges = torch.nn.functional.pad(step, (1, 1))
@@ -94,14 +78,8 @@ def detail(latents: torch.Tensor, threshold: float = 0.7) -> torch.Tensor:
 
 def timestep_gate(timestep: torch.Tensor, power: float = 3) -> torch.Tensor:
     """
-    (t / 1000)^power, the weight of the alignment at a timestep (RefAlign, arXiv 2603.25743, training objective).
-
-    Args:
-        timestep (`torch.Tensor` of shape `(batch,)`): in [0, 1000].
-        power (`float`, *optional*, defaults to 3): 0 switches the gate off.
-
-    Returns:
-        `torch.Tensor` of shape `(batch,)`, float32.
+    (t / 1000)^power in float32, the weight of the alignment at each timestep (RefAlign, arXiv 2603.25743, training
+    objective). Power 0 switches the gate off.
     """
     return (timestep.float() / NUM_TRAIN_TIMESTEPS).pow(power)
 
@@ -122,13 +100,11 @@ def sample_timesteps(preset: str, quantiles: torch.Tensor) -> tuple[torch.Tensor
     """
     Timesteps at given quantiles of a preset's distribution, and their weights.
 
-    Quantiles from the caller's own generator draw; (i + u_i) / batch instead stratifies a batch of the i-th samples.
-
     Args:
         preset (`str`): `"refalign"` (shift 5, bump weights; RefAlign, arXiv 2603.25743: one of 1000 timesteps is
             drawn), `"logit_normal"` (Stable Diffusion 3, arXiv 2403.03206, section 3.1; shift 3, unweighted) or
             `"uniform"` (shift 7, unweighted: most steps where layout and identity are decided; for tiny models).
-        quantiles (`torch.Tensor` of shape `(batch,)`): in [0, 1). The higher, the noisier.
+        quantiles (`torch.Tensor` of shape `(batch,)`): numbers in [0, 1). The higher, the noisier.
 
     Returns:
         `tuple` of two `torch.Tensor` of shape `(batch,)`, float32: timesteps in [0, 1000] and weights w(t).

@@ -14,9 +14,9 @@ DINOv3 is gated on the Hub: accept Meta's licence there first.
 """
 
 import os
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import nn
@@ -26,40 +26,33 @@ from refalign.files import fetch, open_safetensors, read_json
 from refalign.pipeline_refalign_wan import TOKEN_PIXELS
 
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 
-Channels = tuple[float, float, float]
+Channels = Sequence[float]  # three
 Grid = tuple[int, int]
 
 
 class Teacher(nn.Module):
     """
-    A frozen vision model. It has no gradient, and [`train`] leaves it in evaluation mode.
-
-    Made by [`load_teacher`].
+    A frozen vision model, made by [`load_teacher`]. It has no gradient, and [`train`] leaves it in evaluation mode.
 
     Attributes:
-        name (`str`): the Hub name or folder it was loaded from.
         dim (`int`): size of a feature.
         patch_size (`int`): side of the model's own patch, in pixels of its input.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        family: "_Family",
-        normalisation: tuple[Channels, Channels],
-        name: str,
-    ) -> None:
+    def __init__(self, model: "PreTrainedModel", family: "_Family", mean: Channels, std: Channels) -> None:
         super().__init__()
         self.model = model.requires_grad_(False)
-        self.name = name
         self.dim: int = getattr(model.config, "out_hidden_size", model.config.hidden_size)
         self.patch_size: int = model.config.patch_size
         self._cell_pixels = self.patch_size * getattr(model.config, "spatial_merge_size", 1)
-        self._family, self._normalisation = family, normalisation
+        self._run, self._mean, self._std = family.run, mean, std
         self.train(False)
 
     def train(self, mode: bool = True) -> "Teacher":
@@ -73,19 +66,19 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: torch.Tensor, grid: Grid | None = None) -> torch.Tensor:
         """
-        The features of images, one for each token that the transformer makes of them. METHOD: last hidden state
-        after the final norm, without CLS and registers; of Qwen2.5-VL, what its merger hands to the language model.
+        The features of images, one for each token that the transformer makes of them: the last hidden state after the
+        final norm, without CLS and registers; with Qwen2.5-VL, what its merger hands to the language model.
 
         An image whose size is not the grid's for this model is resized (bicubic, antialiased); none is cropped.
 
         Args:
-            images (`torch.Tensor`): (batch, 3, height, width), RGB, uint8 or floating point in [0, 1]; references
-                letterboxed to the video's size. On any device.
+            images (`torch.Tensor` of shape `(batch, 3, height, width)`): RGB, uint8 or floating point in [0, 1], on
+                any device; references letterboxed to the video's size.
             grid (`tuple[int, int]`, *optional*, defaults to `(height // 16, width // 16)`): rows and columns of the
                 transformer's tokens; 480x832 has (30, 52).
 
         Returns:
-            `torch.Tensor`: (batch, rows, columns, dim), row by row from the top left, in the model's dtype and on its
+            `torch.Tensor` of shape `(batch, rows, columns, dim)`, from the top left, in the model's dtype and on its
             device; not normalised. Autocast does not reach it.
 
         Raises:
@@ -94,30 +87,28 @@ class Teacher(nn.Module):
         rows, columns = _check(images, grid)
         weight = next(self.model.parameters())
         pixels = images.to(weight.device, torch.float32)
-        pixels = pixels / 255 if images.dtype == torch.uint8 else pixels
+        if images.dtype == torch.uint8:
+            pixels = pixels / 255
         size = (rows * self._cell_pixels, columns * self._cell_pixels)
         if pixels.shape[2:] != size:
             pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)  # it overshoots at edges
-        mean, std = (pixels.new_tensor(channels)[:, None, None] for channels in self._normalisation)
+        mean, std = pixels.new_tensor([self._mean, self._std])[:, :, None, None]
         with torch.autocast(weight.device.type, enabled=False):
-            features = self._family.run(self.model, ((pixels - mean) / std).to(weight.dtype), (rows, columns))
-        assert features.shape == (len(images), rows * columns, self.dim), f"{self.name}: {tuple(features.shape)}"
+            features = self._run(self.model, ((pixels - mean) / std).to(weight.dtype), (rows, columns))
         return features.unflatten(1, (rows, columns))
 
 
 def _check(images: torch.Tensor, grid: Grid | None) -> Grid:
-    """The grid, after a look at the images."""
+    """The grid, if it and the images can be used."""
     if images.ndim != 4 or images.shape[1] != 3 or images.numel() == 0:
         raise ValueError(f"`images` has shape {tuple(images.shape)}; pass (batch, 3, height, width).")
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise ValueError(f"`images` has dtype {images.dtype}; pass uint8, or floating point in [0, 1].")
-    low, high = (value.item() for value in torch.aminmax(images))
+    low, high = torch.aminmax(images)
     if images.dtype != torch.uint8 and not (low >= 0 and high <= 1):  # so, and NaN does not pass
         raise ValueError(f"`images` ranges from {low:.4g} to {high:.4g}; pass uint8, or floating point in [0, 1].")
     height, width = images.shape[2:]
-    if grid is None:
-        grid = (height // TOKEN_PIXELS, width // TOKEN_PIXELS)
-    rows, columns = grid
+    rows, columns = grid or (height // TOKEN_PIXELS, width // TOKEN_PIXELS)
     if rows < 1 or columns < 1 or height * columns != width * rows:
         raise ValueError(
             f"Images of {height}x{width} pixels have no {rows}x{columns} grid of square cells. Letterbox them to the "
@@ -130,16 +121,16 @@ def _check(images: torch.Tensor, grid: Grid | None) -> Grid:
 # returns features (batch, rows * columns, dim).
 
 
-def _run_dino(model: nn.Module, pixels: torch.Tensor, grid: Grid) -> torch.Tensor:
+def _run_dino(model: "PreTrainedModel", pixels: torch.Tensor, grid: Grid) -> torch.Tensor:
     not_patches = 1 + getattr(model.config, "num_register_tokens", 0)
     return model(pixel_values=pixels).last_hidden_state[:, not_patches:]
 
 
-def _run_siglip(model: nn.Module, pixels: torch.Tensor, grid: Grid) -> torch.Tensor:
+def _run_siglip(model: "PreTrainedModel", pixels: torch.Tensor, grid: Grid) -> torch.Tensor:
     return model(pixel_values=pixels, interpolate_pos_encoding=True).last_hidden_state
 
 
-def _run_siglip2(model: nn.Module, pixels: torch.Tensor, grid: Grid) -> torch.Tensor:
+def _run_siglip2(model: "PreTrainedModel", pixels: torch.Tensor, grid: Grid) -> torch.Tensor:
     patch = model.config.patch_size
     cells = pixels.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # (batch, 3, rows, patch, columns, patch)
     patches = cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
@@ -147,7 +138,7 @@ def _run_siglip2(model: nn.Module, pixels: torch.Tensor, grid: Grid) -> torch.Te
     return model(pixel_values=patches, pixel_attention_mask=None, spatial_shapes=shapes).last_hidden_state
 
 
-def _run_qwen(model: nn.Module, pixels: torch.Tensor, grid: Grid) -> torch.Tensor:
+def _run_qwen(model: "PreTrainedModel", pixels: torch.Tensor, grid: Grid) -> torch.Tensor:
     (rows, columns), config = grid, model.config
     patch, merge, frames = config.patch_size, config.spatial_merge_size, config.temporal_patch_size
     # The patches that are merged into one token lie together; an image is a video of one frame, repeated.
@@ -159,14 +150,13 @@ def _run_qwen(model: nn.Module, pixels: torch.Tensor, grid: Grid) -> torch.Tenso
     return model(patches, grid_thw=sizes).pooler_output.unflatten(0, (len(pixels), -1))
 
 
-@dataclass(frozen=True)
-class _Family:
+class _Family(NamedTuple):
     """A kind of teacher: transformers' class, its training's normalisation, where its tower lies in a checkpoint."""
 
     model_class: str
     mean: Channels
     std: Channels
-    run: Callable[[nn.Module, torch.Tensor, Grid], torch.Tensor]
+    run: "Callable[[PreTrainedModel, torch.Tensor, Grid], torch.Tensor]"
     prefixes: tuple[str, ...] = ()
 
 
@@ -197,13 +187,13 @@ def load_teacher(
     revision: str | None = None,
 ) -> Teacher:
     """
-    A teacher from the Hub or a local folder. Of a checkpoint that also holds a language model, the vision tower alone
-    is read, and only those files are downloaded that hold a part of it. No code but transformers' own is run.
+    A teacher from the Hub or a local folder. If a checkpoint also holds a language model, the vision tower alone is
+    read, and only those files are downloaded that hold a part of it. No code but transformers' own is run.
 
     Args:
-        name_or_path (`str` or `PathLike`): a folder in transformers' format, or a Hub name. Of a DINOv3, DINOv2 (with
+        name_or_path (`str` or `PathLike`): a folder in transformers' format, or a Hub name, of a DINOv3, DINOv2 (with
             or without registers), SigLIP, SigLIP2 or Qwen2.5-VL.
-        dtype (`torch.dtype`, defaults to `torch.float32`): of the weights, the computation and the features.
+        dtype (`torch.dtype`, defaults to `torch.float32`): the type of weights, computation and features.
         device (`str` or `torch.device`, defaults to `"cpu"`): where it runs.
         revision (`str`, *optional*): branch, tag or commit on the Hub; not for folders.
 
@@ -213,34 +203,32 @@ def load_teacher(
 
     Raises:
         ValueError: if there is no such folder or Hub repo, its licence is not accepted yet, it is of another kind,
-            or its files are incomplete or no safetensors.
+            or its files are incomplete or not safetensors.
     """
     name = os.fspath(name_or_path)
     config, *files = teacher_files(name, revision)
     family = _family_of(config, name)
     weights = [file for file in files if file.name != PROCESSOR]
     model = _load_model(config.parent, family, dtype, weights)
-    return Teacher(model, family, _read_normalisation(config.with_name(PROCESSOR), family), name).to(device)
+    return Teacher(model, family, *_read_normalisation(config.with_name(PROCESSOR), family)).to(device)
 
 
 def teacher_files(name: str, revision: str | None = None) -> list[Path]:
     """
-    All that [`load_teacher`] reads: the configuration first, the processor's if there is one, the weights. Errors as
-    there; of a Hub name, files of one commit, downloaded if need be. Their folder can be loaded in the name's place.
+    All that [`load_teacher`] reads, and its errors: the configuration first, the processor's if there is one, the
+    weights. A Hub name's files are of one commit, downloaded if need be; their folder can be loaded in its place.
     """
     folder = fetch(name, [CONFIG, PROCESSOR, INDEX], revision)
     commit = None if Path(name).is_dir() else folder.name
-
-    def add(files: list[str]) -> None:
-        fetch(name, files, commit)
-
     family = _family_of(_existing(folder / CONFIG), name)
-    weight_map = _read_weight_map(folder, add)
+    if not (folder / INDEX).is_file():
+        fetch(name, [WEIGHTS], commit)
+    weight_map = _read_weight_map(folder)
     prefix = _prefix(weight_map, family)
-    names = sorted({file for key, file in weight_map.items() if key.startswith(prefix)})
-    add(names)
+    files = {file for key, file in weight_map.items() if key.startswith(prefix)}
+    fetch(name, list(files), commit)
     processor = [folder / PROCESSOR] if (folder / PROCESSOR).is_file() else []
-    return [folder / CONFIG, *processor, *(_existing(folder / file) for file in names)]
+    return [folder / CONFIG, *processor, *(_existing(folder / file) for file in sorted(files))]
 
 
 def _family_of(config: Path, name: str) -> _Family:
@@ -270,17 +258,17 @@ def _existing(file: Path) -> Path:
     return file
 
 
-def _load_model(folder: Path, family: _Family, dtype: torch.dtype, files: list[Path]) -> nn.Module:
+def _load_model(folder: Path, family: _Family, dtype: torch.dtype, files: list[Path]) -> "PreTrainedModel":
     """The vision model, complete."""
     import transformers  # slow, and no other part of training needs it to start
 
-    weights, prefix = {}, None
-    for file in files:
+    weights = {}
+    for file in files:  # each of which holds a part of the tower
         with open_safetensors(file) as opened:
-            if prefix is None:  # each file holds a part of the tower
-                prefix = _prefix(opened.keys(), family)
-            keys = [key for key in opened.keys() if key.startswith(prefix)]
-            weights |= {key.removeprefix(prefix): opened.get_tensor(key) for key in keys}
+            prefix = _prefix(opened.keys(), family)
+            for key in opened.keys():
+                if key.startswith(prefix):
+                    weights[key.removeprefix(prefix)] = opened.get_tensor(key)
     model_class = getattr(transformers, family.model_class)
     config = model_class.config_class.from_pretrained(folder)
     try:
@@ -294,10 +282,9 @@ def _load_model(folder: Path, family: _Family, dtype: torch.dtype, files: list[P
     return model
 
 
-def _read_weight_map(folder: Path, add: Callable[[list[str]], None]) -> dict[str, str]:
+def _read_weight_map(folder: Path) -> dict[str, str]:
     """Which file of the folder holds which weight."""
     if not (folder / INDEX).is_file():
-        add([WEIGHTS])
         with open_safetensors(_existing(folder / WEIGHTS)) as opened:
             return dict.fromkeys(opened.keys(), WEIGHTS)
     weight_map = read_json(folder / INDEX).get("weight_map")
@@ -316,4 +303,4 @@ def _read_normalisation(file: Path, family: _Family) -> tuple[Channels, Channels
         raise ValueError(
             f"{file} has image_mean {mean} and image_std {std}; three numbers each, std above 0, are needed."
         )
-    return tuple(mean), tuple(std)
+    return mean, std
