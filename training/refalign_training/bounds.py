@@ -69,12 +69,12 @@ class Options:
 
 
 def _problem(error: Any) -> str:
-    context = error.get("ctx", {})
-    if error["type"] == "unexpected_keyword_argument":
+    kind, context = error["type"], error.get("ctx", {})
+    if kind == "unexpected_keyword_argument":
         return UNKNOWN
-    if error["type"] == "missing":
+    if kind == "missing":
         return "lacks a value."
-    if error["type"] == "value_error":
+    if kind == "value_error":
         return f"is {error['input']!r}: {context['error']}"
-    remedy = REMEDIES.get(error["type"], error["msg"]).format(**context)
+    remedy = REMEDIES[kind].format(**context) if kind in REMEDIES else error["msg"]
     return f"is {error['input']!r:.80}: it must be {remedy}."

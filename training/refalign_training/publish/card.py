@@ -6,6 +6,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from huggingface_hub import ModelCard
 
 from refalign.files import HUB_ID
 from refalign.hub import NATIVE, PROJECTORS, fill_card
-from refalign_training.data.recipe import Recipe
 from refalign_training.run.log import METRICS_FILE, read_metrics
 
 
@@ -23,13 +23,13 @@ logger = logging.getLogger(__name__)
 DATASETS = {"opens2v": "BestWishYsh/OpenS2V-5M", "phantom": "ZhuoweiChen/phantom-data-Koala36M"}
 CURVE, SAMPLE, SAMPLE_PICTURE = "assets/loss.png", "assets/sample.mp4", "assets/sample.png"
 SHOWN = re.compile(r"(loss|validation)(/[^/]+)?")  # metrics in the card's table
-Losses = list[tuple[str, str, int]]
 
 
 def write_card(
     folder: Path,
     run: Path,
     state: Mapping[str, Any],
+    *,
     base: str,
     base_folder: Path | None,
     weights: str,
@@ -40,23 +40,23 @@ def write_card(
     Writes `README.md` and `assets/` into a folder that holds exported weights.
 
     Args:
-        folder (`Path`): what is published.
-        run (`Path`): the run's folder. What it no longer has (metrics, samples) the card goes without.
+        run (`Path`): the run's folder. The card goes without what is no longer there (metrics, samples).
         state (`Mapping`): the checkpoint's; nothing of later steps is shown.
         base (`str`): folder or Hub id of what the run started from. Only a folder's last part is named.
-        base_folder (`Path`, *optional*): where its files are, if they are here.
+        base_folder (`Path`, *optional*): where the base's files are, if they are here.
         weights (`str`): which of the run's weights these are, in words.
         licence (`str`, *optional*): the Hub's name for it; by default the base's.
         datasets (`Sequence[str]`): Hub ids; by default what the run knows.
     """
-    options, dataset = state["options"], state["dataset"]
+    options, name = state["options"], state["dataset"]["name"]
     is_lora = options["training"] == "lora"
+    datasets = list(datasets)
     # A cache has only its folder's name, which says nothing
-    known = DATASETS.get(dataset["name"]) if options["data.cache"] is None else None
-    datasets = list(datasets) or [known] * (known is not None)
+    if not datasets and name in DATASETS and options["data.cache"] is None:
+        datasets = [DATASETS[name]]
+    named = ", ".join(f"[{dataset}](https://huggingface.co/datasets/{dataset})" for dataset in datasets)
     losses = write_curve(run / METRICS_FILE, state["step"], folder / CURVE)
-    num_frames, height, width = (_sizes(state) or [_size(Recipe())])[0]
-    rows = training_facts(state, _linked(base), _named(datasets) or f"`{public_name(dataset['name'])}`", weights)
+    num_frames, height, width = _sizes(state)[0]
     text = fill_card(
         "trained_lora" if is_lora else "trained",
         base_model=base if is_hub_id(base) else None,
@@ -68,7 +68,7 @@ def write_card(
         base_source=public_name(base),
         start=options["model.start"] and public_name(options["model.start"]),
         steps=state["step"],
-        rows=rows,
+        rows=training_facts(state, _linked(base), named or f"`{public_name(name)}`", weights),
         aligned=options["alignment.weight"] > 0,
         losses=losses,
         curve=CURVE if (folder / CURVE).is_file() else None,
@@ -100,15 +100,11 @@ def _linked(name: str) -> str:
     return f"[{name}](https://huggingface.co/{name})" if is_hub_id(name) else f"`{name}`"
 
 
-def _named(datasets: Iterable[str]) -> str:
-    return ", ".join(f"[{name}](https://huggingface.co/datasets/{name})" for name in datasets)
-
-
 def _base_licence(base: str, folder: Path | None) -> str:
     """What the base's own card says, else Wan's."""
     file = folder and folder / "README.md"
     if file and file.is_file():
-        licence = ModelCard(file.read_text("utf-8"), ignore_metadata_errors=True).data.license
+        licence = ModelCard(file.read_text("utf-8"), ignore_metadata_errors=True).data.get("license")
         if isinstance(licence, str):
             return licence
     if not is_hub_id(base):
@@ -125,17 +121,19 @@ def training_facts(state: Mapping[str, Any], base: str, dataset: str, weights: s
     """The rows of the card's table: names and values in Markdown."""
     o = state["options"]
     seen, count = state["samples"], state["dataset"]["samples"]
+    videos = [f"{width}x{height}, {frames} frames" for frames, height, width in _sizes(state)]
+    dropped = (o["objective.no_text"], o["objective.no_references"], o["objective.neither"])
     rows = [
         ("Base", f"{base}, revision `{o['model.revision']}`" if o["model.revision"] else base),
         ("Started from", f"`{public_name(o['model.start'])}`" if o["model.start"] else ""),
         ("Trained", _trained(o)),
         ("Weights", weights),
         ("Dataset", f"{dataset}, {count:,} samples"),
-        ("Videos", _videos(state)),
+        ("Videos", ", ".join(videos)),
         ("Steps", f"{state['step']:,} of {o['steps']:,}, global batch {o['batch.size']}: {seen:,} samples seen"),
         ("Optimiser", _optimiser(o)),
         ("Timesteps", f"`{o['objective.timesteps']}`"),
-        ("Dropped", "{:.0%} text, {:.0%} references, {:.0%} both".format(*map(o.get, _DROPPED))),
+        ("Dropped", "{:.0%} text, {:.0%} references, {:.0%} both".format(*dropped)),
         ("Reference alignment", _alignment(o, state["dataset"].get("teacher") or o["data.teacher"])),
         ("Precision", f"{o['model.precision']}; trained weights float32"),
         ("Seed", str(o["seed"])),
@@ -144,14 +142,11 @@ def training_facts(state: Mapping[str, Any], base: str, dataset: str, weights: s
     return [(name, " ".join(value.split()).replace("|", r"\|")) for name, value in rows if value]
 
 
-_DROPPED = ("objective.no_text", "objective.no_references", "objective.neither")
-
-
 def _trained(o: Mapping[str, Any]) -> str:
     if o["training"] == "full":
         return "all weights of the transformer"
-    targets = ", ".join(f"`{target}`" for target in o["lora.targets"])
-    return f"LoRA of rank {o['lora.rank']}, alpha {o['lora.alpha']:g}, dropout {o['lora.dropout']:g}, on {targets}"
+    targets = "`, `".join(o["lora.targets"])
+    return f"LoRA of rank {o['lora.rank']}, alpha {o['lora.alpha']:g}, dropout {o['lora.dropout']:g}, on `{targets}`"
 
 
 def _optimiser(o: Mapping[str, Any]) -> str:
@@ -185,52 +180,40 @@ def _ranges(numbers: Iterable[int]) -> str:
     """`0 to 8, 11`"""
     runs: list[list[int]] = []
     for number in sorted(numbers):
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
         else:
-            runs.append([number])
-    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+            runs.append([number, number])
+    told = []
+    for first, last in runs:
+        told.append(str(first) if first == last else f"{first} to {last}")
+    return ", ".join(told)
 
 
-def _videos(state: Mapping[str, Any]) -> str:
-    return ", ".join(f"{width}x{height}, {frames} frames" for frames, height, width in _sizes(state))
-
-
-def _sizes(state: Mapping[str, Any]) -> list[tuple[int, int, int]]:
-    """Frames, height and width of the videos; empty if the checkpoint does not say."""
-    if "sizes" in state["dataset"]:
-        return [tuple(size) for size in state["dataset"]["sizes"]]
+def _sizes(state: Mapping[str, Any]) -> list[list[int]]:
+    """Frames, height and width of the videos."""
     o = state["options"]
-    if o["data.cache"] is not None:  # made with a recipe of its own
-        return []
-    return [(o["data.recipe.num_frames"], o["data.recipe.height"], o["data.recipe.width"])]
-
-
-def _size(recipe: Recipe) -> tuple[int, int, int]:
-    return recipe.num_frames, recipe.height, recipe.width
+    of_recipe = [o["data.recipe.num_frames"], o["data.recipe.height"], o["data.recipe.width"]]
+    return state["dataset"].get("sizes", [of_recipe])
 
 
 # -- Pictures -----------------------------------------------------------------------------------------------------
 
 
-def write_curve(metrics: Path, step: int, output: Path) -> Losses:
+def write_curve(metrics: Path, step: int, output: Path) -> list[tuple[str, str, int]]:
     """Draws the losses up to a step, if any is finite, and returns the last value of each, with its step."""
-    from refalign_training.run.plots import TRAINING_LOSSES, VALIDATION_LOSSES, plot_losses
+    from refalign_training.run.plots import plot_losses
 
     lines = [line for line in read_metrics(metrics) if line["step"] <= step] if metrics.is_file() else []
     last: dict[str, tuple[str, str, int]] = {}
     for line in lines:
         for name in filter(SHOWN.fullmatch, line):
             last[name] = (name, "not finite" if line[name] is None else f"{line[name]:.4g}", line["step"])
-    has_loss = False
-    for name in (*TRAINING_LOSSES, *VALIDATION_LOSSES):
-        has_loss |= any(line.get(name) is not None for line in lines)
-    if has_loss:
-        output.parent.mkdir(exist_ok=True)
-        with tempfile.TemporaryDirectory() as temporary:
-            until_then = Path(temporary) / "metrics.jsonl"
-            until_then.write_text("".join(f"{json.dumps(line)}\n" for line in lines), "utf-8")
-            plot_losses(until_then, output)
+    # It refuses a file without losses: then there is nothing to show
+    with tempfile.TemporaryDirectory() as temporary, suppress(ValueError):
+        until_then = Path(temporary) / "metrics.jsonl"
+        until_then.write_text("\n".join(map(json.dumps, lines)), "utf-8")
+        plot_losses(until_then, output)
     return list(last.values())
 
 

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
@@ -81,53 +81,55 @@ def export(command: ExportCommand) -> None:
     """Writes the folder; ValueError as in [`run`]."""
     from refalign.hub import PROJECTORS, check_nothing_private
     from refalign_training.publish.card import write_card
-    from refalign_training.run.checkpoint import find_checkpoint, read_projectors, read_state
+    from refalign_training.run.checkpoint import find_checkpoint, read_projectors, read_state, read_weights
 
     check_free(command.output)
     checkpoint = find_checkpoint(command.checkpoint).resolve()
     state = read_state(checkpoint)
     options = state["options"]
     base = command.base or state.get("base", options["model.base"])
-    average = command.weights == "average" or (
-        command.weights == "auto" and options["optimizer.ema_decay"] is not None
-    )
+    has_average = options["optimizer.ema_decay"] is not None
+    average = command.weights == "average" or (command.weights == "auto" and has_average)
     with new_folder(command.output) as folder:
         if options["training"] == "lora":
             base_folder = Path(base) if Path(base).is_dir() else None
-            _write_lora(folder, checkpoint, options, average, command)
+            scale = options["lora.alpha"] / options["lora.rank"]
+            _write_lora(folder, read_weights(checkpoint, average), scale, command.dtype)
         else:
             base_folder = _fetch_base(base, options["model.revision"] if base == options["model.base"] else None)
-            _write_pipeline(folder, checkpoint, base_folder, average, command)
+            _write_pipeline(folder, read_weights(checkpoint, average), base_folder, command)
         if projectors := read_projectors(checkpoint):
             _save(projectors, folder / PROJECTORS)
-        weights = f"moving average, decay {options['optimizer.ema_decay']:g}" if average else "of the last step"
-        run_folder = checkpoint.parent.parent
-        write_card(folder, run_folder, state, base, base_folder, weights, command.licence, command.datasets)
+        write_card(
+            folder,
+            checkpoint.parent.parent,
+            state,
+            base=base,
+            base_folder=base_folder,
+            weights=f"moving average, decay {options['optimizer.ema_decay']:g}" if average else "of the last step",
+            licence=command.licence,
+            datasets=command.datasets,
+        )
         check_nothing_private(folder)
 
 
-def _write_lora(
-    folder: Path, checkpoint: Path, options: Mapping[str, Any], average: bool, command: ExportCommand
-) -> None:
+def _write_lora(folder: Path, weights: dict[str, "torch.Tensor"], scale: float, dtype: str) -> None:
     from refalign.hub import COMMUNITY_SCRIPT, LORA_WEIGHTS, write_community_script
     from refalign.lora import native_lora, write_lora
-    from refalign_training.run.checkpoint import read_weights
 
-    layers = native_lora(read_weights(checkpoint, average), options["lora.alpha"] / options["lora.rank"])
-    dtype = "float32" if command.dtype == "auto" else command.dtype
-    write_lora(_cast(layers, dtype), folder / LORA_WEIGHTS, "native")
+    dtype = "float32" if dtype == "auto" else dtype
+    write_lora(_cast(native_lora(weights, scale), dtype), folder / LORA_WEIGHTS, "native")
     write_community_script(folder / COMMUNITY_SCRIPT)
 
 
-def _write_pipeline(folder: Path, checkpoint: Path, base: Path, average: bool, command: ExportCommand) -> None:
+def _write_pipeline(folder: Path, weights: dict[str, "torch.Tensor"], base: Path, command: ExportCommand) -> None:
     from refalign import RefAlignWanTransformer3DModel
     from refalign.convert import convert
     from refalign.hub import NATIVE
     from refalign.keys import diffusers_to_native
-    from refalign_training.run.checkpoint import read_weights
 
     dtype = "bfloat16" if command.dtype == "auto" else command.dtype
-    weights = _cast(read_weights(checkpoint, average), dtype, RefAlignWanTransformer3DModel._keep_in_fp32_modules)
+    weights = _cast(weights, dtype, RefAlignWanTransformer3DModel._keep_in_fp32_modules)
     with tempfile.TemporaryDirectory(dir=folder.parent) as beside:  # on the same disk: then it is only renamed
         native = Path(beside) / NATIVE
         _save(diffusers_to_native(weights), native)
@@ -142,22 +144,19 @@ def _fetch_base(base: str, revision: str | None) -> Path:
     from refalign.convert import BASE_COMPONENTS, BASE_FILES
     from refalign.files import fetch
 
-    components = [f"{component}/{pattern}" for component in BASE_COMPONENTS for pattern in BASE_FILES]
-    return fetch(base, [*components, "model_index.json", "transformer/config.json", "README.md"], revision)
+    patterns = ["model_index.json", "transformer/config.json", "README.md"]
+    for component in BASE_COMPONENTS:
+        patterns += [f"{component}/{pattern}" for pattern in BASE_FILES]
+    return fetch(base, patterns, revision)
 
 
 def _cast(tensors: dict[str, "torch.Tensor"], dtype: str, kept: Sequence[str] = ()) -> dict[str, "torch.Tensor"]:
-    """
-    The tensors in a dtype, but in float32 those of the modules `kept`. `tensors` is emptied on the way.
-
-    Raises:
-        ValueError: for a value that is not finite, or too large for the dtype.
-    """
+    """The tensors in a dtype, but in float32 those of the modules `kept`. `tensors` is emptied on the way."""
     import torch
 
     result = {}
     for name in list(tensors):
-        is_kept = any(module in name.split(".") for module in kept)
+        is_kept = not set(kept).isdisjoint(name.split("."))
         result[name] = tensors.pop(name).to(torch.float32 if is_kept else getattr(torch, dtype))
         if not result[name].isfinite().all():
             raise ValueError(f"{name} has values that are not finite in {dtype}. Pass another --dtype or checkpoint.")
