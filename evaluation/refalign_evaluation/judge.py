@@ -65,7 +65,7 @@ class Judge:
         The mean squared error, in a place's part of a clip, of a subject in an act before what stands still; the best
         of some shifts.
         """
-        return min(residual.square().mean().item() for residual in self._residuals(clip, subject, act, spot, tilt))
+        return min(map(_mean_square, self._residuals(clip, subject, act, spot, tilt)))
 
     def least_error(self, clip: torch.Tensor, subjects: Iterable[Subject], act: str, spot: str) -> float:
         """The error of the subject that explains the clip best."""
@@ -79,7 +79,7 @@ class Judge:
         """How much changes over time in a place's own half, as a share of what would if the subject were there."""
         residuals = self._residuals(clip, subject, act, spot)
         clip = clip[:, :, _columns(act, spot)]
-        explained = clip - min(residuals, key=lambda residual: residual.square().mean())
+        explained = clip - min(residuals, key=_mean_square)
         half = slice(0, 32) if spot == "left" else slice(-32, None)
         return _movement(clip[:, :, half]) / max(_movement(explained[:, :, half]), 1e-9)
 
@@ -123,8 +123,12 @@ def _columns(act: str, spot: str) -> slice:
     return slice(0, 32) if spot == "left" else slice(32, 64)
 
 
+def _mean_square(values: torch.Tensor) -> float:
+    return values.square().mean().item()
+
+
 def _movement(clip: torch.Tensor) -> float:
-    return (clip - clip.mean(0)).square().mean().item()
+    return _mean_square(clip - clip.mean(0))
 
 
 def _residual(clip: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
@@ -138,12 +142,7 @@ def _residual(clip: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
 
 
 def judge(case: Case, clip: np.ndarray, judged: Judge) -> Verdict:
-    """
-    What a clip shows.
-
-    Args:
-        clip (`np.ndarray` of shape `(17, 64, 64, 3)`): uint8.
-    """
+    """What a clip, uint8 `(17, 64, 64, 3)`, shows."""
     values = torch.from_numpy(clip[::FRAME_STEP].copy()).float() / 255
     judge_clip = _judge_one if len(case.scene.subjects) == 1 else _judge_two
     return judge_clip(case, values, judged)
@@ -152,9 +151,8 @@ def judge(case: Case, clip: np.ndarray, judged: Judge) -> Verdict:
 def _judge_one(case: Case, clip: torch.Tensor, judged: Judge) -> Verdict:
     (own,), (asked,) = case.scene.subjects, case.scene.acts
     by_act = {act: judged.error(clip, own, act, "middle") for act in ACTS}
-    act = min(by_act, key=by_act.get)
-    error = by_act[act]
-    copied = None
+    act = min(by_act, key=by_act.__getitem__)
+    error, copied = by_act[act], None
     if act != "spins":
         copied = judged.error(clip, own, act, "middle", case.tilts[0]) < error
     return Verdict(
@@ -176,9 +174,9 @@ def _judge_two(case: Case, clip: torch.Tensor, judged: Judge) -> Verdict:
         for act in (*ACTS_OF_TWO, CROSSES):
             error = judged.least_error(clip, (own, other), act, spot)
             shares[act] = error / max(judged.movement(clip, act, spot), 1e-9)
-        act = min(shares, key=shares.get)
+        act = min(shares, key=shares.__getitem__)
         errors = {who: judged.error(clip, who, act, spot) for who in (own, other, *case.others)}
-        who = min(errors, key=errors.get)
+        who = min(errors, key=errors.__getitem__)
         is_there = judged.presence(clip, who, act, spot) > LEAST_PRESENCE
         found.append(who if is_there else None)
         motions.append(act == scene.acts[index])

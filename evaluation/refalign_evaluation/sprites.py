@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from refalign_evaluation.judge import Case, Verdict
+    from refalign_training.sprites.subject import Subject
 
 
 CANDIDATES = 8  # subjects to tell apart
@@ -32,25 +33,25 @@ class Sprites:
     """Measure a model in the small world: identity, motion, confusion of two subjects, copied poses, sharpness."""
 
     model: str | None = None
-    """A pipeline folder or Hub id; by default the tiny model that comes with this package."""
+    """The model to measure, as a pipeline folder or a Hub id. By default it is the tiny one of this package."""
     samples: int = 96
-    """Clips of one subject, and as many of two, all of subjects that are never trained on."""
+    """The number of clips of one subject, and of clips of two. All show subjects that are never trained on."""
     seed: int = 0
     """The seed of scenes, references and noise."""
     json: Path | None = None
-    """A file for the figures, replaced if it exists."""
+    """The file to write the figures to. It is replaced if it exists."""
     steps: int | None = None
-    """Denoising steps; by default the model's own."""
+    """The number of denoising steps. By default it is the model's own."""
     guidance_scale: float | None = None
-    """By default the model's own."""
+    """How closely the prompt is followed. By default it is the model's own."""
     image_guidance_scale: float | None = None
-    """By default the model's own."""
+    """How closely the references are followed. By default it is the model's own."""
     sheet: Path | None = None
-    """A PNG file for references and frames of the first clips, replaced if it exists."""
+    """The PNG file to draw references and frames of the first clips to. It is replaced if it exists."""
     drawn: bool = False
-    """Measure clips that are drawn instead of a model's: what a perfect model would get."""
+    """Measure clips that are drawn instead of a model's. This is what a perfect model would get."""
     swapped: bool = False
-    """Judge by exchanged references: what a model that takes no notice of them would get."""
+    """Judge by exchanged references. This is what a model that takes no notice of them would get."""
 
 
 # -- Cases ------------------------------------------------------------------------------------------------------------
@@ -68,14 +69,16 @@ def make_cases(samples: int, seed: int) -> "list[Case]":
     for number in range(2 * samples):
         generator = numpy_generator("sprites evaluation", seed, number)
         count = 1 if number < samples else 2
-        chosen = [pool[i] for i in generator.choice(len(pool), CANDIDATES + count, replace=False)]
+        chosen = _pick(generator, pool, CANDIDATES + count)
         tilts = generator.uniform(*REFERENCE_TILT, count) * generator.choice((-1, 1), count)
-        same = of_same_colours(chosen[0])
-        alike = [same[i] for i in generator.choice(len(same), CANDIDATES - 1, replace=False)]
-        scene = random_scene(generator, tuple(chosen[:count]))
-        others = chosen[count:CANDIDATES]
-        cases.append(Case(scene, tuple(tilts.tolist()), tuple(others), tuple(alike)))
+        alike = _pick(generator, of_same_colours(chosen[0]), CANDIDATES - 1)
+        scene = random_scene(generator, chosen[:count])
+        cases.append(Case(scene, tuple(tilts.tolist()), chosen[count:CANDIDATES], alike))
     return cases
+
+
+def _pick(generator: "np.random.Generator", pool: "Sequence[Subject]", count: int) -> "tuple[Subject, ...]":
+    return tuple(pool[i] for i in generator.choice(len(pool), count, replace=False))
 
 
 def references_of(case: "Case") -> "list[Image.Image]":
@@ -97,17 +100,20 @@ def drawn_clip(case: "Case") -> "np.ndarray":
 
 def summarise(verdicts: "Sequence[Verdict]", model: str) -> dict[str, Any]:
     """The figures of all clips, fractions and decibels, each with a 95% interval."""
-    one = [verdict for verdict in verdicts if verdict.confusion is None]
-    two = [verdict for verdict in verdicts if verdict.confusion is not None]
+    import numpy as np
+
+    clips: dict[str, list[Verdict]] = {"one": [], "two": []}
+    for verdict in verdicts:
+        clips["one" if verdict.confusion is None else "two"].append(verdict)
     figures: dict[str, Any] = {}
     intervals: dict[str, Any] = {}
-    for name, (clips, is_so) in MEASURES.items():
-        answers = map(is_so, two if clips == "two" else one)
-        values = [answer for answer in answers if answer is not None]
-        figures[name], intervals[name] = _mean(values), _wilson(values)
-    psnr, margin = _psnr([verdict.psnr for verdict in verdicts])
+    for name, (kind, is_so) in MEASURES.items():
+        answers = [answer for answer in map(is_so, clips[kind]) if answer is not None]
+        figures[name], intervals[name] = _share(answers)
+    psnrs = [verdict.psnr for verdict in verdicts]
+    psnr, margin = float(np.mean(psnrs)), float(1.96 * np.std(psnrs) / math.sqrt(len(psnrs)))
     figures["psnr"], intervals["psnr"] = psnr, [psnr - margin, psnr + margin]
-    counts = {"clips": len(verdicts), "clips_of_one": len(one), "clips_of_two": len(two)}
+    counts = {"clips": len(verdicts), "clips_of_one": len(clips["one"]), "clips_of_two": len(clips["two"])}
     return {**figures, "intervals": intervals, **counts, "model": model}
 
 
@@ -126,24 +132,14 @@ MEASURES: dict[str, tuple[str, "Callable[[Verdict], bool | None]"]] = {
 }
 
 
-def _psnr(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and the margin of its 95% interval."""
-    mean = _mean(values)
-    spread = _mean([(value - mean) ** 2 for value in values])
-    return mean, 1.96 * math.sqrt(spread / max(len(values), 1))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values) if values else math.nan
-
-
-def _wilson(values: Sequence[bool]) -> list[float]:
-    """The 95% interval of a share (Wilson, 1927)."""
-    count, z = max(len(values), 1), 1.96
-    share = sum(values) / count
+def _share(answers: Sequence[bool]) -> tuple[float, list[float]]:
+    """The share of answers that are true, nan of none, and its 95% interval (Wilson, 1927)."""
+    count, z = max(len(answers), 1), 1.96
+    share = sum(answers) / count
     centre = (share + z * z / (2 * count)) / (1 + z * z / count)
     margin = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return [max(centre - margin, 0.0), min(centre + margin, 1.0)]
+    interval = [max(centre - margin, 0.0), min(centre + margin, 1.0)]
+    return share if answers else math.nan, interval
 
 
 def describe(figures: dict[str, Any]) -> str:
@@ -172,8 +168,7 @@ def run(command: Sprites) -> int:
     if command.drawn and command.model is not None:
         raise ValueError("--drawn measures no model. Leave --model out.")
     cases = make_cases(command.samples, command.seed)
-    make = map(drawn_clip, cases) if command.drawn else generate(command, cases)
-    clips = list(make)
+    clips = list(map(drawn_clip, cases) if command.drawn else generate(command, cases))
     if command.swapped:
         cases = list(map(swapped, cases))
     figures = evaluate(cases, clips, "drawn clips" if command.drawn else _name(command.model))
@@ -239,9 +234,12 @@ def generate_by(pipeline: Callable, cases: "Sequence[Case]", seed: int, **settin
 
     for start in tqdm(range(0, len(cases), BATCH), desc="clips", unit="batch", mininterval=5):
         batch = cases[start : start + BATCH]
-        generators = [torch.Generator().manual_seed(1_000_003 * seed + start + i) for i in range(len(batch))]
+        prompts, generators = [], []
+        for number, case in enumerate(batch, start):
+            prompts.append(captions(case.scene)[0])
+            generators.append(torch.Generator().manual_seed(1_000_003 * seed + number))
         videos = pipeline(
-            [captions(case.scene)[0] for case in batch],
+            prompts,
             reference_images=list(map(references_of, batch)),
             height=MODEL_SIDE,
             width=MODEL_SIDE,
