@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from pycocotools import mask as coco
@@ -150,7 +150,8 @@ def _record(clip: Clip, path: str) -> dict[str, Any]:
     masks = {}
     for index, mask in enumerate(clip.drawn.masks, 1):
         rle = coco.encode(np.asfortranarray(mask[frame], dtype=np.uint8))
-        masks[str(index)] = {"size": [SIDE, SIDE], "counts": rle["counts"].decode("ascii"), "score": [1.0]}
+        counts = cast(bytes, rle["counts"]).decode("ascii")  # annotated as what a file holds, str
+        masks[str(index)] = {"size": [SIDE, SIDE], "counts": counts, "score": [1.0]}
     objects = []
     for subject, box in zip(scene.subjects, clip.boxes, strict=True):
         values = {"class_name": subject.shape, "bbox": list(map(float, box)), "gme_score": 0.5, "aes_score": 5.0}

@@ -5,6 +5,7 @@ import functools
 import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from refalign_training.sprites.training import train_part
 from refalign_training.sprites.vae import MODEL_SIDE, letterboxed_reference
 
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 256,
     "num_hidden_layers": 4,

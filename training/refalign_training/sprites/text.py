@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import T5TokenizerFast, UMT5Config, UMT5EncoderModel
+from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from refalign_training.data.randomness import numpy_generator
 from refalign_training.run.config import OptimizerOptions
@@ -20,7 +20,7 @@ STEPS = 800
 OPTIMIZER = OptimizerOptions(lr=3e-3, warmup_steps=20, schedule="linear", weight_decay=0.0)
 
 
-def make_tokenizer() -> T5TokenizerFast:
+def make_tokenizer() -> T5Tokenizer:
     """A piece for each word of the captions, and for each character, so that other words are read too."""
     words = set()
     for caption, _ in all_captions():
@@ -29,7 +29,7 @@ def make_tokenizer() -> T5TokenizerFast:
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     pieces += [(f"▁{word}", -2.0) for word in sorted(words)]
     pieces += [(character, -9.0) for character in characters]
-    return T5TokenizerFast(vocab=pieces, extra_ids=0)
+    return T5Tokenizer(vocab=pieces, extra_ids=0)
 
 
 def _bare(word: str) -> str:
@@ -46,7 +46,7 @@ def _numbered(facts: Sequence[Facts]) -> tuple[torch.Tensor, list[int]]:
     return torch.tensor(columns).T, counts
 
 
-def train_text_encoder(folder: Path, steps: int = STEPS) -> tuple[T5TokenizerFast, UMT5EncoderModel, float]:
+def train_text_encoder(folder: Path, steps: int = STEPS) -> tuple[T5Tokenizer, UMT5EncoderModel, float]:
     """
     Trains the encoder so that each token of a caption tells what the whole caption says; returns tokenizer, encoder
     and the share of captions that are told entirely right.
@@ -67,7 +67,7 @@ def train_text_encoder(folder: Path, steps: int = STEPS) -> tuple[T5TokenizerFas
     def loss(step: int, half: int) -> torch.Tensor:
         rows = torch.from_numpy(numpy_generator("text batch", step, half).integers(len(captions), size=32))
         repeated = targets[rows].repeat_interleave(tokens.attention_mask[rows].sum(1), 0)
-        return sum(map(F.cross_entropy, logits(rows), repeated.unbind(1)))
+        return sum(map(F.cross_entropy, logits(rows), repeated.unbind(1)), torch.zeros(()))
 
     train_part(folder, {"text_encoder": encoder, "heads": heads}, loss, OPTIMIZER, steps)
     lengths = tokens.attention_mask.sum(1)

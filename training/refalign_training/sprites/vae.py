@@ -4,6 +4,7 @@ import functools
 import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -72,7 +73,7 @@ def letterboxed_reference(subject: Subject, generator: np.random.Generator) -> n
 def draw_many(count: int, held_out: bool, purpose: str) -> tuple[np.ndarray, np.ndarray]:
     """The first `count` clips `(count, 17, 64, 64, 3)` and as many references `(count, 64, 64, 3)`."""
     draw = functools.partial(draw_random, held_out=held_out, purpose=purpose)
-    with ProcessPoolExecutor(os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()) as pool:
+    with ProcessPoolExecutor(getattr(os, "process_cpu_count", os.cpu_count)()) as pool:
         clips, references = zip(*pool.map(draw, range(count), chunksize=16), strict=True)
     return np.stack(clips), np.stack(references)
 
@@ -93,8 +94,8 @@ class FirstFrameConv3d(WanCausalConv3d):
     def forward(self, x: torch.Tensor, cache_x: torch.Tensor | None = None) -> torch.Tensor:
         if x.shape[2] > 1 or cache_x is not None or self.kernel_size[0] == 1:
             return super().forward(x, cache_x)
-        kernel, padding = self.weight[:, :, -1], (self._padding[2], self._padding[0])
-        return nn.functional.conv2d(x[:, :, 0], kernel, self.bias, self.stride[1:], padding)[:, :, None]
+        padding = cast(tuple[int, int], (self._padding[2], self._padding[0]))
+        return nn.functional.conv2d(x[:, :, 0], self.weight[:, :, -1], self.bias, self.stride[1:], padding)[:, :, None]
 
 
 class Coder:
@@ -112,7 +113,7 @@ class Coder:
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         """The posterior's means."""
-        vae, pixels = self.vae, patchify(pixels, self.vae.config.patch_size)
+        vae, pixels = self.vae, patchify(pixels, self.vae.config["patch_size"])
         encoder = self.compiled[0] if pixels.shape[2] == 1 else vae.encoder
         vae.clear_cache()
         chunks = []
@@ -131,7 +132,7 @@ class Coder:
             vae._conv_idx = [0]
             cache = {"feat_cache": vae._feat_map, "feat_idx": vae._conv_idx, "first_chunk": i == 0}
             frames.append(decoder(hidden_states[:, :, i : i + 1], **cache))
-        return unpatchify(torch.cat(frames, 2), vae.config.patch_size)
+        return unpatchify(torch.cat(frames, 2), vae.config["patch_size"])
 
 
 def to_model(frames: np.ndarray) -> torch.Tensor:
@@ -178,7 +179,7 @@ def measure_latents(vae: AutoencoderKLWan, videos: np.ndarray, references: np.nd
     """Stores the latents' mean and standard deviation in the configuration: what the pipelines normalise by."""
     latents = []
     for batch in (*videos[:, None], *references[:, None, None]):
-        encoded = vae.encode(to_model(batch)).latent_dist.mode()
+        encoded = vae.encode(to_model(batch), return_dict=False)[0].mode()
         latents.append(encoded.transpose(0, 1).flatten(1))
     values = torch.cat(latents, 1)
     vae.register_to_config(latents_mean=values.mean(1).tolist(), latents_std=values.std(1).tolist())
@@ -190,6 +191,6 @@ def vae_psnr(vae: AutoencoderKLWan, videos: np.ndarray) -> float:
     values = []
     for video in videos[:, None]:
         pixels = to_model(video)
-        decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample
+        decoded = vae.decode(vae.encode(pixels, return_dict=False)[0].mode(), return_dict=False)[0]
         values.append(-10 * torch.log10(((decoded - pixels) / 2).square().mean()).item())
     return float(np.mean(values))
