@@ -42,14 +42,15 @@ class Verdict:
     """What one clip shows."""
 
     identity: bool | None = None
-    """One subject: the right one of eight; so `same_colours`, of eight of its colours."""
+    """With one subject: whether it looks like the right one of eight."""
     same_colours: bool | None = None
+    """With one subject: whether it looks like the right one of eight in its colours."""
     motion: bool | None = None
-    """The act of the prompt; of two subjects, both."""
+    """Whether the prompt's act is seen; with two subjects, both acts."""
     copied: bool | None = None
-    """The pose of the reference fits better than the act's; none for acts that turn."""
+    """Whether the reference's pose fits better than the act's. None for acts that turn."""
     confusion: str | None = None
-    """Two subjects: right, swapped, doubled, missing or other."""
+    """With two subjects: right, swapped, doubled, missing or other."""
     psnr: float = math.nan
     """How near the clip is to its best explanation, where the subjects are, in decibels."""
 

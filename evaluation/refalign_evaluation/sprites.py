@@ -58,7 +58,7 @@ class Sprites:
 
 
 def make_cases(samples: int, seed: int) -> "list[Case]":
-    """So many clips of one held-out subject, then as many of two."""
+    """The cases of `samples` clips of one held-out subject, then of as many of two."""
     from refalign_evaluation.judge import Case
     from refalign_training.data.randomness import numpy_generator
     from refalign_training.sprites.subject import of_same_colours, subjects

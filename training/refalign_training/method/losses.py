@@ -181,12 +181,12 @@ def reference_alignment_loss(
         student (`torch.Tensor` of shape `(batch, references * tokens_per_reference, dim)`): projected tokens.
         teacher (`torch.Tensor` of the same shape): the teacher's features. No gradient reaches them.
         tokens_per_reference (`int`): tokens of one reference.
-        positive_margin (`float`, *optional*, defaults to 0): distance to the own token that costs nothing.
-        negative_margin (`float`, *optional*, defaults to 1): distance to other subjects above which nothing costs.
+        positive_margin (`float`, *optional*, defaults to 0): the distance to the own token that costs nothing.
+        negative_margin (`float`, *optional*, defaults to 1): the distance to other subjects that costs nothing.
         negative_weight (`float`, *optional*, defaults to 1): the weight of `negative` in `total`.
         subject_ids (integers of shape `(references,)` or `(batch, references)`, *optional*): references of equal
-            number show one subject and are no negatives to each other. Each is a subject of its own without. A
-            tensor on the CPU, or a sequence, spares a wait for the GPU; so with `keep`.
+            number show one subject and are not negatives of each other. By default each is a subject of its own. A
+            tensor on the CPU, or a sequence, spares a wait for the GPU; the same holds for `keep`.
         keep (booleans of shape `(batch,)`, *optional*): `False` where a sample's references were dropped: its losses
             and its gradients are 0, whatever its tokens are.
 

@@ -21,17 +21,17 @@ class Batch:
     seed: int
     """The seed of dropout in the network."""
     latents: torch.Tensor
-    """`(batch, 16, latent frames, h, w)`, float32, normalised; so `noise`."""
+    """`(batch, 16, latent frames, h, w)`, float32, normalised. `noise` has the same shape."""
     noise: torch.Tensor
     reference_latents: torch.Tensor
     """`(batch, 16, references, h, w)`; zeros where they are dropped."""
     prompt_embeds: torch.Tensor
     """`(batch, max_sequence_length, dim)`, padded with zeros."""
     timesteps: torch.Tensor
-    """`(batch,)` in [0, 1000]; so `weights`, w(t)."""
+    """`(batch,)`, in [0, 1000]. `weights`, w(t), have the same shape."""
     weights: torch.Tensor
     keeps_references: torch.Tensor
-    """Booleans `(batch,)`, on the CPU; so `subjects` `(batch, references)`."""
+    """Booleans `(batch,)`, on the CPU, as are `subjects`, `(batch, references)`."""
     subjects: torch.Tensor
     teacher_features: torch.Tensor | None = None
     """`(batch, references, rows, columns, dim)`."""
@@ -54,7 +54,7 @@ class Batch:
 
 class Losses(NamedTuple):
     """
-    The losses of a batch, of shape `(batch,)` in float32 unless said otherwise. What is minimised is `total`:
+    The losses of a batch, of shape `(batch,)` in float32 unless said otherwise. `total`, which is minimised, is
     `diffusion + gate(t) * weight(step) * alignment` (RefAlign, arXiv 2603.25743, training objective).
     """
 
@@ -63,36 +63,30 @@ class Losses(NamedTuple):
     """w(t) times `mse`."""
     mse: torch.Tensor
     alignment: torch.Tensor
-    """Before gate and weight; 0 without alignment and for dropped references."""
+    """The alignment loss before gate and weight; 0 without alignment and for dropped references."""
     kept: torch.Tensor
     """Booleans: whether there is an alignment and the references were not dropped."""
     has_negatives: torch.Tensor
     """Booleans: kept, and of two or more subjects."""
     cosine: torch.Tensor | None = None
-    """`(batch, layers)`, for logs; so `active_negatives`."""
+    """`(batch, layers)`, for logs, as are `active_negatives`."""
     active_negatives: torch.Tensor | None = None
 
 
+@dataclass(eq=False)
 class Objective:
-    """
-    Args:
-        transformer (`nn.Module`): [`RefAlignWanTransformer3DModel`], perhaps wrapped to run in parallel.
-        alignment (`nn.Module`, *optional*): [`ReferenceAlignment`], perhaps wrapped too.
-        options ([`AlignmentOptions`]): gate and schedule of the alignment.
-        dtype (`torch.dtype`): what the networks compute in. Losses are in float32.
-        detail_weight (`Callable`, *optional*): by step, how much more positions of [`detail`] count.
-    """
+    """What a step minimises: called with a batch and the step, it gives the [`Losses`]."""
 
-    def __init__(
-        self,
-        transformer: nn.Module,
-        alignment: nn.Module | None,
-        options: AlignmentOptions,
-        dtype: torch.dtype,
-        detail_weight: Callable[[int], float] = lambda step: 1.0,
-    ) -> None:
-        self.transformer, self.alignment, self.options, self.dtype = transformer, alignment, options, dtype
-        self.detail_weight = detail_weight
+    transformer: nn.Module
+    """[`RefAlignWanTransformer3DModel`], perhaps wrapped to run in parallel."""
+    alignment: nn.Module | None
+    """[`ReferenceAlignment`], perhaps wrapped too."""
+    options: AlignmentOptions
+    """Layers, gate and schedule of the alignment."""
+    dtype: torch.dtype
+    """What the networks compute in. Losses are in float32."""
+    detail_weight: Callable[[int], float] = lambda step: 1.0
+    """By step, how much more positions of [`detail`] count."""
 
     def alignment_weight(self, step: int) -> float:
         """The weight of the alignment at a step; 0 without alignment."""
