@@ -20,9 +20,9 @@ from refalign_training.cache.reader import Cache, open_index
 from refalign_training.cache.writer import write_index
 from refalign_training.data import decoding
 from refalign_training.data.decoding import Task
+from refalign_training.data.fields import FAULTS, Unusable
 from refalign_training.data.pixels import load_references, load_video
 from refalign_training.data.recipe import Recipe
-from refalign_training.data.sample import FAULTS, Unusable
 from refalign_training.data.source import read_source
 from tests.tiny_pipeline import tiny_wan_pipeline
 from tests.training.small_cache import (

@@ -12,8 +12,9 @@ at once.
 import dataclasses
 import json
 import operator
+import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -24,9 +25,10 @@ from tqdm import tqdm
 from tyro.conf import OmitArgPrefixes
 
 from refalign.files import check_free, new_file, new_folder
+from refalign_training.data.fields import FAULTS, Unusable
 from refalign_training.data.preview import Preview
 from refalign_training.data.recipe import Recipe
-from refalign_training.data.sample import FAULTS, Fault, Place, Sample, Unusable
+from refalign_training.data.sample import Fault, Place, Sample
 from refalign_training.data.sample_files import write_sample
 from refalign_training.data.source import Source, read_source
 
@@ -35,7 +37,7 @@ LISTED = 20
 PREVIEWED = 16
 COSTS = {"sample": "lost samples", "reference": "lost references", "nothing": "remarks"}
 VIDEO_PART = re.compile(r"total_part\d+")
-_TERM = re.compile(r"\s*([^\s<>=!]+)\s*(>=|<=|==|!=|=|>|<)\s*(\S+)\s*")
+_TERM = re.compile(r"\s*([^\s<>=!]+)\s*([<>=!]=|[<>=])\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)\s*", re.IGNORECASE)
 _OPERATORS = {
     ">": operator.gt,
     ">=": operator.ge,
@@ -45,6 +47,8 @@ _OPERATORS = {
     "==": operator.eq,
     "!=": operator.ne,
 }
+Term = tuple[str, Callable[[float, float], bool], float]
+"""The name of a score, how it is compared, and with what."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ class Check:
 class Report:
     """What was found so far. Memory does not grow with the dataset."""
 
+    file: TextIO | None
+    """Where all faults are written."""
     read: int = 0
     usable: int = 0
     passed_over: int = 0
@@ -87,21 +93,22 @@ class Report:
     with_cross: int = 0
     """Usable samples of which a subject is shown by another clip."""
     faults: Counter = field(default_factory=Counter)
-    """How many there are, by kind and by what they cost."""
-    examples: dict[tuple[str, str], list[Fault]] = field(default_factory=dict)
+    """How many there are, by what they cost and by kind."""
+    examples: dict[tuple[str, str], list[Fault]] = field(default_factory=lambda: defaultdict(list))
+    """The first ones of these."""
     names: set[str] = field(default_factory=set)
     """The names of the samples' scores."""
     parts: Counter = field(default_factory=Counter)
     """OpenS2V-5M's parts, by the usable samples that need them."""
 
-    def add_fault(self, fault: Fault, file: TextIO | None) -> None:
+    def add_fault(self, fault: Fault) -> None:
         """Counts it, keeps the first ones of a kind, and writes it to the file of all."""
-        if file:
-            file.write(json.dumps(dataclasses.asdict(fault), ensure_ascii=False) + "\n")
-        key = (fault.kind, fault.lost)
+        if self.file:
+            self.file.write(json.dumps(dataclasses.asdict(fault), ensure_ascii=False) + "\n")
+        key = (fault.lost, fault.kind)
         self.faults[key] += 1
         if self.faults[key] <= LISTED:
-            self.examples.setdefault(key, []).append(fault)
+            self.examples[key].append(fault)
 
     def add_usable(self, sample: Sample) -> None:
         """Counts it, and what it has."""
@@ -122,20 +129,21 @@ def run(command: Check) -> int:
     opens_files = command.source.videos is not None or command.source.data not in ("opens2v", "phantom")
     _check_options(command, opens_files)
     source = command.source if opens_files else dataclasses.replace(command.source, videos=Path())
-    root = _root(source)
-    report = Report()
+    # The folder that a subset's paths start from
+    root = source.videos or Path(os.path.commonpath([path.parent for path in source.annotations] or [""]))
     with ExitStack() as stack:
-        faults, subset = _open_new(stack, command.faults), _open_new(stack, command.write)
+        report = Report(_open_new(stack, command.faults))
+        subset = _open_new(stack, command.write)
         preview = command.preview and Preview(stack.enter_context(new_folder(command.preview)), command.recipe)
         for item in tqdm(read_source(source), desc="Reading", unit=" records"):
             if isinstance(item, Fault):
-                report.add_fault(item, faults)
+                report.add_fault(item)
                 continue
             report.read += 1
             report.names.update(item.scores)
             if not is_selected(item, terms):
                 report.passed_over += 1
-            elif not opens_files or _opens(item, command, report, faults, preview):
+            elif not opens_files or _opens(item, command, report, preview):
                 report.add_usable(item)
                 if subset:
                     subset.write(write_sample(item, root) + "\n")
@@ -147,11 +155,11 @@ def run(command: Check) -> int:
     if unknown := sorted({name for name, *_ in terms} - report.names):
         print(f"No sample has the score {', '.join(unknown)}. There are: {', '.join(sorted(report.names)) or 'none'}.")
     if command.write:
-        _finish_subset(command, report, root)
+        _finish_subset(command.write, report, root)
     return 0 if report.usable else 1
 
 
-def parse_selection(text: str) -> list[tuple[str, Callable[[float, float], bool], float]]:
+def parse_selection(text: str) -> list[Term]:
     """
     Terms `name>number` (or >=, <, <=, =, !=) with commas between them, for [`is_selected`].
 
@@ -160,18 +168,14 @@ def parse_selection(text: str) -> list[tuple[str, Callable[[float, float], bool]
     """
     terms = []
     for term in filter(str.strip, text.split(",")):
-        match = _TERM.fullmatch(term)
-        try:
-            name, sign, number = match.groups()
-            terms.append((name, _OPERATORS[sign], float(number)))
-        except (AttributeError, ValueError):
-            raise ValueError(
-                f'--select: {term.strip()!r} is not like "aesthetic>5.5". Put commas in between.'
-            ) from None
+        if (match := _TERM.fullmatch(term)) is None:
+            raise ValueError(f'--select: {term.strip()!r} is not like "aesthetic>5.5". Put commas in between.')
+        name, sign, number = match.groups()
+        terms.append((name, _OPERATORS[sign], float(number)))
     return terms
 
 
-def is_selected(sample: Sample, terms: list[tuple[str, Callable[[float, float], bool], float]]) -> bool:
+def is_selected(sample: Sample, terms: list[Term]) -> bool:
     """Whether all terms hold for a sample's scores. It does not pass without one of them."""
     for name, compare, number in terms:
         if name not in sample.scores or not compare(sample.scores[name], number):
@@ -183,26 +187,10 @@ def _check_options(command: Check, opens_files: bool) -> None:
     for name in ("limit", "max_samples"):
         if (value := getattr(command, name)) is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; pass 1 or more.")
-    if command.preview:
-        if not opens_files:
-            raise ValueError("--preview shows videos. Pass their folder as --videos.")
-        check_free(command.preview)
-    outputs = [command.faults, command.write, command.write and _parts_file(command.write)]
-    existing = [str(output) for output in outputs if output and output.exists()]
-    if existing:
-        raise ValueError(f"{', '.join(existing)} exists already. Name another output, or move it away.")
-
-
-def _root(source: Source) -> Path:
-    """The folder that a subset's paths start from."""
-    if source.videos is not None:
-        return source.videos
-    folders = {path.parent for path in source.annotations}
-    if len(folders) > 1:
-        raise ValueError(
-            "The annotation files lie in several folders. Pass the one that all paths start from: --videos."
-        )
-    return folders.pop() if folders else Path()
+    if command.preview and not opens_files:
+        raise ValueError("--preview shows videos. Pass their folder as --videos.")
+    if command.write:
+        check_free(_parts_file(command.write))
 
 
 def _open_new(stack: ExitStack, path: Path | None) -> TextIO | None:
@@ -212,7 +200,7 @@ def _open_new(stack: ExitStack, path: Path | None) -> TextIO | None:
     return stack.enter_context(stack.enter_context(new_file(path)).open("w", encoding="utf-8"))
 
 
-def _opens(sample: Sample, command: Check, report: Report, faults: TextIO | None, preview: "Preview | None") -> bool:
+def _opens(sample: Sample, command: Check, report: Report, preview: Preview | None) -> bool:
     """Whether the sample's video and a reference or more can be decoded; shows them where there is room."""
     from refalign_training.data.pixels import clip_slowdown, load_references, load_video
 
@@ -221,10 +209,10 @@ def _opens(sample: Sample, command: Check, report: Report, faults: TextIO | None
         slowdown = clip_slowdown(sample, command.recipe)
         frames = load_video(sample, command.recipe)
         references = load_references(
-            sample, command.recipe, on_fault=lambda error: report.add_fault(place.fault(error, "reference"), faults)
+            sample, command.recipe, on_fault=lambda error: report.add_fault(place.fault(error, "reference"))
         )
     except Unusable as error:
-        report.add_fault(place.fault(error), faults)
+        report.add_fault(place.fault(error))
         return False
     report.slowed += slowdown > 1
     if preview is not None and len(preview) < (command.limit or PREVIEWED):
@@ -251,9 +239,9 @@ def _print(report: Report, recipe: Recipe) -> None:
         print(f"not selected: {report.passed_over}")
     for lost, cost in COSTS.items():
         for kind in sorted(FAULTS):
-            if count := report.faults[kind, lost]:
+            if count := report.faults[lost, kind]:
                 print(f"{cost}, {kind}: {count} ({FAULTS[kind]})")
-                _print_examples(report.examples[kind, lost], count)
+                _print_examples(report.examples[lost, kind], count)
 
 
 def _print_examples(faults: list[Fault], count: int) -> None:
@@ -263,24 +251,23 @@ def _print_examples(faults: list[Fault], count: int) -> None:
         print(f"    and {count - LISTED} more: --faults FILE lists all")
 
 
-def _finish_subset(command: Check, report: Report, root: Path) -> None:
+def _finish_subset(subset: Path, report: Report, root: Path) -> None:
     if not report.usable:
-        command.write.unlink()  # so that the next try finds its place free
-        print(f"{command.write} is not written.")
+        subset.unlink()  # so that the next try finds its place free
+        print(f"{subset} is not written.")
         return
     videos = "FOLDER (that of total_part1, ...)" if root == Path() and report.parts else root
-    print(f"Wrote {command.write}, to be read by --data samples --annotations {command.write} --videos {videos}")
+    print(f"Wrote {subset}, to be read by --data samples --annotations {subset} --videos {videos}")
     if not report.parts:
         return
-    patterns = [f"Videos/{part}/*" for part in sorted(report.parts, key=lambda part: int(part[10:]))]
-    file = _parts_file(command.write)
-    with new_file(file) as partial:
-        partial.write_text("".join(f"{pattern}\n" for pattern in patterns), "utf-8")
-    print(f"It needs {len(patterns)} of OpenS2V-5M's 13 video parts ({file}), of nearly 1 TB each:")
-    for pattern in patterns:
-        part = pattern.split("/")[1]
+    parts = sorted(report.parts, key=lambda part: (len(part), part))
+    patterns = [f"Videos/{part}/*" for part in parts]
+    with new_file(_parts_file(subset)) as file:
+        file.write_text("\n".join(patterns) + "\n", "utf-8")
+    print(f"It needs {len(parts)} of OpenS2V-5M's 13 video parts ({_parts_file(subset)}), of nearly 1 TB each:")
+    for part in parts:
         print(f"    {part}: {report.parts[part]} samples")
-    include = " ".join(f'"{pattern}"' for pattern in patterns)
+    include = '"' + '" "'.join(patterns) + '"'
     print(f"hf download BestWishYsh/OpenS2V-5M --repo-type dataset --include {include} --local-dir OpenS2V-5M")
     print("Join each part and unpack it beside the others: cat PART.tar.split.* | tar -x -C Videos")
 

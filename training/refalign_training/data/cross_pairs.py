@@ -9,15 +9,14 @@ import sqlite3
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from pydantic import PlainValidator, TypeAdapter
-
+from refalign_training.data import fields
+from refalign_training.data.fields import Unusable
 from refalign_training.data.recipe import SelectionRule
-from refalign_training.data.records import first_character, read_items
-from refalign_training.data.sample import Fault, Number, Place, Text, Unusable, View, checked, integer, text
+from refalign_training.data.records import Record, first_character, read_members
+from refalign_training.data.sample import Fault, Place, View
 
 
 _TABLES = """
@@ -40,26 +39,6 @@ _MISSING = """
     WHERE NOT EXISTS (SELECT 1 FROM view WHERE view.clip = pair.clip AND view.subject = pair.subject)
     GROUP BY pair.clip, pair.subject
 """
-
-
-def _subject(value: Any) -> str:
-    """A mask's id, which is a text, though some write it as a number."""
-    return text(value, "the id") if isinstance(value, str) else str(integer(value, "the id"))
-
-
-_Subject = Annotated[str, PlainValidator(_subject)]
-
-
-@dataclass(frozen=True)
-class _Pair:
-    cur_id: Text
-    aft_id: Text
-    cur_class_id: _Subject
-    aft_class_id: _Subject
-    image_similarity: Number
-
-
-_PAIR = TypeAdapter(_Pair)
 
 
 def check_pair_files(files: Sequence[Path]) -> None:
@@ -101,21 +80,25 @@ class CrossPairs(AbstractContextManager):
 
     def read(self) -> Iterator[Fault]:
         """Takes in all pairs; yields what is wrong with them."""
-        for number_of_file, path in enumerate(self._files):
-            for record in read_items(path):
-                try:
-                    self._add(checked(_PAIR, record.checked()), number_of_file, record.row)
-                except Unusable as error:
-                    yield Place(str(path), record.row).fault(error, lost="nothing")
+        for file, path in enumerate(self._files):
+            for record in read_members(path, "[]"):
+                place = Place(str(path), record.row)
+                with place.losing("nothing"):
+                    self._add(record, file)
+                yield from place.faults
 
-    def _add(self, pair: _Pair, file: int, row: int) -> None:
+    def _add(self, record: Record, file: int) -> None:
+        pair = record.checked()
+        cur_id, aft_id = _text(pair, "cur_id"), _text(pair, "aft_id")
+        cur_subject, aft_subject = _subject(pair, "cur_class_id"), _subject(pair, "aft_class_id")
+        similarity = fields.number(fields.member(pair, "image_similarity"), "image_similarity")
         ceiling = self._rule.max_image_similarity
-        if pair.cur_id == pair.aft_id or (ceiling is not None and pair.image_similarity > ceiling):
+        if cur_id == aft_id or (ceiling is not None and similarity > ceiling):
             return
-        cur = self._number(pair.cur_id), pair.cur_class_id
-        aft = self._number(pair.aft_id), pair.aft_class_id
+        cur = self._number(cur_id), cur_subject
+        aft = self._number(aft_id), aft_subject
         for ends in ((*cur, *aft), (*aft, *cur)):
-            values = (*ends, pair.image_similarity, file, row)
+            values = (*ends, similarity, file, record.row)
             self._database.execute("INSERT OR IGNORE INTO pair VALUES (?, ?, ?, ?, ?, ?, ?)", values)
 
     def _number(self, sample_id: str) -> int:
@@ -144,6 +127,16 @@ class CrossPairs(AbstractContextManager):
         """The subject in other clips, the most similar one first."""
         rows = self._database.execute(_VIEWS, (sample_id, subject, self._rule.max_cross_views)).fetchall()
         return tuple(_decode(view) for (view,) in rows)
+
+
+def _text(pair: Any, name: str) -> str:
+    return fields.text(fields.member(pair, name), name)
+
+
+def _subject(pair: Any, name: str) -> str:
+    """A mask's id, which is a text, though some write it as a number."""
+    value = fields.member(pair, name)
+    return fields.text(value, name) if isinstance(value, str) else str(fields.integer(value, name))
 
 
 def _encode(view: View) -> str:

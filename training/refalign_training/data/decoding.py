@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from refalign_training.data.fields import Unusable
 from refalign_training.data.pixels import load_references, load_video
 from refalign_training.data.recipe import Recipe
-from refalign_training.data.sample import Sample, Unusable
+from refalign_training.data.sample import Sample
 
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def decode(family: str, sample: Sample, recipe: Recipe, variant: int) -> Decoded
     lost: list[Unusable] = []
     references = load_references(sample, recipe, variant, on_fault=lost.append)
     pixels = np.stack([np.asarray(reference.image) for reference in references])
-    info = {
+    info: dict[str, Any] = {
         "subjects": [reference.subject for reference in references],
         "origins": [reference.origin for reference in references],
     }
@@ -62,27 +63,20 @@ def decode(family: str, sample: Sample, recipe: Recipe, variant: int) -> Decoded
     return Decoded(torch.from_numpy(pixels), info=info)
 
 
-def try_decode(family: str, task: Task, recipe: Recipe) -> Decoded | Unusable:
-    """[`decode`]s a task. What cannot be used comes back as a value: one sample of millions must not end the run."""
-    try:
-        return decode(family, task.sample, recipe, task.variant)
-    except Unusable as error:
-        return error
-    except Exception as error:
-        logger.debug("%s", task.sample.id, exc_info=True)
-        return Unusable("not readable", f"{type(error).__name__}: {error}")
-
-
+@dataclass(frozen=True)
 class _Tasks(Dataset):
-    def __init__(self, family: str, recipe: Recipe) -> None:
-        self.family, self.recipe = family, recipe
+    family: str
+    recipe: Recipe
 
     def __getitem__(self, task: Task) -> Decoded | Unusable:
-        return try_decode(self.family, task, self.recipe)
-
-
-def _as_it_is(value: Any) -> Any:
-    return value
+        """What cannot be used comes back as a value: one sample of millions must not end the run."""
+        try:
+            return decode(self.family, task.sample, self.recipe, task.variant)
+        except Unusable as error:
+            return error
+        except Exception as error:
+            logger.debug("%s", task.sample.id, exc_info=True)
+            return Unusable("not readable", f"{type(error).__name__}: {error}")
 
 
 @contextmanager
@@ -107,7 +101,6 @@ def decoding(
         batch_size=None,
         sampler=stream(),
         num_workers=workers,
-        collate_fn=_as_it_is,
         multiprocessing_context="spawn" if workers else None,  # a fork would inherit the locks and the GPU
     )
     try:

@@ -5,21 +5,29 @@ beyond its memory. So nothing reaches it before [`check_mask`] has summed them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypedDict, cast
 
 import numpy as np
 from pycocotools import mask as coco
 
+from refalign_training.data.fields import Unusable, is_number, member, sequence, shorten
 from refalign_training.data.recipe import SelectionRule
-from refalign_training.data.sample import Box, Reference, Unusable, View, is_number, member, sequence, shorten
+from refalign_training.data.sample import Box, Reference, View
+
+
+class RLE(TypedDict):
+    """A mask in COCO's compressed run-length encoding."""
+
+    size: list[int]
+    """Height and width."""
+    counts: str | bytes
 
 
 _LARGEST_SIDE = 1 << 14  # pixels; pycocotools counts a mask's in 32 bits
 _LONGEST_RUN = 6  # characters of 5 bits: 2**29 pixels
 
 
-def check_mask(mask: Any, height: int, width: int) -> dict[str, Any]:
+def check_mask(mask: Any, height: int, width: int) -> RLE:
     """
     A record's mask as `{"size": [height, width], "counts": str}`, once it is known to be one of that frame.
 
@@ -64,7 +72,7 @@ def decode_mask(mask: Any, height: int, width: int) -> np.ndarray:
     return coco.decode(check_mask(mask, height, width)).astype(bool)
 
 
-def mask_box(mask: Any) -> Box | None:
+def mask_box(mask: RLE) -> Box | None:
     """The tight box around a checked mask's pixels; `None` if there are none."""
     if not coco.area(mask):  # toBbox makes something up
         return None
@@ -101,46 +109,42 @@ def drop_duplicates(views: Sequence[View], limit: float = 0.8) -> list[int]:
     The indices of the views of one frame that stay if of any two with an IoU over `limit` the larger one does. Views
     are compared by their masks where both have one, else by their boxes.
     """
-    areas = list(map(_area, views))
+    areas = list(map(view_area, views))
     kept: list[int] = []
-    for index in sorted(range(len(views)), key=lambda i: -areas[i]):
+    for index in sorted(range(len(views)), key=areas.__getitem__, reverse=True):
         if not any(_overlaps(views[index], views[other], areas[index], areas[other], limit) for other in kept):
             kept.append(index)
     return sorted(kept)
 
 
-def _area(view: View) -> float:
-    return box_area(view.box) if view.mask is None else int(coco.area(view.mask))
+def view_area(view: View) -> float:
+    """The area in square pixels of a view's mask, or of its box if it has none."""
+    return box_area(cast(Box, view.box)) if view.mask is None else int(coco.area(cast(RLE, view.mask)))
 
 
 def _overlaps(a: View, b: View, area_a: float, area_b: float, limit: float) -> bool:
     """Whether the IoU is over the limit."""
-    (left, top), (right, bottom) = map(max, a.box[:2], b.box[:2]), map(min, a.box[2:], b.box[2:])
+    box_a, box_b = cast(Box, a.box), cast(Box, b.box)
+    (left, top), (right, bottom) = map(max, box_a[:2], box_b[:2]), map(min, box_a[2:], box_b[2:])
     shared = max(right - left, 0.0) * max(bottom - top, 0.0)
     if a.mask is None or b.mask is None:
-        return shared > limit * (box_area(a.box) + box_area(b.box) - shared)
+        return shared > limit * (box_area(box_a) + box_area(box_b) - shared)
     # The masks share no more than their boxes, and cover no less than the larger of them: most pairs end here
     if min(area_a, area_b, shared) <= limit * max(area_a, area_b):
         return False
-    return coco.iou([a.mask], [b.mask], [0])[0, 0] > limit
+    masks_a, masks_b = [cast(RLE, a.mask)], [cast(RLE, b.mask)]
+    return np.asarray(coco.iou(masks_a, masks_b, [0]))[0, 0] > limit
 
 
 # -- Which of a frame's subjects become references (RefAlign, arXiv 2603.25743, section 4) ---------------------------
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A subject that may become a reference."""
+class Candidate(NamedTuple):
+    """A subject whose scores are high enough for a reference."""
 
     reference: Reference
     crop_ratio: float
     """The area of its box, or of the first in another clip if it has none here, as a share of the frame's."""
-    aesthetic: float | None = None
-    gme: float | None = None
-
-    def passes(self, rule: SelectionRule) -> bool:
-        """Whether it is large enough and scores high enough."""
-        return self.crop_ratio >= rule.min_crop_ratio and rule.passes(self.aesthetic, self.gme)
 
 
 def select(candidates: Sequence[Candidate], rule: SelectionRule) -> tuple[Reference, ...]:
@@ -148,11 +152,15 @@ def select(candidates: Sequence[Candidate], rule: SelectionRule) -> tuple[Refere
     The references, the largest first. Scores come before duplicates: a subject whose larger mask scores too low is
     still taken by its smaller one.
     """
-    here, elsewhere = [], []
+    here, views, elsewhere = [], [], []
     for candidate in candidates:
-        if candidate.passes(rule):
-            (elsewhere if candidate.reference.view is None else here).append(candidate)
-    single = drop_duplicates([candidate.reference.view for candidate in here], rule.duplicate_iou)
-    left = [*map(here.__getitem__, single), *elsewhere]
+        if candidate.crop_ratio < rule.min_crop_ratio:
+            continue
+        if (view := candidate.reference.view) is None:
+            elsewhere.append(candidate)
+        else:
+            here.append(candidate)
+            views.append(view)
+    left = [*map(here.__getitem__, drop_duplicates(views, rule.duplicate_iou)), *elsewhere]
     left.sort(key=lambda candidate: -candidate.crop_ratio)
-    return tuple(candidate.reference for candidate in left[: rule.max_references])
+    return tuple(reference for reference, _ in left[: rule.max_references])

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -12,15 +13,17 @@ from PIL import Image
 
 from refalign.reference_images import load_reference_image, prepare_reference_image
 from refalign_training.data.augmentation import jitter_colours, warp
+from refalign_training.data.fields import Unusable
 from refalign_training.data.masks import check_box, decode_mask
 from refalign_training.data.randomness import numpy_generator
 from refalign_training.data.recipe import Recipe
-from refalign_training.data.sample import Reference, Sample, Unusable, View
+from refalign_training.data.sample import Reference, Sample, View
 from refalign_training.data.video import check_file, open_video
 
 
 logger = logging.getLogger(__name__)
 
+WARN = partial(logger.warning, "A reference is left out: %s")
 Origin = Literal["regular", "cross", "image"]
 
 
@@ -97,10 +100,9 @@ def load_video(sample: Sample, recipe: Recipe, variant: int = 0) -> np.ndarray:
             raise Unusable("no frames", f"{clip.path} has {len(video)} frames, the clip is {clip.start} to {clip.end}")
         generator = numpy_generator("frames", recipe.seed, variant, sample.id)
         numbers = clip.start + draw_frames(end - clip.start, video.fps, recipe, generator)
-        frames = {
-            number: np.asarray(cover(frame, clip.crop, recipe.height, recipe.width))
-            for number, frame in video.read(numbers.tolist())
-        }
+        frames = {}
+        for number, frame in video.read(numbers.tolist()):
+            frames[number] = np.asarray(cover(frame, clip.crop, recipe.height, recipe.width))
     return np.stack([frames[number] for number in numbers])
 
 
@@ -120,12 +122,8 @@ def _checked_crop(image: Image.Image, crop: tuple[int, int, int, int] | None) ->
     return left, top, right, bottom
 
 
-def _warn(fault: Unusable) -> None:
-    logger.warning("A reference is left out: %s", fault)
-
-
 def load_references(
-    sample: Sample, recipe: Recipe, variant: int = 0, on_fault: Callable[[Unusable], None] = _warn
+    sample: Sample, recipe: Recipe, variant: int = 0, on_fault: Callable[[Unusable], None] = WARN
 ) -> list[ReferencePixels]:
     """
     The references that can be read, in the sample's order.
@@ -155,13 +153,13 @@ def load_references(
 def _drawn_views(reference: Reference, recipe: Recipe, generator: np.random.Generator) -> list[tuple[View, Origin]]:
     """The view that is drawn, and behind it the others in case it cannot be read."""
     takes_cross = generator.random() < recipe.cross_probability
-    cross: list[tuple[View, Origin]] = [
-        (reference.cross[i], "cross") for i in generator.permutation(len(reference.cross))
-    ]
-    if reference.view is None:
-        return cross
-    own: list[tuple[View, Origin]] = [(reference.view, "image" if reference.view.frame is None else "regular")]
-    return cross + own if takes_cross else own + cross
+    views: list[tuple[View, Origin]] = []
+    for index in generator.permutation(len(reference.cross)):
+        views.append((reference.cross[index], "cross"))
+    if reference.view is not None:
+        origin = "image" if reference.view.frame is None else "regular"
+        views.insert(len(views) if takes_cross else 0, (reference.view, origin))
+    return views
 
 
 def _prepare(image: Image.Image, origin: Origin, recipe: Recipe, generator: np.random.Generator) -> Image.Image:
@@ -178,7 +176,7 @@ def _cut_out(view: View, frames: dict[tuple[Path, int | float], Image.Image]) ->
         return _read_image(view.path)
     place = (view.path, view.frame)
     if place not in frames:
-        frames[place] = _read_frame(view)
+        frames[place] = _read_frame(*place)
     whole = frames[place]
     image = whole.crop(_checked_crop(whole, view.crop))
     if view.mask is not None:
@@ -187,9 +185,8 @@ def _cut_out(view: View, frames: dict[tuple[Path, int | float], Image.Image]) ->
             image.putalpha(Image.fromarray(mask.astype(np.uint8) * 255))
     if view.box is not None:
         scale = 1.0 if view.box_long_side is None else max(image.size) / view.box_long_side
-        left, top, right, bottom = check_box(
-            [side * scale for side in view.box], image.width, image.height, tolerance=scale
-        )
+        box = [side * scale for side in view.box]
+        left, top, right, bottom = check_box(box, image.width, image.height, tolerance=scale)
         image = image.crop((math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)))
     return image
 
@@ -202,9 +199,9 @@ def _read_image(path: Path) -> Image.Image:
         raise Unusable("image", str(error)) from error
 
 
-def _read_frame(view: View) -> Image.Image:
-    with open_video(view.path) as video:
-        is_share = isinstance(view.frame, float)
-        number = min(int(view.frame * len(video)), len(video) - 1) if is_share else view.frame
-        ((_, frame),) = video.read([number])
-    return frame
+def _read_frame(path: Path, frame: int | float) -> Image.Image:
+    with open_video(path) as video:
+        if isinstance(frame, float):  # a share of all
+            frame = min(int(frame * len(video)), len(video) - 1)
+        ((_, image),) = video.read([frame])
+    return image

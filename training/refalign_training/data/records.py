@@ -5,25 +5,26 @@ follows in a file of 66 GB at one `NaN`, number over 64 bits or byte that is not
 next record is read.
 """
 
-import codecs
+import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TextIO, TypeVarTuple
 
-from refalign_training.data.sample import SURROGATE, Unusable, is_unicode, shorten
+from refalign_training.data.fields import SURROGATE, Unusable, is_unicode, shorten
+from refalign_training.data.sample import Fault, Place, Sample
 
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 
+Further = TypeVarTuple("Further")
 CHUNK = 1 << 20
 LONGEST_RECORD = 1 << 24  # characters; memory stays below some of these, and no record comes near
 _ROWS = 256  # of a parquet file that are in memory
 _BUFFER = 1 << 20
-_BLANK = re.compile(r"[ \t\r\n]*")
 _TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{}]', re.DOTALL)
 _SCALAR = re.compile(r"[^,\]}]+")
 
@@ -33,16 +34,37 @@ class Record(NamedTuple):
 
     row: int
     """From 0. In files of lines, the line."""
-    key: str | None
-    """`None` in a list or a file of lines."""
     value: Any
     """What it holds; an [`Unusable`] where it cannot be read."""
+    key: str | None = None
+    """Of a member of a JSON object."""
 
     def checked(self) -> Any:
         """What it holds. Raises [`Unusable`] where it cannot be read."""
         if isinstance(self.value, Unusable):
             raise self.value
         return self.value
+
+
+def read_samples(
+    files: Iterable[Path],
+    read_records: Callable[[Path], Iterable[Record]],
+    read: Callable[[Record, Place, *Further], Sample],
+    *further: *Further,
+) -> Iterator[Sample | Fault]:
+    """
+    The samples of files, each behind what is wrong with parts of it, or a fault where there is none. `read` makes a
+    sample of a record, or raises [`Unusable`]; it says the sample's id and reports what is wrong to the place.
+    """
+    for path in files:
+        for record in read_records(path):
+            place = Place(str(path), record.row)
+            try:
+                item = read(record, place, *further)
+            except Unusable as error:
+                item = place.fault(error)
+            yield from place.faults
+            yield item
 
 
 def _integer(digits: str) -> int | float:
@@ -68,25 +90,18 @@ def decode(document: str) -> Any:
 
 
 def read_lines(path: Path) -> Iterator[Record]:
-    """A file's lines that are not blank, as texts without their ends; UTF-8 with or without byte order mark."""
-    with path.open("rb") as file:
-        row = -1
-        while line := file.readline(LONGEST_RECORD):
-            row += 1
-            too_long = len(line) == LONGEST_RECORD and not line.endswith(b"\n")
-            while too_long and line and not line.endswith(b"\n"):
-                line = file.readline(LONGEST_RECORD)
-            if too_long:
-                yield Record(row, None, Unusable("not readable", f"a line of over {LONGEST_RECORD} bytes"))
-            elif line.strip():
-                yield Record(row, None, _decode_line(line.removeprefix(codecs.BOM_UTF8) if row == 0 else line))
-
-
-def _decode_line(line: bytes) -> str | Unusable:
-    try:
-        return line.decode("utf-8").strip()
-    except UnicodeDecodeError:
-        return Unusable("not readable", f"not UTF-8: {shorten(line)}")
+    """A file's lines that are not blank, as texts for [`decode`]; UTF-8 with or without byte order mark."""
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
+        for row in itertools.count():
+            line = end = file.readline(LONGEST_RECORD)
+            while len(end) == LONGEST_RECORD and not end.endswith("\n"):
+                end = file.readline(LONGEST_RECORD)
+            if not line:
+                return
+            if len(line) == LONGEST_RECORD and not line.endswith("\n"):
+                yield Record(row, Unusable("not readable", f"a line of over {LONGEST_RECORD} characters"))
+            elif line := line.strip():
+                yield Record(row, line)
 
 
 def first_character(path: Path) -> str:
@@ -95,33 +110,25 @@ def first_character(path: Path) -> str:
         return file.read(1024).decode("utf-8-sig", "replace").strip()[:1]
 
 
-def read_members(path: Path) -> Iterator[Record]:
-    """The members of the object that a JSON file holds."""
-    with path.open("rb") as file:
-        yield from _records(_Text(file), "{", "}")
-
-
-def read_items(path: Path) -> Iterator[Record]:
-    """The items of the list that a JSON file holds."""
-    with path.open("rb") as file:
-        yield from _records(_Text(file), "[", "]")
-
-
-def _records(text: "_Text", opening: str, closing: str) -> Iterator[Record]:
+def read_members(path: Path, brackets: Literal["{}", "[]"] = "{}") -> Iterator[Record]:
+    """The members of the object, or the items of the list, that a JSON file holds."""
+    opening, closing = brackets
     row = 0
-    try:
-        text.expect(opening)
-        more = not text.skip(closing)
-        while more:
-            key = _key(text) if opening == "{" else None
-            yield Record(row, key, text.value())
-            row += 1
-            more = text.skip(",")
-        if row:
-            text.expect(closing)
-        text.expect("")
-    except Unusable as error:
-        yield Record(row, None, error)
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        text = _Text(file)
+        try:
+            text.expect(opening)
+            more = not text.skip(closing)
+            while more:
+                key = _key(text) if opening == "{" else None
+                yield Record(row, text.value(), key)
+                row += 1
+                more = text.skip(",")
+            if row:
+                text.expect(closing)
+            text.expect("")
+        except Unusable as error:
+            yield Record(row, error)
 
 
 def _key(text: "_Text") -> str:
@@ -136,24 +143,22 @@ def _key(text: "_Text") -> str:
 
 
 class _Text:
-    """A file's text, of which a few records at a time are in memory."""
+    """A file's text, of which a few records at a time are in memory. Bytes that are not UTF-8 are surrogates in it."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: TextIO) -> None:
         self._file = file
-        self._decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
         self._text, self._at = "", 0
         self._dropped = 0  # characters before `_text`
-        self._ended = False
 
     def wrong(self, what: str) -> Unusable:
         return Unusable("not readable", f"{what} at character {self._dropped + self._at}")
 
     def skip(self, mark: str) -> bool:
         """Whether `mark`, or the file's end if it is empty, is what comes next, and goes past it."""
-        while True:
-            self._at = _BLANK.match(self._text, self._at).end()
-            if self._at < len(self._text) or not self._read():
+        while self._at < len(self._text) or self._read():
+            if self._text[self._at] not in " \t\r\n":
                 break
+            self._at += 1
         found = self._text[self._at : self._at + 1] == mark
         self._at += found and len(mark)
         return found
@@ -166,43 +171,40 @@ class _Text:
     def value(self) -> Any:
         """The JSON value that comes next, or an [`Unusable`] if only its end could be found; else raises one."""
         self.skip("")
-        problem = "the end"
-        while self._text:
-            end = None
+        problem, value, end = "the end", None, None
+        while self._at < len(self._text):
             try:
                 value, end = _DECODER.raw_decode(self._text, self._at)
             except (json.JSONDecodeError, RecursionError) as error:
                 # Not the error itself, which holds the whole text and, kept in a variable, would hold itself
                 problem, end = getattr(error, "msg", str(error)), _end_of_value(self._text, self._at)
                 value = self.wrong(f"not JSON: {problem}")
-            if end is not None and (end < len(self._text) or self._ended):  # else a number may go on
-                return self._take(end, value)
+            if end is not None and end < len(self._text):  # else a number may go on
+                break
             if len(self._text) - self._at > LONGEST_RECORD or not self._read():
                 break
-        raise self.wrong(f"no whole record, but {problem},")
+        if end is None:
+            raise self.wrong(f"no whole record, but {problem},")
+        return self._take(end, value)
 
     def _take(self, end: int, value: Any) -> Any:
         source, self._at = self._text[self._at : end], end
-        return value if is_unicode(source) else Unusable("not readable", f"not UTF-8: {_around_surrogate(source)}")
+        wrong = not source.isascii() and SURROGATE.search(source)
+        if not wrong:
+            return value
+        around = source[max(0, wrong.start() - 40) : wrong.start() + 40]
+        return Unusable("not readable", f"not UTF-8: {shorten(around)}")
 
     def _read(self) -> bool:
-        if self._ended:
-            return False
+        """Reads on, and says whether there is more."""
         try:
-            data = self._file.read(CHUNK)
+            new = self._file.read(CHUNK)
         except OSError as error:
             raise self.wrong(f"{error}") from None
-        self._ended = not data
-        first = not self._dropped and not self._text
-        new = self._decoder.decode(data, final=self._ended)
-        self._dropped += self._at
-        self._text, self._at = self._text[self._at :] + (new.removeprefix("\ufeff") if first else new), 0
-        return True
-
-
-def _around_surrogate(source: str) -> str:
-    at = SURROGATE.search(source).start()
-    return shorten(source[max(0, at - 40) : at + 40])
+        if new:
+            self._dropped += self._at
+            self._text, self._at = self._text[self._at :] + new, 0
+        return bool(new)
 
 
 def _end_of_value(text: str, start: int) -> int | None:
@@ -252,10 +254,10 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Reco
             kept = names if columns is None else [name for name in names if name in columns]
             for batch in file.iter_batches(_ROWS, columns=kept):
                 for index in range(batch.num_rows):
-                    yield Record(row, None, _row(batch, index))
+                    yield Record(row, _row(batch, index))
                     row += 1
     except (pa.ArrowException, OSError) as error:
-        yield Record(row, None, Unusable("not readable", f"not parquet from row {row} on: {shorten(str(error))}"))
+        yield Record(row, Unusable("not readable", f"not parquet from row {row} on: {shorten(str(error))}"))
 
 
 def _row(batch: "pa.RecordBatch", index: int) -> dict[str, Any] | Unusable:

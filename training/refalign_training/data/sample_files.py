@@ -4,15 +4,9 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated
 
-from pydantic import TypeAdapter
-
-from refalign_training.data.records import Record, decode, read_lines
-from refalign_training.data.sample import Fault, Place, Sample, Unusable, checked, complete
-
-
-_SAMPLE = TypeAdapter(Annotated[Sample, complete(Sample)])
+from refalign_training.data.records import Record, decode, read_lines, read_samples
+from refalign_training.data.sample import Fault, Place, Sample, check_sample
 
 
 def write_sample(sample: Sample, root: Path) -> str:
@@ -29,16 +23,12 @@ def read_sample(line: str, root: Path) -> Sample:
     Raises:
         Unusable: if the line is not such a sample.
     """
-    return checked(_SAMPLE, decode(line), root)
+    return check_sample(decode(line), root)
 
 
 def read_samples_file(files: Sequence[Path], root: Path | None = None) -> Iterator[Sample | Fault]:
     """
-    Files of lines that [`write_sample`] wrote.
-
-    Args:
-        files (`Sequence[Path]`): the files.
-        root (`Path`, *optional*): the folder that paths start from; by default each file's own.
+    Files that [`write_sample`] wrote; paths in them start from `root`, by default from each file's own folder.
 
     Raises:
         ValueError: if a file does not exist.
@@ -46,17 +36,8 @@ def read_samples_file(files: Sequence[Path], root: Path | None = None) -> Iterat
     for path in files:
         if not path.is_file():
             raise ValueError(f"The file of samples {path} does not exist.")
-    return _read(files, root)
+    return read_samples(files, read_lines, _read_sample, root)
 
 
-def _read(files: Sequence[Path], root: Path | None) -> Iterator[Sample | Fault]:
-    for path in files:
-        for line in read_lines(path):
-            yield _read_line(line, path, root or path.parent)
-
-
-def _read_line(line: Record, path: Path, root: Path) -> Sample | Fault:
-    try:
-        return read_sample(line.checked(), root)
-    except Unusable as error:
-        return Place(str(path), line.row).fault(error)
+def _read_sample(line: Record, place: Place, root: Path | None) -> Sample:
+    return read_sample(line.checked(), root or Path(place.source).parent)

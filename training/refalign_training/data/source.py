@@ -4,6 +4,7 @@ import hashlib
 import sqlite3
 import tempfile
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,8 +12,9 @@ from typing import Annotated, Literal
 from pydantic.dataclasses import dataclass
 
 from refalign_training.bounds import Many, Options
+from refalign_training.data.fields import Unusable
 from refalign_training.data.recipe import SelectionRule
-from refalign_training.data.sample import Fault, Place, Sample, Unusable
+from refalign_training.data.sample import Fault, Place, Sample
 
 
 Format = Literal["opens2v", "phantom", "table", "folder", "samples"]
@@ -80,35 +82,32 @@ def _read(source: Source) -> Iterator[Sample | Fault]:
     from refalign_training.data.sample_files import read_samples_file
     from refalign_training.data.table import read_folder, read_table
 
-    match source.data:
-        case "opens2v":
-            return read_opens2v(source.annotations, source.videos, source.cross_pairs, source.rule)
-        case "phantom":
-            return read_phantom(source.annotations, source.videos, source.rule)
-        case "table":
-            return read_table(source.annotations, source.videos, source.rule)
-        case "folder":
-            return read_folder(source.videos, source.rule)
-        case "samples":
-            return read_samples_file(source.annotations, source.videos)
+    match source.data, source.videos:
+        case "opens2v", Path() as videos:
+            return read_opens2v(source.annotations, videos, source.cross_pairs, source.rule)
+        case "phantom", Path() as videos:
+            return read_phantom(source.annotations, videos, source.rule)
+        case "folder", Path() as videos:
+            return read_folder(videos, source.rule)
+        case "table", videos:
+            return read_table(source.annotations, videos, source.rule)
+        case "samples", videos:
+            return read_samples_file(source.annotations, videos)
     raise ValueError(f"--data is {source.data!r}; it must be opens2v, phantom, table, folder or samples.")
 
 
 def _drop_duplicates(items: Iterator[Sample | Fault]) -> Iterator[Sample | Fault]:
     # 8 bytes per id on disk: a set of five million takes 0.4 GB of memory. Two of them collide once in a million runs
-    with tempfile.TemporaryDirectory(prefix="refalign-ids-") as folder:
-        database = sqlite3.connect(Path(folder) / "ids", check_same_thread=False)
-        try:
-            database.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -32000;")
-            database.execute("CREATE TABLE seen (digest INTEGER PRIMARY KEY)")
-            for item in items:
-                if isinstance(item, Fault) or _is_new(item.id, database):
-                    yield item
-                else:
-                    error = Unusable("duplicate id", f"{item.id} came before")
-                    yield Place(item.source, item.row, item.id).fault(error)
-        finally:
-            database.close()
+    with (
+        tempfile.TemporaryDirectory(prefix="refalign-ids-") as folder,
+        closing(sqlite3.connect(Path(folder) / "ids", check_same_thread=False)) as database,
+    ):
+        database.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -32000;")
+        database.execute("CREATE TABLE seen (digest INTEGER PRIMARY KEY)")
+        for item in items:
+            if isinstance(item, Sample) and not _is_new(item.id, database):
+                item = Place(item.source, item.row, item.id).fault(Unusable("duplicate id", f"{item.id} came before"))
+            yield item
 
 
 def _is_new(sample_id: str, database: sqlite3.Connection) -> bool:

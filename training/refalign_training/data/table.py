@@ -13,36 +13,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from refalign_training.data import fields
+from refalign_training.data.fields import Unusable, is_number, is_unicode, shorten
 from refalign_training.data.recipe import DEFAULT_RULE, SelectionRule
-from refalign_training.data.records import Record, decode, parquet_columns, read_lines, read_rows
-from refalign_training.data.sample import (
-    Clip,
-    Fault,
-    Place,
-    Reference,
-    Report,
-    Sample,
-    Unusable,
-    View,
-    check_id,
-    integer,
-    is_number,
-    is_unicode,
-    mapping,
-    member,
-    number,
-    path_inside,
-    prompts,
-    sequence,
-    shorten,
-    text,
-)
+from refalign_training.data.records import Record, decode, parquet_columns, read_lines, read_rows, read_samples
+from refalign_training.data.sample import Clip, Fault, Place, Reference, Sample, View
 
 
 _COLUMNS = ("video", "prompt", "references")
 _LISTS = ("references", "subjects")
 _TEXTS = ("video", "prompt", "id")
-_FRAMES = ("start", "end")
+_OWN = (*_LISTS, *_TEXTS, "start", "end")
 _VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 _IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _IMAGE_STEM = re.compile(r"(.+)\.ref(\d{1,9})", re.DOTALL)
@@ -50,91 +31,58 @@ _LONGEST_PROMPT = 1 << 16  # bytes
 
 
 def read_table(
-    annotations: Sequence[Path],
-    root: Path | None = None,
-    rule: SelectionRule = DEFAULT_RULE,
+    annotations: Sequence[Path], root: Path | None = None, rule: SelectionRule = DEFAULT_RULE
 ) -> Iterator[Sample | Fault]:
     """
     The rows of tables. A sample's id is its `id`, or its video's path without suffix; a reference's subject is what
-    `subjects` says, or its place from "1".
-
-    Args:
-        annotations (`Sequence[Path]`): `.jsonl`, `.csv` or `.parquet` files.
-        root (`Path`, *optional*): the folder that paths start from; by default each table's own.
-        rule (`SelectionRule`, *optional*): only its `max_references` matters; the first ones are taken.
+    `subjects` says, or its place from "1". Paths start from `root`, by default from each table's own folder. Of the
+    rule only `max_references` matters; the first ones are taken.
 
     Raises:
         ValueError: if a file does not exist, is of another kind, or lacks a column.
     """
     for path in annotations:
         _check_table(path)
-    return _read_tables(annotations, root, rule)
+    return read_samples(annotations, lambda path: _READERS[path.suffix.lower()](path), _sample, root, rule)
 
 
-def _read_tables(annotations: Sequence[Path], root: Path | None, rule: SelectionRule) -> Iterator[Sample | Fault]:
-    for path in annotations:
-        for record in _READERS[path.suffix.lower()](path):
-            yield from _read_record(record, path, root or path.parent, rule)
-
-
-def read_folder(
-    root: Path,
-    rule: SelectionRule = DEFAULT_RULE,
-) -> Iterator[Sample | Fault]:
+def read_folder(root: Path, rule: SelectionRule = DEFAULT_RULE) -> Iterator[Sample | Fault]:
     """
     The videos of a folder and the folders in it, in the order of their names; hidden ones are left out. A sample's id
     is its video's path without suffix, its caption all of `clip.txt`, and its references `clip.ref<number>.<suffix>`
-    in the order of their numbers.
-
-    Args:
-        root (`Path`): the folder.
-        rule (`SelectionRule`, *optional*): only its `max_references` matters; the first ones are taken.
+    in the order of their numbers. Of the rule only `max_references` matters.
 
     Raises:
         ValueError: if it is not a folder.
     """
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder.")
-    return _read_videos(root, rule)
+    return read_samples([root], _read_folder, _sample, root, rule)
 
 
-def _read_videos(root: Path, rule: SelectionRule) -> Iterator[Sample | Fault]:
-    for row, value in enumerate(_folder_rows(root, root, frozenset())):
-        yield from _read_record(Record(row, None, value), root, root, rule)
-
-
-def _read_record(record: Record, source: Path, root: Path, rule: SelectionRule) -> Iterator[Sample | Fault]:
-    faults: list[Fault] = []
-    place = Place(str(source), record.row)
-    try:
-        value = record.checked()
-        row = mapping(decode(value) if isinstance(value, str) else value, "a row")
-        video = path_inside(root, text(member(row, "video"), "video"))
-        place = Place(place.source, place.row, _id(row, video.relative_to(root)))
-        item = _sample(row, video, place, root, rule, lambda *what: faults.append(place.fault(*what)))
-    except Unusable as error:
-        item = place.fault(error)
-    yield from faults
-    yield item
+def _sample(record: Record, place: Place, root: Path | None, rule: SelectionRule) -> Sample:
+    root = root or Path(place.source).parent
+    value = record.checked()
+    row = fields.mapping(decode(value) if isinstance(value, str) else value, "a row")
+    video = fields.path_inside(root, fields.text(fields.member(row, "video"), "video"))
+    place.sample_id = _id(row, video.relative_to(root))
+    start, end = _frame(row, "start") or 0, _frame(row, "end")
+    if end is not None and start >= end:
+        raise Unusable("no frames", f"start is {start}, and end, one behind the last frame, is {end}")
+    prompts = _prompts(fields.member(row, "prompt"))
+    references = _references(row, root, rule, place)
+    scores = _scores(row, place) | {"references": float(len(references))}
+    return Sample(place.sample_id, prompts, Clip(video, start, end), references, place.source, place.row, scores)
 
 
 def _id(row: Mapping[str, Any], video: Path) -> str:
     if row.get("id") is None:
-        return check_id(video.with_suffix("").as_posix())
-    return check_id(str(integer(row["id"], "id")) if is_number(row["id"]) else row["id"])
+        return fields.check_id(video.with_suffix("").as_posix())
+    return fields.check_id(str(fields.integer(row["id"], "id")) if is_number(row["id"]) else row["id"])
 
 
-def _sample(
-    row: Mapping[str, Any], video: Path, place: Place, root: Path, rule: SelectionRule, report: Report
-) -> Sample:
-    start = 0 if row.get("start") is None else integer(row["start"], "start")
-    end = None if row.get("end") is None else integer(row["end"], "end")
-    if end is not None and start >= end:
-        raise Unusable("no frames", f"start is {start}, and end, one behind the last frame, is {end}")
-    captions = _prompts(member(row, "prompt"))
-    references = _references(row, root, rule, report)
-    scores = _scores(row, report) | {"references": float(len(references))}
-    return Sample(place.sample_id, captions, Clip(video, start, end), references, place.source, place.row, scores)
+def _frame(row: Mapping[str, Any], name: str) -> int | None:
+    return None if row.get(name) is None else fields.integer(row[name], name)
 
 
 def _prompts(value: Any) -> tuple[str, ...]:
@@ -142,24 +90,22 @@ def _prompts(value: Any) -> tuple[str, ...]:
         raise value
     if value is None:
         raise Unusable("no prompt", "there is none")
-    return prompts(value, "prompt")
+    return fields.prompts(value, "prompt")
 
 
-def _references(row: Mapping[str, Any], root: Path, rule: SelectionRule, report: Report) -> tuple[Reference, ...]:
-    images = _list(member(row, "references"), "references")
+def _references(row: Mapping[str, Any], root: Path, rule: SelectionRule, place: Place) -> tuple[Reference, ...]:
+    images = _list(fields.member(row, "references"), "references")
     subjects = _list(row.get("subjects"), "subjects")
     if subjects and len(subjects) != len(images):
         raise Unusable("field", f"there are {len(images)} references, but subjects are {shorten(subjects)}")
     references = []
     for index, image in enumerate(images):
-        try:
-            label = text(subjects[index], "a subject") if subjects else ""
-            view = View(path_inside(root, text(image, "a reference")))
+        with place.losing("reference"):
+            label = fields.text(subjects[index], "a subject") if subjects else ""
+            view = View(fields.path_inside(root, fields.text(image, "a reference")))
             if len(references) == rule.max_references:
                 raise Unusable("field", f"reference {index}, {shorten(image)}, is beyond {rule.max_references}")
             references.append(Reference(label or str(index + 1), view, label=label))
-        except Unusable as error:
-            report(error, "reference")
     if not references:
         raise Unusable("no references", f"references is {shorten(images)}")
     return tuple(references)
@@ -168,18 +114,15 @@ def _references(row: Mapping[str, Any], root: Path, rule: SelectionRule, report:
 def _list(value: Any, name: str) -> list[Any]:
     if value is None or isinstance(value, str):
         return [value] if value else []
-    return sequence(value, name)
+    return fields.sequence(value, name)
 
 
-def _scores(row: Mapping[str, Any], report: Report) -> dict[str, float]:
+def _scores(row: Mapping[str, Any], place: Place) -> dict[str, float]:
     scores = {}
     for name, value in row.items():
-        if name in (*_LISTS, *_TEXTS, *_FRAMES) or isinstance(value, bool) or not isinstance(value, (int, float)):
-            continue
-        try:
-            scores[text(name, "a column's name")] = number(value, shorten(name))
-        except Unusable as error:
-            report(error, "nothing")
+        if name not in _OWN and isinstance(value, int | float) and not isinstance(value, bool):
+            with place.losing("nothing"):
+                scores[fields.text(name, "a column's name")] = fields.number(value, shorten(name))
     return scores
 
 
@@ -190,57 +133,54 @@ def _check_table(path: Path) -> None:
     if suffix not in _READERS:
         raise ValueError(f"{path} is not a table: its name must end in {' or '.join(_READERS)} (.jsonl: JSON lines).")
     if suffix == ".csv":
-        columns = _csv_header(path)
+        columns = _csv_header(_csv_lines(path))
     elif suffix == ".parquet":
         columns = parquet_columns(path)  # None: a Fault when it is read
     if columns is not None and not set(_COLUMNS) <= set(columns):
         raise ValueError(f"{path} has the columns {shorten(columns)}; it must have {', '.join(_COLUMNS)}.")
 
 
-def _csv_header(path: Path) -> list[str]:
-    for line in _csv_cells(path):
-        if isinstance(line.value, list):
-            return line.value
+def _csv_lines(path: Path) -> Iterator[list[str] | Unusable]:
+    """The cells of a CSV file's lines that are not blank, the header's first."""
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        while True:
+            start = reader.line_num + 1
+            try:
+                if cells := next(reader):
+                    yield cells
+            except StopIteration:
+                return
+            except csv.Error as error:  # an open quote takes lines with it; the reader goes on behind them
+                yield Unusable("not readable", f"lines {start} to {reader.line_num}: {error}")
+
+
+def _csv_header(lines: Iterator[list[str] | Unusable]) -> list[str]:
+    for cells in lines:
+        if isinstance(cells, list):
+            return cells
     return []
 
 
 def _read_csv(path: Path) -> Iterator[Record]:
-    header = None
-    for line in _csv_cells(path):
-        if header is None:
-            header = line.value if isinstance(line.value, list) else None
-        else:
-            cells = line.value
-            value = cells if isinstance(cells, Unusable) else _csv_row(header, cells)
-            yield Record(line.row - 1, None, value)
+    lines = _csv_lines(path)
+    header = _csv_header(lines)
+    for row, cells in enumerate(lines):
+        try:
+            value = _csv_row(header, cells)
+        except Unusable as error:
+            value = error
+        yield Record(row, value)
 
 
-def _csv_cells(path: Path) -> Iterator[Record]:
-    """The lines of a CSV file as lists of cells, the header first."""
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        reader, row = csv.reader(file, strict=True), 0
-        while True:
-            start = reader.line_num + 1
-            try:
-                cells = next(reader, None)
-            except csv.Error as error:  # an open quote takes lines with it; the reader goes on behind them
-                cells = Unusable("not readable", f"lines {start} to {reader.line_num}: {error}")
-            if cells is None:
-                return
-            if cells:  # else a blank line
-                yield Record(row, None, cells)
-                row += 1
-
-
-def _csv_row(header: list[str], cells: list[str]) -> dict[str, Any] | Unusable:
+def _csv_row(header: list[str], cells: list[str] | Unusable) -> dict[str, Any]:
+    if isinstance(cells, Unusable):
+        raise cells
     if len(cells) != len(header):
-        return Unusable("not readable", f"{len(cells)} cells under a header of {len(header)}: {shorten(cells)}")
+        raise Unusable("not readable", f"{len(cells)} cells under a header of {len(header)}: {shorten(cells)}")
     if not all(map(is_unicode, cells)):
-        return Unusable("not readable", f"not UTF-8: {shorten(cells)}")
-    try:
-        return {name: _csv_value(name, cell.strip()) for name, cell in zip(header, cells, strict=True)}
-    except Unusable as error:
-        return error
+        raise Unusable("not readable", f"not UTF-8: {shorten(cells)}")
+    return {name: _csv_value(name, cell.strip()) for name, cell in zip(header, cells, strict=True)}
 
 
 def _csv_value(name: str, cell: str) -> Any:
@@ -258,6 +198,11 @@ def _csv_value(name: str, cell: str) -> Any:
         return cell
 
 
+def _read_folder(root: Path) -> Iterator[Record]:
+    for row, value in enumerate(_folder_rows(root, root, frozenset())):
+        yield Record(row, value)
+
+
 def _folder_rows(folder: Path, root: Path, above: frozenset[Path]) -> Iterator[dict[str, Any] | Unusable]:
     """A row for each video of a folder and those in it, as of a table; links that lead back to `above` are passed."""
     try:
@@ -265,32 +210,22 @@ def _folder_rows(folder: Path, root: Path, above: frozenset[Path]) -> Iterator[d
     except OSError as error:
         yield Unusable("not readable", f"{shorten(str(folder))}: {error}")
         return
-    images = _images_by_stem(entries)
+    images: dict[str, list[tuple[int, str]]] = {}
+    for entry in entries:
+        if entry.suffix.lower() in _IMAGES and (match := _IMAGE_STEM.fullmatch(entry.stem)):
+            images.setdefault(match[1], []).append((int(match[2]), entry.relative_to(root).as_posix()))
+    videos = set()
     for entry in entries:
         if entry.is_dir() and (real := entry.resolve()) not in above:
             yield from _folder_rows(entry, root, above | {real})
         elif entry.suffix.lower() in _VIDEOS:
-            yield _folder_row(entry, [image for _, image in sorted(images.get(entry.stem, ()))], root)
-    videos = {entry.stem for entry in entries if entry.suffix.lower() in _VIDEOS}
+            videos.add(entry.stem)
+            references = [path for _, path in sorted(images.get(entry.stem, ()))]
+            video = entry.relative_to(root).as_posix()
+            yield {"video": video, "prompt": _prompt_beside(entry), "references": references}
     for stem in sorted(images.keys() - videos):
-        image = images[stem][0][1].relative_to(root)
-        yield Unusable("missing file", f"{shorten(str(image))} is a reference, but there is no video {shorten(stem)}")
-
-
-def _images_by_stem(entries: Sequence[Path]) -> dict[str, list[tuple[int, Path]]]:
-    images: dict[str, list[tuple[int, Path]]] = {}
-    for entry in entries:
-        if entry.suffix.lower() in _IMAGES and (match := _IMAGE_STEM.fullmatch(entry.stem)):
-            images.setdefault(match[1], []).append((int(match[2]), entry))
-    return images
-
-
-def _folder_row(video: Path, images: Sequence[Path], root: Path) -> dict[str, Any]:
-    return {
-        "video": video.relative_to(root).as_posix(),
-        "prompt": _prompt_beside(video),
-        "references": [image.relative_to(root).as_posix() for image in images],
-    }
+        _, image = images[stem][0]
+        yield Unusable("missing file", f"{shorten(image)} is a reference, but there is no video {shorten(stem)}")
 
 
 def _prompt_beside(video: Path) -> str | Unusable | None:

@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import av
+from av.container import InputContainer
 from av.video.reformatter import Colorspace
 from PIL import Image
 
-from refalign_training.data.sample import Unusable
+from refalign_training.data.fields import Unusable
 
 
 # Files of pictures and sound alone: a playlist could name files outside the dataset's folder
@@ -33,7 +34,7 @@ class VideoFrames:
         Unusable: if there are no frames, or less than the file says.
     """
 
-    def __init__(self, container: av.container.InputContainer) -> None:
+    def __init__(self, container: InputContainer) -> None:
         self._container, self._name = container, container.name
         if not container.streams.video:
             raise Unusable("no frames", f"{self._name} has no video in it")
