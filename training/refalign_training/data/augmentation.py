@@ -49,8 +49,8 @@ def warp(image: Image.Image, generator: np.random.Generator) -> Image.Image:
     """
     width, height = image.size
     matrix = _perspective(image.size, generator) @ _affine(image.size, generator)
-    content = ImageChops.invert(image).getbbox() or (0, 0, width, height)
-    x, y, scale = matrix @ _corners(*content)
+    left, top, right, bottom = ImageChops.invert(image).getbbox() or (0, 0, width, height)
+    x, y, scale = matrix @ [(left, left, right, right), (top, bottom, top, bottom), (1, 1, 1, 1)]
     x, y = (x / scale).round(3), (y / scale).round(3)
     left, top = min(0, math.floor(x.min())), min(0, math.floor(y.min()))
     size = (max(width, math.ceil(x.max())) - left, max(height, math.ceil(y.max())) - top)
@@ -59,11 +59,6 @@ def warp(image: Image.Image, generator: np.random.Generator) -> Image.Image:
     coefficients = tuple((inverse / inverse[2, 2]).flatten()[:8])
     warped = image.transform(size, Transform.PERSPECTIVE, coefficients, Resampling.BICUBIC, fillcolor=WHITE)
     return letterbox(warped, height, width)
-
-
-def _corners(left: float, top: float, right: float, bottom: float) -> np.ndarray:
-    """A box's corners in homogeneous coordinates, `(3, 4)`."""
-    return np.array([(left, left, right, right), (top, bottom, top, bottom), (1.0, 1.0, 1.0, 1.0)])
 
 
 def _affine(size: tuple[int, int], generator: np.random.Generator) -> np.ndarray:

@@ -4,6 +4,7 @@ The clips of a pair may be in any of the annotation files, in any order, and the
 database holds the pairs and the views they ask for, and memory stays flat.
 """
 
+import itertools
 import json
 import sqlite3
 import tempfile
@@ -60,11 +61,8 @@ def check_pair_files(files: Sequence[Path]) -> None:
 
 class CrossPairs(AbstractContextManager):
     """
-    The pairs of some files, and the views of their subjects. `read`, then `keep` what [`wanted`] names, then `views`.
-
-    Args:
-        files (`Sequence[Path]`): lists of pairs, as [`check_pair_files`] wants them.
-        rule (`SelectionRule`): its `max_image_similarity` and `max_cross_views`.
+    The pairs of some files, as [`check_pair_files`] wants them, and the views of their subjects: `read`, then `keep`
+    what `wanted` names, then `views`. The rule says how similar two images may be, and how many views are given.
     """
 
     def __init__(self, files: Sequence[Path], rule: SelectionRule) -> None:
@@ -108,14 +106,13 @@ class CrossPairs(AbstractContextManager):
     def wanted(self, sample_id: str) -> set[str]:
         """The subjects of a sample that are in a pair."""
         query = "SELECT DISTINCT subject FROM clip JOIN pair ON pair.clip = clip.number WHERE clip.id = ?"
-        return {subject for (subject,) in self._database.execute(query, (sample_id,))}
+        return set(itertools.chain.from_iterable(self._database.execute(query, (sample_id,))))
 
     def keep(self, sample_id: str, subject: str, view: View | None) -> None:
         """A wanted subject's view; `None` if it is there and cannot be used."""
-        self._database.execute(
-            "INSERT OR IGNORE INTO view SELECT number, ?, ? FROM clip WHERE id = ?",
-            (subject, None if view is None else _encode(view), sample_id),
-        )
+        document = view and json.dumps([str(view.path), view.frame, view.crop, view.box, view.mask])
+        query = "INSERT OR IGNORE INTO view SELECT number, ?, ? FROM clip WHERE id = ?"
+        self._database.execute(query, (subject, document, sample_id))
 
     def missing(self) -> Iterator[Fault]:
         """The ends of pairs that were wanted and are not there, each once."""
@@ -125,8 +122,11 @@ class CrossPairs(AbstractContextManager):
 
     def views(self, sample_id: str, subject: str) -> tuple[View, ...]:
         """The subject in other clips, the most similar one first."""
-        rows = self._database.execute(_VIEWS, (sample_id, subject, self._rule.max_cross_views)).fetchall()
-        return tuple(_decode(view) for (view,) in rows)
+        views = []
+        for (document,) in self._database.execute(_VIEWS, (sample_id, subject, self._rule.max_cross_views)):
+            path, frame, crop, box, mask = json.loads(document)
+            views.append(View(Path(path), frame, tuple(crop), tuple(box), mask=mask))
+        return tuple(views)
 
 
 def _text(pair: Any, name: str) -> str:
@@ -137,12 +137,3 @@ def _subject(pair: Any, name: str) -> str:
     """A mask's id, which is a text, though some write it as a number."""
     value = fields.member(pair, name)
     return fields.text(value, name) if isinstance(value, str) else str(fields.integer(value, name))
-
-
-def _encode(view: View) -> str:
-    return json.dumps([str(view.path), view.frame, view.crop, view.box, view.mask])
-
-
-def _decode(document: str) -> View:
-    path, frame, crop, box, mask = json.loads(document)
-    return View(Path(path), frame, tuple(crop), tuple(box), mask=mask)

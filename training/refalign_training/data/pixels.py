@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from refalign.reference_images import load_reference_image, prepare_reference_image
 from refalign_training.data.augmentation import jitter_colours, warp
@@ -109,10 +109,7 @@ def load_video(sample: Sample, recipe: Recipe, variant: int = 0) -> np.ndarray:
 def cover(image: Image.Image, crop: tuple[int, int, int, int] | None, height: int, width: int) -> Image.Image:
     """The crop of an image, scaled to cover a size and centred; what is too much is cut off. Raises [`Unusable`]."""
     image = image.crop(_checked_crop(image, crop))  # apart, so that no filter reaches what was cut off
-    scale = min(image.width / width, image.height / height)
-    x, y = (image.width - scale * width) / 2, (image.height - scale * height) / 2
-    box = (max(x, 0), max(y, 0), min(image.width - x, image.width), min(image.height - y, image.height))
-    return image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
 
 
 def _checked_crop(image: Image.Image, crop: tuple[int, int, int, int] | None) -> tuple[int, int, int, int]:

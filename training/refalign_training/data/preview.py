@@ -39,10 +39,7 @@ video, img {{ height: 12rem; max-width: 100%; border: 1px solid #ddd; border-rad
 
 
 class Preview:
-    """
-    Writes samples into a folder, each as `<sample_id>/video.mp4`, `reference_<k>.png` (k from 1) and `sample.json`,
-    and an `index.html` of them all.
-    """
+    """Writes samples into a folder, each as `<id>/video.mp4`, `reference_<k>.png` (k from 1) and `sample.json`."""
 
     def __init__(self, folder: Path, recipe: Recipe) -> None:
         self.folder, self.recipe = folder, recipe
@@ -53,11 +50,8 @@ class Preview:
 
     def add(self, sample: Sample, frames: "np.ndarray", references: "list[ReferencePixels]", slowdown: float) -> None:
         """
-        Args:
-            sample (`Sample`): with an id that comes once.
-            frames (`np.ndarray`): uint8 `(frames, height, width, 3)`.
-            references (`list[ReferencePixels]`): as loaded.
-            slowdown (`float`): how many times more slowly than the recipe says the clip is taken.
+        Writes a sample with an id that comes once. `frames` are uint8 `(frames, height, width, 3)`; `slowdown` is how
+        many times more slowly than the recipe says the clip is taken.
         """
         from refalign.video import write_video
         from refalign_training.data.pixels import draw_prompt
@@ -83,11 +77,10 @@ class Preview:
         self.articles.append(_article(record))
 
     def write_index(self) -> None:
-        """Writes the page."""
+        """Writes `index.html`, the page of all samples."""
         size = f"{self.recipe.width}x{self.recipe.height}, {self.recipe.num_frames} frames"
-        page = PAGE.format(
-            title=f"Samples as the model sees them: {len(self)}, {size}", articles="\n".join(self.articles)
-        )
+        title = f"Samples as the model sees them: {len(self)}, {size}"
+        page = PAGE.format(title=title, articles="\n".join(self.articles))
         (self.folder / "index.html").write_text(page, "utf-8")
 
 

@@ -25,13 +25,8 @@ _NO_FAULT_OF_THE_FILE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOSPC}
 
 class VideoFrames:
     """
-    The frames of an open video, by number: counted from 0 in the order in which they are shown.
-
-    The numbers come from the packets' timestamps, so they are exact for variable frame rates too, and the length is
-    known without decoding.
-
-    Raises:
-        Unusable: if there are no frames, or less than the file says.
+    The frames of an open video, by number: counted from 0 in the order in which they are shown. The numbers come from
+    the packets' timestamps: they are exact for variable frame rates too, and the length is known without decoding.
     """
 
     def __init__(self, container: InputContainer) -> None:
