@@ -114,8 +114,12 @@ class Report:
         """Counts it, and what it has."""
         self.usable += 1
         self.references[len(sample.references)] += 1
-        self.with_cross += any(reference.cross for reference in sample.references)
-        self.parts.update(_parts(sample))
+        cross = []
+        for reference in sample.references:
+            cross += reference.cross
+        self.with_cross += bool(cross)
+        parts = {view.path.parent.name for view in (sample.clip, *cross)}
+        self.parts.update(filter(VIDEO_PART.fullmatch, parts))
 
 
 def run(command: Check) -> int:
@@ -274,11 +278,3 @@ def _finish_subset(subset: Path, report: Report, root: Path) -> None:
 
 def _parts_file(subset: Path) -> Path:
     return subset.with_suffix(".parts.txt")
-
-
-def _parts(sample: Sample) -> set[str]:
-    """The parts of OpenS2V-5M that hold the sample's clip, and the clips of its cross pairs."""
-    paths = [sample.clip.path]
-    for reference in sample.references:
-        paths += [view.path for view in reference.cross]
-    return set(filter(VIDEO_PART.fullmatch, [path.parent.name for path in paths]))

@@ -87,10 +87,9 @@ def check_box(value: Any, width: float, height: float, tolerance: float = 0.0) -
     Raises:
         Unusable: of kind "box".
     """
-    sides = value if isinstance(value, list) and len(value) == 4 and all(map(is_number, value)) else None
-    if sides is None:
+    if not (isinstance(value, list) and len(value) == 4 and all(map(is_number, value))):
         raise Unusable("box", f"{shorten(value)} is not four finite numbers")
-    left, top, right, bottom = map(float, sides)
+    left, top, right, bottom = map(float, value)
     if min(left, top) < -tolerance or right > width + tolerance or bottom > height + tolerance:
         raise Unusable("box", f"{shorten(value)} leaves its frame of {width:g}x{height:g}")
     box = (max(left, 0.0), max(top, 0.0), min(right, float(width)), min(bottom, float(height)))

@@ -56,7 +56,8 @@ def _check_columns(path: Path) -> None:
 def _sample(record: Record, place: Place, videos: Path, rule: SelectionRule) -> Sample:
     row = record.checked()
     first, second = map(row.get, _IDS)
-    place.sample_id = fields.check_id(_without_suffix(second if first is None else first, "video_id"))
+    video_id = fields.text(second if first is None else first, "video_id")
+    place.sample_id = fields.check_id(video_id.removesuffix(".mp4"))
     prompts = fields.prompts(row["video_caption"], "video_caption")
     subjects = fields.mapping(decode(fields.text(row["cross_pair"], "cross_pair")), "cross_pair")
     video = fields.path_inside(videos, f"{place.sample_id}.mp4")
@@ -71,10 +72,6 @@ def _sample(record: Record, place: Place, videos: Path, rule: SelectionRule) -> 
     return Sample(place.sample_id, prompts, Clip(video), references, place.source, place.row, scores)
 
 
-def _without_suffix(value: Any, name: str) -> str:
-    return fields.text(value, name).removesuffix(".mp4")
-
-
 def _candidate(phrase: str, found: Any, video: Path, videos: Path, rule: SelectionRule, place: Place) -> Candidate:
     here = _objects(found, "obj_from_tgt_video")
     own = next((view for view in _views(here, videos, place) if view.path == video), None)
@@ -83,12 +80,12 @@ def _candidate(phrase: str, found: Any, video: Path, videos: Path, rule: Selecti
         elsewhere += objects if isinstance(objects, list) else [objects]
     cross = []
     for view in _views(elsewhere, videos, place):
-        if view.path != video and _crop_ratio(view) >= rule.min_crop_ratio:
+        if view.path != video and view_area(view) / _FRAME_AREA >= rule.min_crop_ratio:
             cross.append(view)
     if own is None and not cross:
         raise Unusable("box", f"no view of {shorten(phrase)} can be used")
     reference = Reference(phrase, own, tuple(cross[: rule.max_cross_views]), label=phrase)
-    return Candidate(reference, _crop_ratio(own or cross[0]))
+    return Candidate(reference, view_area(own or cross[0]) / _FRAME_AREA)
 
 
 def _objects(found: Any, name: str) -> list[Any]:
@@ -101,8 +98,8 @@ def _views(objects: Sequence[Any], videos: Path, place: Place) -> list[View]:
     views = []
     for values in objects:
         with place.losing("reference"):
-            video_id = _without_suffix(fields.mapping(values, "an object").get("vid") or place.sample_id, "vid")
-            path = fields.path_inside(videos, f"{video_id}.mp4")
+            video_id = fields.text(fields.mapping(values, "an object").get("vid") or place.sample_id, "vid")
+            path = fields.path_inside(videos, f"{video_id.removesuffix('.mp4')}.mp4")
             box = fields.member(values, "bbox_loc")
             if isinstance(box, list) and box and isinstance(box[0], list):  # a reference's; its only one
                 box = box[0]
@@ -120,7 +117,3 @@ def _share(value: Any) -> float:
     if not fields.is_number(share) or not 0 <= share <= 1:
         raise Unusable("field", f"frame_idx is {shorten(value)}, which is not a share from 0 to 1")
     return float(share)
-
-
-def _crop_ratio(view: View) -> float:
-    return view_area(view) / _FRAME_AREA

@@ -108,15 +108,15 @@ def load_video(sample: Sample, recipe: Recipe, variant: int = 0) -> np.ndarray:
 
 def cover(image: Image.Image, crop: tuple[int, int, int, int] | None, height: int, width: int) -> Image.Image:
     """The crop of an image, scaled to cover a size and centred; what is too much is cut off. Raises [`Unusable`]."""
-    image = image.crop(_checked_crop(image, crop))  # apart, so that no filter reaches what was cut off
-    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+    # Cropped apart, so that no filter reaches what was cut off
+    return ImageOps.fit(_crop(image, crop), (width, height), Image.Resampling.BICUBIC)
 
 
-def _checked_crop(image: Image.Image, crop: tuple[int, int, int, int] | None) -> tuple[int, int, int, int]:
+def _crop(image: Image.Image, crop: tuple[int, int, int, int] | None) -> Image.Image:
     left, top, right, bottom = crop or (0, 0, *image.size)
     if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
         raise Unusable("crop", f"{crop} (left, top, right, bottom) in a frame of {image.width}x{image.height}")
-    return left, top, right, bottom
+    return image.crop((left, top, right, bottom))
 
 
 def load_references(
@@ -174,8 +174,7 @@ def _cut_out(view: View, frames: dict[tuple[Path, int | float], Image.Image]) ->
     place = (view.path, view.frame)
     if place not in frames:
         frames[place] = _read_frame(*place)
-    whole = frames[place]
-    image = whole.crop(_checked_crop(whole, view.crop))
+    image = _crop(frames[place], view.crop)
     if view.mask is not None:
         mask = decode_mask(view.mask, image.height, image.width)
         if mask.any():  # else its box has to do

@@ -67,11 +67,8 @@ def read_samples(
             yield item
 
 
-def _integer(digits: str) -> int | float:
-    return int(digits) if len(digits) < 20 else float(digits)  # int() refuses 4300 digits, float() none
-
-
-_DECODER = json.JSONDecoder(parse_int=_integer, strict=False)
+# int() refuses 4300 digits, float() none
+_DECODER = json.JSONDecoder(parse_int=lambda digits: (int if len(digits) < 20 else float)(digits), strict=False)
 
 
 def decode(document: str) -> Any:
@@ -120,7 +117,7 @@ def read_members(path: Path, brackets: Literal["{}", "[]"] = "{}") -> Iterator[R
             text.expect(opening)
             more = not text.skip(closing)
             while more:
-                key = _key(text) if opening == "{" else None
+                key = text.key() if opening == "{" else None
                 yield Record(row, text.value(), key)
                 row += 1
                 more = text.skip(",")
@@ -129,14 +126,6 @@ def read_members(path: Path, brackets: Literal["{}", "[]"] = "{}") -> Iterator[R
             text.expect("")
         except Unusable as error:
             yield Record(row, error)
-
-
-def _key(text: "_Text") -> str:
-    key = text.value()
-    if not isinstance(key, str):
-        raise key if isinstance(key, Unusable) else text.wrong(f"{shorten(key)} instead of a key")
-    text.expect(":")
-    return key
 
 
 # -- A JSON file's text -----------------------------------------------------------------------------------------------
@@ -167,6 +156,14 @@ class _Text:
         if not self.skip(mark):
             found, wanted = self._text[self._at : self._at + 20], repr(mark) if mark else "the end"
             raise self.wrong(f"{shorten(found) if found else 'the end'} instead of {wanted}")
+
+    def key(self) -> str:
+        """The key that comes next, and goes past its colon."""
+        key = self.value()
+        if not isinstance(key, str):
+            raise key if isinstance(key, Unusable) else self.wrong(f"{shorten(key)} instead of a key")
+        self.expect(":")
+        return key
 
     def value(self) -> Any:
         """The JSON value that comes next, or an [`Unusable`] if only its end could be found; else raises one."""

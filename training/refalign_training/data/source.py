@@ -105,11 +105,10 @@ def _drop_duplicates(items: Iterator[Sample | Fault]) -> Iterator[Sample | Fault
         database.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF; PRAGMA cache_size = -32000;")
         database.execute("CREATE TABLE seen (digest INTEGER PRIMARY KEY)")
         for item in items:
-            if isinstance(item, Sample) and not _is_new(item.id, database):
-                item = Place(item.source, item.row, item.id).fault(Unusable("duplicate id", f"{item.id} came before"))
+            if isinstance(item, Sample):
+                digest = hashlib.blake2b(item.id.encode(), digest_size=8).digest()
+                values = (int.from_bytes(digest, "big", signed=True),)
+                if not database.execute("INSERT OR IGNORE INTO seen VALUES (?)", values).rowcount:
+                    error = Unusable("duplicate id", f"{item.id} came before")
+                    item = Place(item.source, item.row, item.id).fault(error)
             yield item
-
-
-def _is_new(sample_id: str, database: sqlite3.Connection) -> bool:
-    digest = int.from_bytes(hashlib.blake2b(sample_id.encode(), digest_size=8).digest(), "big", signed=True)
-    return database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,)).rowcount == 1

@@ -66,10 +66,16 @@ def _sample(record: Record, place: Place, root: Path | None, rule: SelectionRule
     row = fields.mapping(decode(value) if isinstance(value, str) else value, "a row")
     video = fields.path_inside(root, fields.text(fields.member(row, "video"), "video"))
     place.sample_id = _id(row, video.relative_to(root))
-    start, end = _frame(row, "start") or 0, _frame(row, "end")
+    start = 0 if row.get("start") is None else fields.integer(row["start"], "start")
+    end = None if row.get("end") is None else fields.integer(row["end"], "end")
     if end is not None and start >= end:
         raise Unusable("no frames", f"start is {start}, and end, one behind the last frame, is {end}")
-    prompts = _prompts(fields.member(row, "prompt"))
+    prompt = fields.member(row, "prompt")
+    if isinstance(prompt, Unusable):  # of a folder's text file
+        raise prompt
+    if prompt is None:
+        raise Unusable("no prompt", "there is none")
+    prompts = fields.prompts(prompt, "prompt")
     references = _references(row, root, rule, place)
     scores = _scores(row, place) | {"references": float(len(references))}
     return Sample(place.sample_id, prompts, Clip(video, start, end), references, place.source, place.row, scores)
@@ -79,18 +85,6 @@ def _id(row: Mapping[str, Any], video: Path) -> str:
     if row.get("id") is None:
         return fields.check_id(video.with_suffix("").as_posix())
     return fields.check_id(str(fields.integer(row["id"], "id")) if is_number(row["id"]) else row["id"])
-
-
-def _frame(row: Mapping[str, Any], name: str) -> int | None:
-    return None if row.get(name) is None else fields.integer(row[name], name)
-
-
-def _prompts(value: Any) -> tuple[str, ...]:
-    if isinstance(value, Unusable):  # of a folder's text file
-        raise value
-    if value is None:
-        raise Unusable("no prompt", "there is none")
-    return fields.prompts(value, "prompt")
 
 
 def _references(row: Mapping[str, Any], root: Path, rule: SelectionRule, place: Place) -> tuple[Reference, ...]:
