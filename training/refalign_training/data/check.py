@@ -124,10 +124,8 @@ class Report:
 
 def run(command: Check) -> int:
     """
-    Reads the dataset and returns the exit code: 0 if something of it can be used.
-
-    Raises:
-        ValueError: if an option has a wrong value, or an output exists.
+    Reads the dataset and returns the exit code: 0 if something of it can be used. Raises ValueError if an option has a
+    wrong value, or an output exists.
     """
     terms = parse_selection(command.select or "")
     opens_files = command.source.videos is not None or command.source.data not in ("opens2v", "phantom")
@@ -165,10 +163,8 @@ def run(command: Check) -> int:
 
 def parse_selection(text: str) -> list[Term]:
     """
-    Terms `name>number` (or >=, <, <=, =, !=) with commas between them, for [`is_selected`].
-
-    Raises:
-        ValueError: naming the term that is not like this.
+    Terms `name>number` (or >=, <, <=, =, !=) with commas between them, for [`is_selected`]. Raises ValueError naming
+    the term that is not like this.
     """
     terms = []
     for term in filter(str.strip, text.split(",")):

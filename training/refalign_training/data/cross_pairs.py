@@ -43,12 +43,7 @@ _MISSING = """
 
 
 def check_pair_files(files: Sequence[Path]) -> None:
-    """
-    Looks at how each file begins.
-
-    Raises:
-        ValueError: if one is missing, or holds an object instead of a list, as `cluster_videos.json` does.
-    """
+    """Raises ValueError if a file is missing, or holds an object instead of a list, as `cluster_videos.json` does."""
     for path in files:
         if not path.is_file():
             raise ValueError(f"The file of cross pairs {path} does not exist.")
@@ -87,9 +82,11 @@ class CrossPairs(AbstractContextManager):
 
     def _add(self, record: Record, file: int) -> None:
         pair = record.checked()
-        cur_id, aft_id = _text(pair, "cur_id"), _text(pair, "aft_id")
-        cur_subject, aft_subject = _subject(pair, "cur_class_id"), _subject(pair, "aft_class_id")
-        similarity = fields.number(fields.member(pair, "image_similarity"), "image_similarity")
+        cur_id = fields.required(pair, "cur_id", fields.text)
+        aft_id = fields.required(pair, "aft_id", fields.text)
+        cur_subject = fields.required(pair, "cur_class_id", _subject)
+        aft_subject = fields.required(pair, "aft_class_id", _subject)
+        similarity = fields.required(pair, "image_similarity", fields.number)
         ceiling = self._rule.max_image_similarity
         if cur_id == aft_id or (ceiling is not None and similarity > ceiling):
             return
@@ -129,11 +126,6 @@ class CrossPairs(AbstractContextManager):
         return tuple(views)
 
 
-def _text(pair: Any, name: str) -> str:
-    return fields.text(fields.member(pair, name), name)
-
-
-def _subject(pair: Any, name: str) -> str:
+def _subject(value: Any, name: str) -> str:
     """A mask's id, which is a text, though some write it as a number."""
-    value = fields.member(pair, name)
     return fields.text(value, name) if isinstance(value, str) else str(fields.integer(value, name))

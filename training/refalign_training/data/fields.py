@@ -4,11 +4,12 @@ another error."""
 import math
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 
+T = TypeVar("T")
 # Every kind of fault, and what it is
 FAULTS: dict[str, str] = {
     "not readable": "a file, row or record that is not the format it should be: truncated, not UTF-8, not JSON",
@@ -86,10 +87,7 @@ def check_id(sample_id: Any) -> str:
 def path_inside(root: Path, path: Any) -> Path:
     """
     `root / path`, or `path` if that is absolute and below `root`. Symbolic links are followed by whoever opens it:
-    people keep their videos on other disks.
-
-    Raises:
-        Unusable: if it is not a path, or leaves `root`.
+    people keep their videos on other disks. Raises [`Unusable`] if it is not a path, or leaves `root`.
     """
     if not isinstance(path, str) or not path or "\0" in path:
         raise Unusable("path", f"{shorten(path)} is not a path")
@@ -116,6 +114,11 @@ def member(record: Any, name: str) -> Any:
     if name not in mapping(record, f"what should hold {name!r}"):
         raise Unusable("field", f"there is no {name!r} among {shorten(list(record))}")
     return record[name]
+
+
+def required(record: Any, name: str, check: Callable[[Any, str], T]) -> T:
+    """`record[name]`, of an object that has it, once it is checked."""
+    return check(member(record, name), name)
 
 
 def sequence(value: Any, name: str) -> list[Any]:

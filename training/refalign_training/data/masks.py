@@ -29,10 +29,8 @@ _LONGEST_RUN = 6  # characters of 5 bits: 2**29 pixels
 
 def check_mask(mask: Any, height: int, width: int) -> RLE:
     """
-    A record's mask as `{"size": [height, width], "counts": str}`, once it is known to be one of that frame.
-
-    Raises:
-        Unusable: of kind "mask size" or "mask", or "field" where one is missing.
+    A record's mask, once it is known to be one of that frame. Raises [`Unusable`] of kind "mask size" or "mask", or
+    "field" where one is missing.
     """
     size = sequence(member(mask, "size"), "a mask's size")
     counts = member(mask, "counts")
@@ -82,10 +80,8 @@ def mask_box(mask: RLE) -> Box | None:
 
 def check_box(value: Any, width: float, height: float, tolerance: float = 0.0) -> Box:
     """
-    A box `[left, top, right, bottom]` inside a frame; what leaves it by up to `tolerance` pixels is cut off.
-
-    Raises:
-        Unusable: of kind "box".
+    A box `[left, top, right, bottom]` inside a frame; what leaves it by up to `tolerance` pixels is cut off. Raises
+    [`Unusable`] of kind "box".
     """
     if not (isinstance(value, list) and len(value) == 4 and all(map(is_number, value))):
         raise Unusable("box", f"{shorten(value)} is not four finite numbers")

@@ -92,7 +92,7 @@ def _sample(record: Record, place: Place, videos: Path, rule: SelectionRule, pai
     place.sample_id = _id(record, place)
     annotated = _annotated(record, place, videos, rule)
     scores = _scores(annotated, place)
-    prompts = fields.prompts(fields.member(annotated.metadata, "face_cap_qwen"), "face_cap_qwen")
+    prompts = fields.required(annotated.metadata, "face_cap_qwen", fields.prompts)
     references = select(annotated.candidates, rule)
     if not references:
         raise Unusable("no references", f"none of {len(annotated.subjects)} subjects can be used and passes the rule")
@@ -118,12 +118,12 @@ def _annotated(
     record: Record, place: Place, videos: Path, rule: SelectionRule, wanted: Container[str] | None = None
 ) -> _Annotated:
     """A record's candidates whose scores pass the rule, only those in `wanted` if that is given."""
-    metadata = fields.mapping(fields.member(record.checked(), "metadata"), "metadata")
+    metadata = fields.required(record.checked(), "metadata", fields.mapping)
     clip, shape = _clip(metadata, videos / Path(place.source).stem)
-    annotation = fields.mapping(fields.member(record.value, "annotation"), "annotation")
-    frame_data = fields.mapping(fields.member(annotation, "ann_frame_data"), "ann_frame_data")
+    annotation = fields.required(record.value, "annotation", fields.mapping)
+    frame_data = fields.required(annotation, "ann_frame_data", fields.mapping)
     frame = _frame_number(frame_data, clip, shape)
-    objects = fields.sequence(fields.member(frame_data, "annotations"), "annotations")
+    objects = fields.required(frame_data, "annotations", fields.sequence)
     masks = _masks(annotation, frame)
     subjects = list(map(str, range(1, len(objects) + 1)))
     for mask_id in sorted(masks.keys() - set(subjects)):
@@ -140,7 +140,7 @@ def _annotated(
 
 
 def _clip(metadata: Mapping[str, Any], folder: Path) -> tuple[Clip, tuple[int, int, int]]:
-    path = fields.path_inside(folder, fields.text(fields.member(metadata, "path"), "path"))
+    path = fields.path_inside(folder, fields.required(metadata, "path", fields.text))
     x0, x1, y0, y1 = _integers(metadata, "crop", 4)
     if x0 >= x1 or y0 >= y1:
         raise Unusable("crop", f"[x0, x1, y0, y1] is {[x0, x1, y0, y1]}, which is empty")
@@ -151,7 +151,7 @@ def _clip(metadata: Mapping[str, Any], folder: Path) -> tuple[Clip, tuple[int, i
 
 
 def _integers(metadata: Mapping[str, Any], name: str, count: int) -> list[int]:
-    values = fields.sequence(fields.member(metadata, name), name)
+    values = fields.required(metadata, name, fields.sequence)
     if len(values) != count:
         raise Unusable("field", f"{name} is {shorten(values)} instead of {count} numbers")
     return [fields.integer(value, name) for value in values]
@@ -159,13 +159,13 @@ def _integers(metadata: Mapping[str, Any], name: str, count: int) -> list[int]:
 
 def _frame_number(frame_data: Mapping[str, Any], clip: Clip, shape: tuple[int, int, int]) -> int:
     """The annotated frame's number, once it is sure that boxes are in the cropped frame as they should be."""
-    height = fields.integer(fields.member(frame_data, "img_height"), "img_height")
-    width = fields.integer(fields.member(frame_data, "img_width"), "img_width")
+    height = fields.required(frame_data, "img_height", fields.integer)
+    width = fields.required(frame_data, "img_width", fields.integer)
     if (height, width) != shape[1:]:
         raise Unusable("crop", f"the annotated frame is {width}x{height}, but crop is {clip.crop} (left, top, ...)")
     if (box_format := frame_data.get("box_format", "xyxy")) != "xyxy":
         raise Unusable("box", f"box_format is {shorten(box_format)}; only 'xyxy' is known")
-    return fields.integer(fields.member(frame_data, "ann_frame_idx"), "ann_frame_idx")
+    return fields.required(frame_data, "ann_frame_idx", fields.integer)
 
 
 def _masks(annotation: Mapping[str, Any], frame: int) -> Mapping[str, Any]:
@@ -195,7 +195,7 @@ def _candidate(
     subject: str, values: Any, mask: Any, whole: View, shape: tuple[int, int, int], place: Place
 ) -> Candidate:
     _, height, width = shape
-    label = fields.text(fields.member(values, "class_name"), "class_name")
+    label = fields.required(values, "class_name", fields.text)
     box = check_box(fields.member(values, "bbox"), width, height, max(2.0, max(width, height) / 100))
     mask = check_mask(mask, height, width) if mask and fields.member(mask, "counts") else None
     tight_box = mask and mask_box(mask)

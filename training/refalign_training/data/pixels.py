@@ -123,12 +123,8 @@ def load_references(
     sample: Sample, recipe: Recipe, variant: int = 0, on_fault: Callable[[Unusable], None] = WARN
 ) -> list[ReferencePixels]:
     """
-    The references that can be read, in the sample's order.
-
-    Where the view that was drawn cannot be read, the subject's other views are tried. Each failure goes to `on_fault`.
-
-    Raises:
-        Unusable: if no reference can be read.
+    The references that can be read, in the sample's order. Where the view that was drawn cannot be read, the subject's
+    other views are tried. Each failure goes to `on_fault`. Raises [`Unusable`] if no reference can be read.
     """
     frames: dict[tuple[Path, int | float], Image.Image] = {}  # several subjects are cut out of one frame
     references = []

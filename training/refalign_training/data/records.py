@@ -73,10 +73,8 @@ _DECODER = json.JSONDecoder(parse_int=lambda digits: (int if len(digits) < 20 el
 
 def decode(document: str) -> Any:
     """
-    A JSON document; integers over 19 digits become floats.
-
-    Raises:
-        Unusable: if it is not JSON, nests too deep, or comes of bytes that are not UTF-8.
+    A JSON document; integers over 19 digits become floats. Raises [`Unusable`] if it is not JSON, nests too deep, or
+    comes of bytes that are not UTF-8.
     """
     if not is_unicode(document):
         raise Unusable("not readable", f"not UTF-8: {shorten(document)}")
@@ -235,11 +233,8 @@ def parquet_columns(path: Path) -> list[str] | None:
 
 def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[Record]:
     """
-    The rows as `{column: value}`; an [`Unusable`] instead of one that cannot be converted, or of all that follow where
-    the file cannot be read on.
-
-    Args:
-        columns (`Sequence[str]`, *optional*): those to read, by default all; those that the file lacks are left out.
+    The rows as `{column: value}`, of all columns or of those of `columns` that the file has; an [`Unusable`] instead
+    of a row that cannot be converted, or of all that follow where the file cannot be read on.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -180,10 +180,7 @@ _SAMPLE = TypeAdapter(Annotated[Sample, _complete(Sample)])
 
 def check_sample(record: Any, root: Path) -> Sample:
     """
-    A sample out of JSON.
-
-    Args:
-        root (`Path`): the folder that paths in it start from.
+    A sample out of JSON, whose paths start from `root`.
 
     Raises:
         Unusable: saying where it is wrong first, and the value.

@@ -11,27 +11,19 @@ from refalign_training.data.sample import Fault, Place, Sample, check_sample
 
 def write_sample(sample: Sample, root: Path) -> str:
     """A sample as one line of JSON, its paths relative to `root`."""
-    return json.dumps(
-        dataclasses.asdict(sample), default=lambda path: path.relative_to(root).as_posix(), ensure_ascii=False
-    )
+    values = dataclasses.asdict(sample)
+    return json.dumps(values, default=lambda path: path.relative_to(root).as_posix(), ensure_ascii=False)
 
 
 def read_sample(line: str, root: Path) -> Sample:
-    """
-    The inverse of [`write_sample`].
-
-    Raises:
-        Unusable: if the line is not such a sample.
-    """
+    """The inverse of [`write_sample`]. Raises [`Unusable`] if the line is not such a sample."""
     return check_sample(decode(line), root)
 
 
 def read_samples_file(files: Sequence[Path], root: Path | None = None) -> Iterator[Sample | Fault]:
     """
-    Files that [`write_sample`] wrote; paths in them start from `root`, by default from each file's own folder.
-
-    Raises:
-        ValueError: if a file does not exist.
+    The samples of files that `refalign-train check --write` wrote. Paths start from `root`, by default from each
+    file's own folder. Raises ValueError if a file does not exist.
     """
     for path in files:
         if not path.is_file():

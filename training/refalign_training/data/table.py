@@ -64,7 +64,7 @@ def _sample(record: Record, place: Place, root: Path | None, rule: SelectionRule
     root = root or Path(place.source).parent
     value = record.checked()
     row = fields.mapping(decode(value) if isinstance(value, str) else value, "a row")
-    video = fields.path_inside(root, fields.text(fields.member(row, "video"), "video"))
+    video = fields.path_inside(root, fields.required(row, "video", fields.text))
     place.sample_id = _id(row, video.relative_to(root))
     start = 0 if row.get("start") is None else fields.integer(row["start"], "start")
     end = None if row.get("end") is None else fields.integer(row["end"], "end")
