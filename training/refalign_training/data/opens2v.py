@@ -159,8 +159,8 @@ def _integers(metadata: Mapping[str, Any], name: str, count: int) -> list[int]:
 
 def _frame_number(frame_data: Mapping[str, Any], clip: Clip, shape: tuple[int, int, int]) -> int:
     """The annotated frame's number, once it is sure that boxes are in the cropped frame as they should be."""
-    height = fields.required(frame_data, "img_height", fields.integer)
     width = fields.required(frame_data, "img_width", fields.integer)
+    height = fields.required(frame_data, "img_height", fields.integer)
     if (height, width) != shape[1:]:
         raise Unusable("crop", f"the annotated frame is {width}x{height}, but crop is {clip.crop} (left, top, ...)")
     if (box_format := frame_data.get("box_format", "xyxy")) != "xyxy":
