@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 
 T = TypeVar("T")
+
 # Every kind of fault, and what it is
 FAULTS: dict[str, str] = {
     "not readable": "a file, row or record that is not the format it should be: truncated, not UTF-8, not JSON",

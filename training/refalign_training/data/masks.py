@@ -15,16 +15,16 @@ from refalign_training.data.recipe import SelectionRule
 from refalign_training.data.sample import Box, Reference, View
 
 
+_LARGEST_SIDE = 1 << 14  # pixels; pycocotools counts a mask's in 32 bits
+_LONGEST_RUN = 6  # characters of 5 bits: 2**29 pixels
+
+
 class RLE(TypedDict):
     """A mask in COCO's compressed run-length encoding."""
 
     size: list[int]
     """Height and width."""
     counts: str | bytes
-
-
-_LARGEST_SIDE = 1 << 14  # pixels; pycocotools counts a mask's in 32 bits
-_LONGEST_RUN = 6  # characters of 5 bits: 2**29 pixels
 
 
 def check_mask(mask: Any, height: int, width: int) -> RLE:
@@ -119,7 +119,7 @@ def view_area(view: View) -> float:
 
 def _overlaps(a: View, b: View, area_a: float, area_b: float, limit: float) -> bool:
     """Whether the IoU is over the limit."""
-    box_a, box_b = cast(Box, a.box), cast(Box, b.box)
+    box_a, box_b = cast(Box, a.box), cast(Box, b.box)  # only views of image files have none
     (left, top), (right, bottom) = map(max, box_a[:2], box_b[:2]), map(min, box_a[2:], box_b[2:])
     shared = max(right - left, 0.0) * max(bottom - top, 0.0)
     if a.mask is None or b.mask is None:

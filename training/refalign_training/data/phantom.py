@@ -65,7 +65,7 @@ def _sample(record: Record, place: Place, videos: Path, rule: SelectionRule) -> 
     for phrase, found in subjects.items():
         with place.losing("reference"):
             candidates.append(_candidate(fields.text(phrase, "a noun phrase"), found, video, videos, rule, place))
-    references = select(candidates, rule) if rule.passes(None, None) else ()
+    references = select(candidates, rule) if rule.passes(None, None) else ()  # there are no scores
     if not references:
         raise Unusable("no references", f"none of {len(subjects)} subjects can be used and passes the rule")
     scores = {"references": float(len(references))}
