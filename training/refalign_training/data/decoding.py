@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 class Decoded:
     """A sample as a family's encoder takes it; what the family does not need is empty."""
 
-    pixels: torch.Tensor | None = None
+    pixels: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
     """uint8 `(frames or references, height, width, 3)`."""
     prompts: tuple[str, ...] = ()
     info: Mapping[str, Any] = field(default_factory=dict)
@@ -63,20 +63,24 @@ def decode(family: str, sample: Sample, recipe: Recipe, variant: int) -> Decoded
     return Decoded(torch.from_numpy(pixels), info=info)
 
 
+def try_decode(family: str, task: Task, recipe: Recipe) -> Decoded | Unusable:
+    """[`decode`]s a task. What cannot be used comes back as a value: one sample of millions must not end the run."""
+    try:
+        return decode(family, task.sample, recipe, task.variant)
+    except Unusable as error:
+        return error
+    except Exception as error:
+        logger.debug("%s", task.sample.id, exc_info=True)
+        return Unusable("not readable", f"{type(error).__name__}: {error}")
+
+
 @dataclass(frozen=True)
 class _Tasks(Dataset):
     family: str
     recipe: Recipe
 
     def __getitem__(self, task: Task) -> Decoded | Unusable:
-        """What cannot be used comes back as a value: one sample of millions must not end the run."""
-        try:
-            return decode(self.family, task.sample, self.recipe, task.variant)
-        except Unusable as error:
-            return error
-        except Exception as error:
-            logger.debug("%s", task.sample.id, exc_info=True)
-            return Unusable("not readable", f"{type(error).__name__}: {error}")
+        return try_decode(self.family, task, self.recipe)
 
 
 @contextmanager
