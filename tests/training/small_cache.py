@@ -59,6 +59,7 @@ def cache_command(clips: Path, output: Path, model: Path, teacher: Path | None =
         "recipe": Recipe(height=HEIGHT, width=WIDTH, num_frames=FRAMES),
         "dtype": "float32",
         "workers": 0,
+        "allow_changes": True,
         "device": "cpu",
     }
     return change(CacheCommand(**values), **changes)

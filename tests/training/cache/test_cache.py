@@ -253,6 +253,22 @@ def test_a_dataset_that_is_moved_keeps_its_items(computed, command, tmp_path):
     assert computed(source=source) == {}
 
 
+def test_other_options_than_the_folders_must_be_meant(command, tmp_path):
+    before = stamps(command.output)
+    tiny_wan_pipeline(seed=1).save_pretrained(tmp_path / "wan")
+    changed = change(
+        command, allow_changes=False, height=48, num_frames=9, dtype="float16", model=str(tmp_path / "wan")
+    )
+    message = (
+        r"was made with other options: dtype \(there float32, now float16\), height \(there 32, now 48\), "
+        r"model \(there sha256:\w+, now sha256:\w+\), num_frames \(there 5, now 9\)\. .*--allow-changes"
+    )
+    with pytest.raises(ValueError, match=message):
+        run(changed)
+    assert stamps(command.output) == before
+    assert run(change(command, allow_changes=False, variants=3)) == 0
+
+
 def test_families_of_different_videos_do_not_go_together(command):
     assert run(change(command, height=48, families=("video",))) == 0
     with pytest.raises(ValueError, match="`video` of height 48, but `references` of height 32"):

@@ -50,6 +50,9 @@ class CacheCommand:
     cluster's address. Needs the extra `ray`."""
     limit: int | None = None
     """How many of the dataset's first samples to take; by default all."""
+    allow_changes: bool = False
+    """Go on with other sizes, models or dtypes than the folder was made with. What they concern is computed anew,
+    beside what is there."""
     retry_failed: bool = False
     """Try again the samples of failed.jsonl, which otherwise wait until their files or captions change."""
     status: bool = False

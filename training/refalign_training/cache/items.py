@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 
@@ -113,8 +114,7 @@ class Items:
     @cached_property
     def _in_shards(self) -> dict[str, tuple[Place, dict[str, Any]]]:
         items = {}
-        indexes = self.folder.glob("shards/[!.]*.json")
-        for index in sorted(indexes, key=lambda path: path.stat().st_mtime_ns):  # what was made again comes later
+        for index in self.folder.glob("shards/[!.]*.json"):
             for key, (start, size, info) in read_json(index).items():
                 place = _PLACE.pack(bytes.fromhex(key), bytes.fromhex(index.stem), start, size)
                 items[key] = (place, info)
@@ -164,22 +164,26 @@ class Items:
                 start = tar.offset + tarfile.BLOCKSIZE  # behind the member's header, a block
                 tar.addfile(member, io.BytesIO(data))
                 index[task.key] = (start, len(data), outcome[1])
+        path = self.folder / "shards" / f"{digest(sorted(index))[:16]}.tar"
         if index:
-            path = self.folder / "shards" / f"{digest(sorted(index))[:16]}.tar"
             with new_file(path, overwrite=True) as file:
                 file.write_bytes(content.getbuffer())
             write_json(path.with_suffix(".json"), index)
         for key in index:
             self._failure_path(key).unlink(missing_ok=True)
+            place, _ = self._in_shards.get(key, (None, None))
+            if place is not None and self.path(place) != path:  # it was made again, as it had lost references
+                self.remove(place)
 
     def remove(self, place: Place) -> None:
         """Removes an item; its bytes in a shard stay, but are no longer found."""
         path = self.path(place)
         if len(place) == _PLACE.size:
             path = path.with_suffix(".json")
-            kept = read_json(path)
-            kept.pop(place[:16].hex(), None)
-            write_json(path, kept)
+            with FileLock(self.folder.parent / ".lock"):
+                kept = read_json(path)
+                kept.pop(place[:16].hex(), None)
+                write_json(path, kept)
         else:
             path.unlink(missing_ok=True)
 

@@ -19,7 +19,7 @@ from filelock import FileLock
 from pyarrow import parquet
 from tqdm.auto import tqdm
 
-from refalign.files import new_file
+from refalign.files import new_file, read_json
 from refalign_training.cache import cluster, encoders
 from refalign_training.cache.command import CacheCommand
 from refalign_training.cache.items import RECIPE, Items, digest, text_key, write_json
@@ -52,11 +52,16 @@ def fill(command: CacheCommand) -> int:
         command.families, command.model, command.teacher, command.revision, command.teacher_revision
     )
     families = open_index(root)[0]["families"] if (root / INDEX).exists() else {}
+    recipes = {}
     for family in command.families:
         recipe = _recipe(family, command, models[family])
         variants = command.variants if family in ("references", "teacher") else 1
         families[family] = {"folder": f"{family}-{digest(recipe)[:12]}", "variants": variants}
-        write_json(root / families[family]["folder"] / RECIPE, recipe)
+        recipes[root / families[family]["folder"]] = recipe
+    if not command.allow_changes:
+        _check_changes(root, recipes.values())
+    for folder, recipe in recipes.items():
+        write_json(folder / RECIPE, recipe)
     with tempfile.TemporaryFile("w+", encoding="utf-8", dir=root) as file:
         plan = Plan(file, command, families)
         write_json(root / PLAN, plan.header)
@@ -75,6 +80,26 @@ def _check_output(root: Path) -> None:
     # The plan is looked for last: a process that starts beside this one writes it
     if any(root.glob("[!.]*")) and not any(root.glob(f"*/{RECIPE}")) and not (root / PLAN).exists():
         raise ValueError(f"{root} holds other things than a cache. Name a new folder as --output.")
+
+
+def _check_changes(root: Path, recipes: Iterable[Mapping[str, Any]]) -> None:
+    """Raises ValueError if the last command, finished or not, made a family in another way."""
+    if not (root / PLAN).exists():
+        return
+    changes = {}
+    families = open_families(root, read_json(root / PLAN)["families"])
+    for recipe in recipes:
+        if recipe["family"] not in families:
+            continue
+        old = read_json(families[recipe["family"]].folder / RECIPE)
+        for name in old.keys() | recipe.keys():
+            if old.get(name) != recipe.get(name):
+                changes[name] = f"{name} (there {old.get(name)!s:.20}, now {recipe.get(name)!s:.20})"
+    if changes:
+        raise ValueError(
+            f"{root} was made with other options: {', '.join(sorted(changes.values()))}. Leave them out, name another folder, "
+            "or pass --allow-changes: what they concern is computed anew, beside what is there."
+        )
 
 
 def _recipe(family: str, command: CacheCommand, model: encoders.Model) -> dict[str, Any]:
