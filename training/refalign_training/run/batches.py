@@ -61,12 +61,8 @@ class Read:
 
 
 def read_micro_batch(samples: SampleReader, order: Order, micro_batch: MicroBatch) -> Read:
-    """
-    Reads the samples of a micro-batch, or others in the place of those that cannot be read.
-
-    Raises:
-        ValueError: if no sample can be read.
-    """
+    """Reads the samples of a micro-batch, or others in the place of those that cannot be read. Raises ValueError if no
+    sample can be read."""
     unusable: list[tuple[str, str]] = []
     for attempt in range(1 + MAX_SUBSTITUTES):
         chosen = order.another(micro_batch, attempt) if attempt else micro_batch
@@ -158,8 +154,8 @@ def load_batches(
     encodes: bool,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """
-    The batches of one process from a step on, in their order: `batch_size / (micro_batch_size * world_size)` per step.
+    """The batches of one process from a step on, in their order: `batch_size / (micro_batch_size * world_size)` per
+    step.
 
     Args:
         encodes (`bool`): whether encoders run in this process; otherwise the workers do everything.

@@ -1,5 +1,4 @@
-"""
-What a run needs to go on, on the disk.
+"""What a run needs to go on, on the disk.
 
     checkpoints/step-00000500/state.json            step, options, versions, dataset: nothing but what JSON knows
     checkpoints/step-00000500/*.safetensors         tensors, each process's own part, by torch.distributed.checkpoint
@@ -51,8 +50,7 @@ def checkpoint_name(step: int) -> str:
 def save_checkpoint(
     folder: Path, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], parallel: Parallel
 ) -> Path:
-    """
-    Writes a checkpoint into a run's folder of checkpoints; all processes call it.
+    """Writes a checkpoint into a run's folder of checkpoints; all processes call it.
 
     Args:
         folder (`Path`): `OUTPUT/checkpoints`.
@@ -126,10 +124,8 @@ def _named(hidden: Path) -> Path:
 
 
 def remove_old_checkpoints(folder: Path, keep_last: int, keep_every: int | None) -> None:
-    """
-    Removes checkpoints but the newest ones and those at multiples of `keep_every` steps. Those of later steps than the
-    latest one are older: the run went back to before them.
-    """
+    """Removes checkpoints but the newest ones and those at multiples of `keep_every` steps. Those of later steps than
+    the latest one are older: the run went back to before them."""
     latest = _step(find_checkpoint(folder))
     newest = [checkpoint for checkpoint in _checkpoints(folder) if _step(checkpoint) <= latest][-keep_last:]
     for checkpoint in _checkpoints(folder):
@@ -158,12 +154,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """
-    The checkpoint at a path: itself, or the newest one of a run's folder.
-
-    Raises:
-        ValueError: if there is none.
-    """
+    """The checkpoint at a path: itself, or the newest one of a run's folder. Raises ValueError if there is none."""
     if (path / STATE).is_file():
         return path
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
@@ -211,12 +202,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def stored_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """
-    The tensors of a checkpoint by name, as meta tensors: shapes and dtypes without data.
-
-    Raises:
-        ValueError: if a file of it is missing or damaged.
-    """
+    """The tensors of a checkpoint by name, as meta tensors: shapes and dtypes without data. Raises ValueError if a
+    file of it is missing or damaged."""
     for name, size in read_state(checkpoint)["files"].items():
         file = checkpoint / name
         if not file.is_file() or file.stat().st_size != size:
@@ -230,12 +217,8 @@ def stored_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def load_tensors(checkpoint: Path, tensors: Mapping[str, torch.Tensor], is_parallel: bool = False) -> None:
-    """
-    Fills tensors, or each process's parts of them, with what a checkpoint holds under their names.
-
-    Raises:
-        ValueError: if it does not have one of them, or of another shape.
-    """
+    """Fills tensors, or each process's parts of them, with what a checkpoint holds under their names. Raises
+    ValueError if it does not have one of them, or of another shape."""
     stored = stored_tensors(checkpoint)
     problems: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
@@ -261,8 +244,7 @@ def read_tensors(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
 
 
 def read_weights(checkpoint: Path, average: bool) -> dict[str, torch.Tensor]:
-    """
-    The transformer's trained tensors, by diffusers' names; of a LoRA, as `blocks.0.attn1.to_q.lora_A.weight`.
+    """The transformer's trained tensors, by diffusers' names; of a LoRA, as `blocks.0.attn1.to_q.lora_A.weight`.
 
     Args:
         average (`bool`): the moving average instead of the last weights.

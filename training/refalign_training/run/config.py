@@ -230,8 +230,7 @@ _TREE = TypeAdapter(RunCommand)
 
 
 def read_command(words: Sequence[str], **told: Any) -> RunCommand:
-    """
-    The options that a command line gives. Those of `--config FILE` stand before the line's own.
+    """The options that a command line gives. Those of `--config FILE` stand before the line's own.
 
     Args:
         told: what `tyro.cli` is told besides, such as the program's name.
@@ -341,12 +340,8 @@ def to_yaml(command: RunCommand) -> str:
 
 
 def accumulation(command: RunCommand, world_size: int) -> int:
-    """
-    How many micro-batches each process takes per step.
-
-    Raises:
-        ValueError: if the processes cannot share the batch evenly.
-    """
+    """How many micro-batches each process takes per step. Raises ValueError if the processes cannot share the batch
+    evenly."""
     count, rest = divmod(command.batch.size, command.batch.micro * world_size)
     if rest:
         raise ValueError(

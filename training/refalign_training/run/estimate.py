@@ -1,5 +1,4 @@
-"""
-What a run will take: memory per GPU, compute per sample, hours.
+"""What a run will take: memory per GPU, compute per sample, hours.
 
 Weights and compute are torch's own counts of a transformer of fake tensors, which take no memory. The memory of
 activations is reckoned with what was measured on the real sizes without a GPU, by the storages that live in a forward
@@ -119,8 +118,7 @@ def estimate(
     sharded: bool = False,
     teacher_dim: int = 1024,
 ) -> Estimate:
-    """
-    What a run will take if all samples are of one bucket.
+    """What a run will take if all samples are of one bucket.
 
     Left out: validation and its videos, what encoders compute where there is no cache, waiting for data and for other
     GPUs. The optimiser's step is reckoned to need less for a moment than the activations that are gone by then.
@@ -159,12 +157,8 @@ def estimate(
 
 
 def dry_run(command: RunCommand) -> int:
-    """
-    Prints what the run would take if all samples were of its largest bucket. Nothing is trained or written.
-
-    Raises:
-        ValueError: if the data or what the run starts from do not fit.
-    """
+    """Prints what the run would take if all samples were of its largest bucket. Nothing is trained or written. Raises
+    ValueError if the data or what the run starts from do not fit."""
     resumes = checkpoint_to_resume(command) is not None
     start = find_start(command, resumes)
     config, needs_teacher = transformer_config(command.model), bool(command.alignment.weight)

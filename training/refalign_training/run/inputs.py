@@ -22,12 +22,8 @@ from refalign_training.run.config import DataOptions, ModelOptions
 
 
 class CachedSamples:
-    """
-    What `refalign-train cache` computed. Of several variants and captions, one is drawn each epoch.
-
-    Raises:
-        ValueError: if it lacks something that training needs.
-    """
+    """What `refalign-train cache` computed. Of several variants and captions, one is drawn each epoch. Raises
+    ValueError if it lacks something that training needs."""
 
     def __init__(self, folder: Path, needs_teacher: bool) -> None:
         self.cache = Cache(folder, ("video", "references", "text", *(("teacher",) if needs_teacher else ())))
@@ -53,13 +49,9 @@ class CachedSamples:
 
 
 class OnlineSamples:
-    """
-    A dataset, decoded in the workers and encoded by the process that trains, with frames, references and augmentation
-    drawn anew each epoch. All its annotations are held in memory.
-
-    Raises:
-        ValueError: if the dataset has no usable sample, or a model cannot be had.
-    """
+    """A dataset, decoded in the workers and encoded by the process that trains, with frames, references and
+    augmentation drawn anew each epoch. All its annotations are held in memory. Raises ValueError if the dataset has no
+    usable sample, or a model cannot be had."""
 
     def __init__(
         self,

@@ -1,5 +1,4 @@
-"""
-How a run is seen: means of the losses over samples, a line of them per logged step, and a tracker that shows them.
+"""How a run is seen: means of the losses over samples, a line of them per logged step, and a tracker that shows them.
 
 Steps are counted from 1: what is logged at step n happened up to the n-th, and a run that goes on from step n does
 step n + 1 next.
@@ -32,8 +31,7 @@ SKIPPED_FILE = "skipped.jsonl"
 
 
 class Metrics:
-    """
-    Means over the samples since the last [`collect`], each sample weighing the same whatever its micro-batch and
+    """Means over the samples since the last [`collect`], each sample weighing the same whatever its micro-batch and
     process. Sums are held on the device: nothing waits for it before [`collect`].
 
     What [`add`] takes counts from [`commit`] on; [`discard`] forgets it, if the step turns out to be one to skip.
@@ -58,8 +56,7 @@ class Metrics:
 
     @torch.no_grad()
     def add(self, losses: "Losses", timesteps: torch.Tensor) -> None:
-        """
-        Takes the losses of a micro-batch.
+        """Takes the losses of a micro-batch.
 
         Args:
             losses ([`Losses`]): one value per sample, with or without a graph.
@@ -94,8 +91,7 @@ class Metrics:
         self._pending.zero_()
 
     def collect(self, all_reduce: Callable[[torch.Tensor], Any]) -> dict[str, float]:
-        """
-        The means of what was committed since the last call. The only method that waits for the device.
+        """The means of what was committed since the last call. The only method that waits for the device.
 
         Args:
             all_reduce (`Callable`): sums a tensor over all processes, in place. It gets a flat one of float32.
@@ -121,9 +117,8 @@ class Metrics:
 
 
 class RunLog:
-    """
-    Where the main process writes the run's numbers: `metrics.jsonl` in the run's folder, and a tracker. Where the run
-    goes on from an earlier step than it was killed at, what lies beyond is removed.
+    """Where the main process writes the run's numbers: `metrics.jsonl` in the run's folder, and a tracker. Where the
+    run goes on from an earlier step than it was killed at, what lies beyond is removed.
 
     Args:
         folder (`Path`): the run's folder.
@@ -182,12 +177,8 @@ def append_skipped(folder: Path, step: int, ids: Iterable[str], reason: str) -> 
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """
-    The lines of a `metrics.jsonl`, without a last one that a killed process left half.
-
-    Raises:
-        ValueError: if the file cannot be read, or another line is damaged.
-    """
+    """The lines of a `metrics.jsonl`, without a last one that a killed process left half. Raises ValueError if the
+    file cannot be read, or another line is damaged."""
     try:
         lines = Path(file).read_bytes().splitlines()
     except OSError as error:

@@ -24,8 +24,7 @@ def is_hidden(name: str, parameter: torch.Tensor) -> bool:
 
 
 class MuonWithAdamW:
-    """
-    `torch.optim.Muon` (https://kellerjordan.github.io/posts/muon/) with the step size of AdamW (Moonlight, arXiv
+    """`torch.optim.Muon` (https://kellerjordan.github.io/posts/muon/) with the step size of AdamW (Moonlight, arXiv
     2502.16982), and `torch.optim.AdamW` beside it. A kernel counts as the matrix from its inputs to its outputs.
 
     Args:

@@ -21,12 +21,8 @@ CHANNELS = 16  # channels of Wan 2.1's latents; its image-to-video models take 3
 
 
 def transformer_config(options: ModelOptions) -> dict[str, Any]:
-    """
-    The configuration of the base's transformer, downloaded alone if need be.
-
-    Raises:
-        ValueError: if there is none, or it is not of Wan 2.1's text-to-video transformer.
-    """
+    """The configuration of the base's transformer, downloaded alone if need be. Raises ValueError if there is none, or
+    it is not of Wan 2.1's text-to-video transformer."""
     folder = fetch(options.base, ["transformer/config.json"], options.revision)
     file = folder / "transformer/config.json"
     if not file.is_file():
@@ -45,13 +41,9 @@ def transformer_config(options: ModelOptions) -> dict[str, Any]:
 
 
 def load_transformer(command: RunCommand, start: Start, resumes: bool = False) -> RefAlignWanTransformer3DModel:
-    """
-    The transformer on the CPU, its weights mapped from the files as they are stored; of a LoRA, cast, frozen and with
-    its adapters, which are the same for a seed. A full run that `resumes` reads no file: the checkpoint fills it.
-
-    Raises:
-        ValueError: if the files do not fit the base's configuration.
-    """
+    """The transformer on the CPU, its weights mapped from the files as they are stored; of a LoRA, cast, frozen and
+    with its adapters, which are the same for a seed. A full run that `resumes` reads no file: the checkpoint fills it.
+    Raises ValueError if the files do not fit the base's configuration."""
     options, config = command.model, transformer_config(command.model)
     with init_empty_weights():
         transformer = RefAlignWanTransformer3DModel.from_config(config)
@@ -119,12 +111,8 @@ def _keep_time_embedding_in_float32(transformer: RefAlignWanTransformer3DModel) 
 def make_alignment(
     options: AlignmentOptions, config: Mapping[str, Any], teacher_dim: int, start: Start, seed: int
 ) -> ReferenceAlignment:
-    """
-    The projectors, started from those that came with the weights, or else the same ones for a seed.
-
-    Raises:
-        ValueError: if a layer is not there, or the projectors do not fit.
-    """
+    """The projectors, started from those that came with the weights, or else the same ones for a seed. Raises
+    ValueError if a layer is not there, or the projectors do not fit."""
     if outside := [layer for layer in options.layers if layer >= config["num_layers"]]:
         raise ValueError(f"alignment.layers names {outside}, but the blocks are 0 to {config['num_layers'] - 1}.")
     torch.manual_seed(seed)

@@ -39,8 +39,7 @@ class MicroBatch:
 
 
 class Order:
-    """
-    Every micro-batch of a run, by number, without end.
+    """Every micro-batch of a run, by number, without end.
 
     An epoch shows each sample once. A micro-batch is of one bucket; a bucket's last one is filled up with the bucket's
     first samples.
@@ -117,10 +116,8 @@ def hold_out(num_samples: int, wanted: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_quantiles(seed: int, step: int, batch_size: int) -> torch.Tensor:
-    """
-    The quantiles of a step's timesteps, one per sample, stratified: each lies in another one of `batch_size` equal
-    parts of [0, 1). float64 `(batch_size,)`.
-    """
+    """The quantiles of a step's timesteps, one per sample, stratified: each lies in another one of `batch_size` equal
+    parts of [0, 1). float64 `(batch_size,)`."""
     generator = numpy_generator("timesteps", seed, step)
     quantiles = (generator.permutation(batch_size) + generator.random(batch_size)) / batch_size
     return torch.from_numpy(np.minimum(quantiles, np.nextafter(1.0, 0.0)))

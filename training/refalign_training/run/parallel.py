@@ -21,8 +21,7 @@ from refalign_training.run.config import wants_shards
 
 
 class Parallel:
-    """
-    The processes of a run, as `accelerate launch` or torchrun started them; one, if nothing did.
+    """The processes of a run, as `accelerate launch` or torchrun started them; one, if nothing did.
 
     Args:
         mode (`str`): `"ddp"`, `"fsdp2"` or `"auto"`: fsdp2 if accelerate's file says FSDP, else ddp.
@@ -48,8 +47,7 @@ class Parallel:
         return self.rank == 0
 
     def wrap(self, module: nn.Module, parts: Iterable[nn.Module] = (), dtype: torch.dtype | None = None) -> nn.Module:
-        """
-        The module on this process's device, ready to be trained together with the other processes.
+        """The module on this process's device, ready to be trained together with the other processes.
 
         Args:
             module (`nn.Module`): of the same weights in every process.

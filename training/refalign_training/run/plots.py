@@ -31,9 +31,8 @@ BINS = 50
 
 
 def plot_losses(metrics_file: Path, output: Path) -> None:
-    """
-    Draws the losses of a run over its steps, as they were logged and smoothed; below them the alignment's, if there is
-    one.
+    """Draws the losses of a run over its steps, as they were logged and smoothed; below them the alignment's, if there
+    is one.
 
     Args:
         metrics_file (`Path`): a run's `metrics.jsonl`.
@@ -124,8 +123,7 @@ def _limit(axes: "Axes") -> None:
 
 
 def plot_timesteps(preset: str, output: Path, gate_power: float = 3.0) -> None:
-    """
-    Draws how often each timestep is drawn, and what its losses weigh.
+    """Draws how often each timestep is drawn, and what its losses weigh.
 
     Args:
         preset (`str`): see [`timestep_table`].

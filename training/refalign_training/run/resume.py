@@ -58,8 +58,7 @@ def checkpoint_to_resume(command: RunCommand) -> Path | None:
 
 
 def check_unchanged(checkpoint: Path, command: RunCommand, frozen: str, dataset: Mapping[str, Any]) -> None:
-    """
-    Raises ValueError if a checkpoint was made with other options or data, unless `allow_changes` lets it: then they
+    """Raises ValueError if a checkpoint was made with other options or data, unless `allow_changes` lets it: then they
     are logged.
 
     Args:
@@ -110,13 +109,9 @@ class Start:
 
 
 def find_start(command: RunCommand, resumes: bool = False) -> Start:
-    """
-    What `model.start` names. A run that `resumes` has what it took of a checkpoint in its own: it needs but the whole
-    weights that adapters belong to.
-
-    Raises:
-        ValueError: if it is nothing to start from, or of another kind of training.
-    """
+    """What `model.start` names. A run that `resumes` has what it took of a checkpoint in its own: it needs but the
+    whole weights that adapters belong to. Raises ValueError if it is nothing to start from, or of another kind of
+    training."""
     path = command.model.start
     if path is None or (resumes and (command.training == "full" or not path.exists())):
         return Start()
@@ -147,10 +142,8 @@ def find_start(command: RunCommand, resumes: bool = False) -> Start:
 
 
 def check_start(checkpoint: Path, command: RunCommand, frozen: str) -> None:
-    """
-    Raises ValueError if adapters of another run would be put on other weights, or at another scale, than they were
-    trained with.
-    """
+    """Raises ValueError if adapters of another run would be put on other weights, or at another scale, than they were
+    trained with."""
     state = read_state(checkpoint)
     if state["frozen"] != frozen:
         raise ValueError(f"The adapters of {checkpoint} were trained on other weights than this run's model.base.")

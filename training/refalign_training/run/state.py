@@ -104,12 +104,7 @@ class TrainState:
         return tensors
 
     def load(self, checkpoint: Path, is_parallel: bool) -> None:
-        """
-        Goes on where a checkpoint was written.
-
-        Raises:
-            ValueError: if it does not fit.
-        """
+        """Goes on where a checkpoint was written. Raises ValueError if it does not fit."""
         self._make_optimizer_state()
         stored = stored_tensors(checkpoint)
         tensors = self.tensors()
@@ -127,12 +122,8 @@ class TrainState:
                     of_parameter[key] = loaded.item()
 
     def load_weights(self, checkpoint: Path, is_parallel: bool) -> None:
-        """
-        Starts from the weights of another run's checkpoint, and from its projectors if it has some.
-
-        Raises:
-            ValueError: if it does not fit.
-        """
+        """Starts from the weights of another run's checkpoint, and from its projectors if it has some. Raises
+        ValueError if it does not fit."""
         has_projectors = any(name.startswith(f"weights.{PROJECTORS}") for name in stored_tensors(checkpoint))
         tensors = {}
         for name, parameter in self.parameters.items():

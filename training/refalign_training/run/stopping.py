@@ -32,10 +32,8 @@ class Stopping:
 
 
 def outlive_signals(worker: int) -> None:
-    """
-    Terminals and clusters send a signal to all processes of a job. The trainer answers it, and needs its workers for
-    the rest of its step: only the trainer's own SIGTERM ends them.
-    """
+    """Terminals and clusters send a signal to all processes of a job. The trainer answers it, and needs its workers
+    for the rest of its step: only the trainer's own SIGTERM ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # macOS has none
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

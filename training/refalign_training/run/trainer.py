@@ -1,5 +1,4 @@
-"""
-`refalign-train run`: the training loop, and what it is made of.
+"""`refalign-train run`: the training loop, and what it is made of.
 
     refalign-train run --config training/configs/lora-1.3b.yaml --output runs/mine
     accelerate launch --config_file FILE -m refalign_training.cli run --config ...
@@ -51,13 +50,8 @@ PACKAGES = ("refalign", "torch", "diffusers", "transformers", "peft", "accelerat
 
 
 def run(command: RunCommand) -> int:
-    """
-    Trains, or with `dry_run` says what would be done. Returns the exit code: 143 if it was stopped by SIGTERM, 130 by
-    Ctrl-C.
-
-    Raises:
-        ValueError: if the options, the data or a checkpoint do not fit.
-    """
+    """Trains, or with `dry_run` says what would be done. Returns the exit code: 143 if it was stopped by SIGTERM, 130
+    by Ctrl-C. Raises ValueError if the options, the data or a checkpoint do not fit."""
     check(command)
     if command.dry_run:
         from refalign_training.run.estimate import dry_run

@@ -30,8 +30,7 @@ GAIN_QUANTILE = 6  # the place of 0.7: where layout and identity are decided
 
 
 class Validation:
-    """
-    Held-out samples, read once.
+    """Held-out samples, read once.
 
     Args:
         samples ([`SampleReader`]): where they are.
@@ -62,10 +61,8 @@ class Validation:
     # -- Losses ----------------------------------------------------------------------------------------------------
 
     def losses(self, objective: Objective, step: int) -> dict[str, float]:
-        """
-        The unweighted loss at nine fixed quantiles of t, always with the same noise, and their mean; and of the
-        alignment, while there is one, its loss and cosine.
-        """
+        """The unweighted loss at nine fixed quantiles of t, always with the same noise, and their mean; and of the
+        alignment, while there is one, its loss and cosine."""
         pairs = list(product(range(len(self.values)), range(len(QUANTILES))))
         device, share = self.parallel.device, -(-len(pairs) // self.parallel.world_size)
         sums = torch.zeros(len(QUANTILES) + 2, device=device)
@@ -88,10 +85,8 @@ class Validation:
         return values
 
     def gains(self, objective: Objective, step: int) -> dict[str, float]:
-        """
-        What the loss rises by, at a high t, if a sample gets another one's references (`reference_gain`), or its own
-        in reverse order (`order_gain`): early signs that references are followed, and are told from each other.
-        """
+        """What the loss rises by, at a high t, if a sample gets another one's references (`reference_gain`), or its
+        own in reverse order (`order_gain`): early signs that references are followed, and are told from each other."""
         device, world_size = self.parallel.device, self.parallel.world_size
         sums = torch.zeros(4, device=device)  # of both gains, and how many samples have them
         with torch.no_grad(), evaluating(objective):
@@ -150,8 +145,7 @@ class Validation:
     def write_videos(
         self, objective: Objective, transformer: RefAlignWanTransformer3DModel, model: Path | None, folder: Path
     ) -> dict[str, Image.Image]:
-        """
-        Writes for the first samples `<id>.mp4`, the video beside its references, and `<id>.png`, frames of it. All
+        """Writes for the first samples `<id>.mp4`, the video beside its references, and `<id>.png`, frames of it. All
         processes compute, the main one decodes and writes.
 
         Args:
