@@ -97,8 +97,8 @@ def _check_changes(root: Path, recipes: Iterable[Mapping[str, Any]]) -> None:
                 changes[name] = f"{name} (there {old.get(name)!s:.20}, now {recipe.get(name)!s:.20})"
     if changes:
         raise ValueError(
-            f"{root} was made with other options: {', '.join(sorted(changes.values()))}. Leave them out, name another folder, "
-            "or pass --allow-changes: what they concern is computed anew, beside what is there."
+            f"{root} was made with other options: {', '.join(sorted(changes.values()))}. Leave them out, name another "
+            "folder, or pass --allow-changes: what they concern is computed anew, beside what is there."
         )
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -38,7 +38,6 @@ class SampleReader(Protocol):
 
     def read(self, row: int, seed: int, epoch: int) -> Any:
         """Raises ValueError or OSError if the sample cannot be used."""
-        ...
 
     def encode(self, read: Any) -> dict[str, torch.Tensor]:
         """`latents`, `reference_latents`, `prompt_embeds` `(tokens, dim)`, `subjects`, perhaps `teacher_features`."""
@@ -47,22 +46,16 @@ class SampleReader(Protocol):
     def empty_prompt_embeds(self) -> torch.Tensor: ...
 
 
-# -- Reading ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Read:
-    """A micro-batch as it was read."""
+class Read(NamedTuple):
+    """A micro-batch as it was read, and the samples that could not be read, with the reasons."""
 
     micro_batch: MicroBatch
     values: list[Any]
     unusable: list[tuple[str, str]]
-    """The samples that could not be read, and why."""
 
 
 def read_micro_batch(samples: SampleReader, order: Order, micro_batch: MicroBatch) -> Read:
-    """Reads the samples of a micro-batch, or others in the place of those that cannot be read. Raises ValueError if no
-    sample can be read."""
+    """Reads a micro-batch, with other samples for those that cannot be read. Raises ValueError if none can be."""
     unusable: list[tuple[str, str]] = []
     for attempt in range(1 + MAX_SUBSTITUTES):
         chosen = order.another(micro_batch, attempt) if attempt else micro_batch
@@ -91,9 +84,6 @@ def read_first(samples: SampleReader, order: Order) -> dict[str, torch.Tensor]:
     return samples.encode(read_micro_batch(samples, order, order(0, 0)).values[0])
 
 
-# -- Making -----------------------------------------------------------------------------------------------------------
-
-
 def make_batch(
     micro_batch: MicroBatch,
     ids: Sequence[str],
@@ -103,6 +93,10 @@ def make_batch(
     options: ObjectiveOptions,
 ) -> Batch:
     """The samples of a micro-batch with their noise, timesteps and dropout (RefAlign, arXiv 2603.25743, section 4)."""
+
+    def stacked(name: str) -> torch.Tensor:
+        return torch.stack([value[name] for value in values])
+
     step, seed = micro_batch.step, order.seed
     noise, embeds, references, keeps = [], [], [], []
     for place, sample_id, value in zip(micro_batch.places, ids, values, strict=True):
@@ -114,19 +108,18 @@ def make_batch(
         keeps.append(keeps_references)
     quantiles = draw_quantiles(seed, step, order.batch_size)[list(micro_batch.places)]
     timesteps, weights = sample_timesteps(options.timesteps, quantiles)
-    features = [value["teacher_features"] for value in values if "teacher_features" in value]
     return Batch(
         ids=list(ids),
         seed=network_seed(seed, micro_batch),
-        latents=torch.stack([value["latents"] for value in values]),
+        latents=stacked("latents"),
         noise=torch.stack(noise),
         reference_latents=torch.stack(references),
         prompt_embeds=pad_prompt_embeds(embeds, options.max_sequence_length),
         timesteps=timesteps,
         weights=weights,
         keeps_references=torch.tensor(keeps),
-        subjects=torch.stack([value["subjects"] for value in values]),
-        teacher_features=torch.stack(features) if features else None,
+        subjects=stacked("subjects"),
+        teacher_features=stacked("teacher_features") if "teacher_features" in values[0] else None,
     )
 
 
@@ -136,9 +129,6 @@ def pad_prompt_embeds(embeds: Sequence[torch.Tensor], length: int) -> torch.Tens
     for row, embed in zip(padded, embeds, strict=True):
         row[: len(embed)] = embed[:length]
     return padded
-
-
-# -- Loading ----------------------------------------------------------------------------------------------------------
 
 
 def load_batches(
@@ -155,11 +145,7 @@ def load_batches(
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """The batches of one process from a step on, in their order: `batch_size / (micro_batch_size * world_size)` per
-    step.
-
-    Args:
-        encodes (`bool`): whether encoders run in this process; otherwise the workers do everything.
-    """
+    step. With `encodes`, encoders run in this process; otherwise the workers do everything."""
     micro_batches = _MicroBatches(samples, order, options, encodes)
     loader = DataLoader(
         micro_batches,

@@ -25,11 +25,10 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 
 from refalign.files import new_file, read_json
 from refalign.keys import projector_key
-from refalign_training.run.parallel import Parallel
+from refalign_training.run.parallel import Parallel, local
 
 
 SCHEMA = 1
@@ -50,13 +49,8 @@ def checkpoint_name(step: int) -> str:
 def save_checkpoint(
     folder: Path, tensors: Mapping[str, torch.Tensor], state: Mapping[str, Any], parallel: Parallel
 ) -> Path:
-    """Writes a checkpoint into a run's folder of checkpoints; all processes call it.
-
-    Args:
-        folder (`Path`): `OUTPUT/checkpoints`.
-        tensors (`Mapping`): tensors by name; the processes that hold parts of a sharded one write them.
-        state (`Mapping`): what JSON knows, with `step`.
-    """
+    """Writes tensors, and a state that JSON knows with its `step`, into a run's folder of checkpoints. All processes
+    call it; those that hold parts of a sharded tensor write them."""
     target = folder / checkpoint_name(state["step"])
     partial = folder / f".{target.name}.partial"
     if parallel.is_main:
@@ -65,22 +59,23 @@ def save_checkpoint(
         partial.mkdir()
     parallel.barrier()
     with _plain():
-        writer = HuggingFaceStorageWriter(
-            str(partial), save_distributed=True, fqn_to_index_mapping=_file_numbers(tensors)
-        )
+        numbers = _file_numbers(tensors)
+        writer = HuggingFaceStorageWriter(str(partial), fqn_to_index_mapping=numbers, save_distributed=True)
         dcp.save(dict(tensors), storage_writer=writer, no_dist=parallel.world_size == 1)
     if parallel.is_main:
         files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
         content = {"schema": SCHEMA, **state, "files": files}
-        _write_synced(partial / STATE, json.dumps(content, indent=2, ensure_ascii=False))
-        _sync_folder(partial)
+        (partial / STATE).write_text(json.dumps(content, indent=2, ensure_ascii=False), "utf-8")
+        _sync(partial / STATE)
+        _sync(partial)
         if target.exists():  # a run that went on from an earlier step, and has come here again
             target.rename(_replaced(target))
         partial.rename(target)
-        _sync_folder(folder)
+        _sync(folder)
         with new_file(folder / LATEST, overwrite=True) as file:
-            _write_synced(file, f"{target.name}\n")
-        _sync_folder(folder)
+            file.write_text(f"{target.name}\n", "utf-8")
+            _sync(file)
+        _sync(folder)
         _clear(folder)
     parallel.barrier()
     return target
@@ -90,7 +85,7 @@ def _file_numbers(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """Which file each tensor's part goes into, from 1 on, by the parts of the main process."""
     numbers, number, size = {}, 1, 0
     for name, tensor in tensors.items():
-        length = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
+        length = local(tensor).nbytes
         if size and size + length > FILE_BYTES:
             number, size = number + 1, 0
         numbers[name], size = number, size + length
@@ -120,7 +115,7 @@ def _replaced(checkpoint: Path) -> Path:
 
 def _named(hidden: Path) -> Path:
     """The checkpoint that a hidden folder is of."""
-    return hidden.with_name(hidden.name.split(".")[1])
+    return hidden.with_name(hidden.name.strip(".").split(".")[0])
 
 
 def remove_old_checkpoints(folder: Path, keep_last: int, keep_every: int | None) -> None:
@@ -135,15 +130,9 @@ def remove_old_checkpoints(folder: Path, keep_last: int, keep_every: int | None)
             shutil.rmtree(hidden)
 
 
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Waits until a file's content, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -177,13 +166,15 @@ def has_checkpoint(output: Path) -> bool:
 
 def _checkpoints(folder: Path) -> list[Path]:
     """By step. One that was about to be replaced when the process died is one, under its hidden name."""
-    replaced = [path for path in _named_as_ours(folder, f".{PATTERN}.replaced") if not _named(path).exists()]
-    found = [*_named_as_ours(folder, PATTERN), *replaced]
-    return sorted((path for path in found if (path / STATE).is_file()), key=_step)
+    found = []
+    for path in _named_as_ours(folder, PATTERN) + _named_as_ours(folder, f".{PATTERN}.replaced"):
+        if (path / STATE).is_file() and (path == _named(path) or not _named(path).exists()):
+            found.append(path)
+    return sorted(found, key=_step)
 
 
 def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.strip(".").split(".")[0].partition("-")[2])
+    return int(_named(checkpoint).name.partition("-")[2])
 
 
 # -- Reading ----------------------------------------------------------------------------------------------------------
@@ -202,32 +193,30 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def stored_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint by name, as meta tensors: shapes and dtypes without data. Raises ValueError if a
-    file of it is missing or damaged."""
+    """The tensors of a checkpoint by name, on the meta device. Raises ValueError if a file is missing or damaged."""
     for name, size in read_state(checkpoint)["files"].items():
         file = checkpoint / name
         if not file.is_file() or file.stat().st_size != size:
             raise ValueError(f"{file} is not there or not whole. Copy the checkpoint again, or go on from another.")
     with _plain():
-        metadata = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
-    stored = {}
-    for name, tensor in metadata.items():
-        stored[name] = torch.empty(tensor.size, dtype=tensor.properties.dtype, device="meta")
-    return stored
+        metadata: Any = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    with torch.device("meta"):
+        return {name: torch.empty(tensor.size, dtype=tensor.properties.dtype) for name, tensor in metadata.items()}
 
 
 def load_tensors(checkpoint: Path, tensors: Mapping[str, torch.Tensor], is_parallel: bool = False) -> None:
-    """Fills tensors, or each process's parts of them, with what a checkpoint holds under their names. Raises
-    ValueError if it does not have one of them, or of another shape."""
+    """Fills tensors, or each process's parts of them, from a checkpoint. Raises ValueError if it lacks one of them or
+    has it in another shape."""
     stored = stored_tensors(checkpoint)
-    problems: dict[str, list[str]] = {}
+    problems: dict[str, list[str]] = {"missing": [], "of another shape": []}
     for name, tensor in tensors.items():
         if name not in stored:
-            problems.setdefault("missing", []).append(name)
+            problems["missing"].append(name)
         elif stored[name].shape != tensor.shape:
-            problems.setdefault("of another shape", []).append(name)
-    if problems:
-        told = "; ".join(f"{what} ({len(names)}): {', '.join(names[:3])}" for what, names in problems.items())
+            problems["of another shape"].append(name)
+    told = [f"{what} ({len(names)}): {', '.join(names[:3])}" for what, names in problems.items() if names]
+    if told:
+        told = "; ".join(told)
         raise ValueError(f"{checkpoint} does not fit this run: {told}. Check model, lora, alignment and ema_decay.")
     with _plain():
         dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=not is_parallel)
@@ -235,23 +224,15 @@ def load_tensors(checkpoint: Path, tensors: Mapping[str, torch.Tensor], is_paral
 
 def read_tensors(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
     """Whole tensors of a checkpoint whose names begin with a prefix, on the CPU, without it."""
-    tensors = {}
-    for name, tensor in stored_tensors(checkpoint).items():
-        if name.startswith(prefix):
-            tensors[name] = torch.empty_like(tensor, device="cpu")
+    stored = stored_tensors(checkpoint)
+    tensors = {name: torch.empty_like(stored[name], device="cpu") for name in stored if name.startswith(prefix)}
     load_tensors(checkpoint, tensors)
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
 
 def read_weights(checkpoint: Path, average: bool) -> dict[str, torch.Tensor]:
     """The transformer's trained tensors, by diffusers' names; of a LoRA, as `blocks.0.attn1.to_q.lora_A.weight`.
-
-    Args:
-        average (`bool`): the moving average instead of the last weights.
-
-    Raises:
-        ValueError: if the run kept no average.
-    """
+    `average` gives the moving average instead of the last weights. Raises ValueError if the run kept none."""
     tensors = read_tensors(checkpoint, f"{'average' if average else 'weights'}.transformer.")
     if average and not tensors:
         raise ValueError(f"{checkpoint} holds no average: its run had no optimizer.ema_decay. Take the last weights.")

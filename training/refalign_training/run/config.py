@@ -57,12 +57,8 @@ class LoraOptions(Options):
     dropout: ShareBelowOne = 0.0
     """The probability that an input of an adapter is dropped."""
     targets: Annotated[tuple[str, ...], Many, Field(min_length=1)] = (
-        "to_q",
-        "to_k",
-        "to_v",
-        "to_out.0",
-        "ffn.net.0.proj",
-        "ffn.net.2",
+        *("to_q", "to_k", "to_v", "to_out.0"),
+        *("ffn.net.0.proj", "ffn.net.2"),
     )
     """The layers that get an adapter, by the ends of their names."""
 
@@ -220,7 +216,7 @@ def _sections(options: type, prefix: str = "") -> dict[type, str]:
     """The classes of a tree, and what their options' names begin with."""
     sections = {options: prefix}
     for name, kind in get_type_hints(options).items():
-        if dataclasses.is_dataclass(kind):
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
             sections |= _sections(kind, f"{prefix}{name}.")
     return sections
 
@@ -233,7 +229,7 @@ def read_command(words: Sequence[str], **told: Any) -> RunCommand:
     """The options that a command line gives. Those of `--config FILE` stand before the line's own.
 
     Args:
-        told: what `tyro.cli` is told besides, such as the program's name.
+        told: more arguments of `tyro.cli`, such as the program's name.
 
     Raises:
         ValueError: if an option is unknown or cannot be used.
@@ -265,7 +261,7 @@ def _words_of_file(path: Path) -> list[str]:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The content of a YAML file of options; ValueError, naming it, if it is none."""
+    """The content of a YAML file of options. Raises ValueError, naming the file, if it cannot be read."""
     import yaml
 
     try:
@@ -340,8 +336,7 @@ def to_yaml(command: RunCommand) -> str:
 
 
 def accumulation(command: RunCommand, world_size: int) -> int:
-    """How many micro-batches each process takes per step. Raises ValueError if the processes cannot share the batch
-    evenly."""
+    """The number of micro-batches per process and step. Raises ValueError if the batch cannot be shared evenly."""
     count, rest = divmod(command.batch.size, command.batch.micro * world_size)
     if rest:
         raise ValueError(
@@ -374,14 +369,10 @@ def _check_data(command: RunCommand) -> None:
     if has_cache and has_dataset:
         raise ValueError("data.cache and data.source.data are both set. --data.cache None leaves the cache out.")
     if not has_cache and not has_dataset:
-        raise ValueError(
-            "Pass either data.cache, a folder of `refalign-train cache`, or a dataset as data.source.data."
-        )
+        raise ValueError("Pass either data.cache, made by `refalign-train cache`, or a dataset as data.source.data.")
     if has_cache and data.teacher is not None:
         raise ValueError("data.teacher goes with a dataset: a cache has its teacher's features. Leave it out.")
     if has_dataset and data.teacher is None and command.alignment.weight:
-        raise ValueError(
-            "Without a cache, data.teacher must name the vision model to align to; or alignment.weight 0."
-        )
+        raise ValueError("Without a cache, data.teacher must name the model to align to; or set alignment.weight 0.")
     if has_dataset and command.validation.cache is not None:
         raise ValueError("validation.cache goes with data.cache.")

@@ -23,7 +23,7 @@ from refalign import RefAlignWanTransformer3DModel
 from refalign_training.method.alignment import ReferenceAlignment
 from refalign_training.method.options import AlignmentOptions
 from refalign_training.run.batches import read_first
-from refalign_training.run.config import OptimizerOptions, RunCommand, accumulation, wants_shards
+from refalign_training.run.config import RunCommand, accumulation, wants_shards
 from refalign_training.run.inputs import open_samples
 from refalign_training.run.log import check_tracker
 from refalign_training.run.networks import add_lora, make_alignment, transformer_config
@@ -41,12 +41,13 @@ SAVED = {"full": (68, 4), "lora": (50, 4)}
 # ... and those that come and go on top: a LoRA's layers take their inputs in the adapters' float32
 WORKING = {"full": (4, 1), "lora": (12, 6)}
 FLOAT32_FACTOR = 1.5  # of both in float32: much of it is so already
+OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "muon": 4}  # AdamW's two moments of a weight, or Muon's one
+_CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 # As fused attention of a GPU is counted; a CPU's own is not known to torch's counter
 ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
-    ),
+    _CPU_ATTENTION: lambda *shapes, **_: sdpa_flop_count(*shapes[:3]),
+    _CPU_ATTENTION_BACKWARD: lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4]),
 }
 
 
@@ -58,7 +59,6 @@ class Memory:
     gradients: float
     optimizer: float
     average: float
-    """The moving average of the trained weights."""
     gathered: float
     """Blocks that are whole for a moment, and their gradients, where weights are sharded."""
     activations: float
@@ -74,10 +74,9 @@ class Memory:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What [`estimate`] returns."""
+    """What [`estimate`] returns. `hours` are reckoned at `ASSUMED_TFLOPS` per GPU."""
 
-    bucket: tuple[int, int, int, int]
-    """(frames, height, width, references), in pixels."""
+    bucket: Sequence[int]
     tokens: int
     """The tokens of a sample, its references' among them."""
     parameters: int
@@ -89,7 +88,6 @@ class Estimate:
     pflop: float
     """Forward, backward and recomputation of a sample, in 10^15 floating-point operations."""
     hours: float
-    """How long the run takes, at `ASSUMED_TFLOPS` per GPU."""
     world_size: int
     sharded: bool
 
@@ -97,12 +95,12 @@ class Estimate:
         """A small table for people."""
         frames, height, width, references = self.bucket
         named = ", ".join(f"{name} {size:.1f}" for name, size in asdict(self.memory).items() if size >= 0.05)
-        counts = map(_count, (self.parameters, self.trained, self.projectors))
-        many = f"{self.world_size} GPUs, {'sharded' if self.sharded else 'each with all weights'}"
+        parameters, trained, projectors = map(_count, (self.parameters, self.trained, self.projectors))
+        gpus = f"{self.world_size} GPUs, {'sharded' if self.sharded else 'each with all weights'}"
         return [
             f"sample      {frames} frames of {width}x{height}, references: {references}; {self.tokens:,} tokens",
-            "parameters  {}, trained {}, projectors {}".format(*counts),
-            f"GPUs        {'one GPU' if self.world_size == 1 else many}",
+            f"parameters  {parameters}, trained {trained}, projectors {projectors}",
+            f"GPUs        {'one GPU' if self.world_size == 1 else gpus}",
             f"memory      {self.memory.total:.1f} GiB per GPU: {named}",
             f"compute     {self.pflop:.3g} PFLOP per sample",
             f"time        {self.hours:.3g} hours, assuming {ASSUMED_TFLOPS} TFLOP/s per GPU; samples are read in time",
@@ -124,31 +122,27 @@ def estimate(
     GPUs. The optimiser's step is reckoned to need less for a moment than the activations that are gone by then.
 
     Args:
-        command ([`RunCommand`]): the options.
         transformer_config (`Mapping`): the configuration of [`RefAlignWanTransformer3DModel`].
         bucket (`Sequence[int]`): (frames, height, width, references) of a sample, in pixels.
         world_size (`int`, *optional*, defaults to 1): GPUs.
         sharded (`bool`, *optional*, defaults to `False`): whether each holds its part of the weights (fsdp2).
         teacher_dim (`int`, *optional*, defaults to 1024): width of the teacher's features, DINOv3 ViT-L's.
-
-    Returns:
-        [`Estimate`].
     """
-    shape = _Shape(transformer_config, bucket)
+    shape = _Shape(transformer_config, bucket, teacher_dim)
     whole, block = _count_weights_and_flop(command, transformer_config, shape)
-    projectors = _count_projectors(command.alignment, shape.dim, teacher_dim)
+    projectors = _count_projectors(command.alignment, shape)
     again = shape.blocks * block.forward if command.model.gradient_checkpointing else 0
     pflop = (whole.forward + whole.backward + again) / 1e15
+    parts = world_size if sharded else 1
+    memory = _memory(command, shape, whole, block, projectors, parts)
     seconds = command.steps * command.batch.size * pflop * 1000 / (ASSUMED_TFLOPS * world_size)
     return Estimate(
-        bucket=tuple(bucket),
+        bucket=bucket,
         tokens=shape.tokens,
         parameters=whole.parameters,
         trained=whole.trained,
         projectors=projectors,
-        memory=_memory(
-            command, shape, whole, block, projectors, parts=world_size if sharded else 1, teacher_dim=teacher_dim
-        ),
+        memory=memory,
         pflop=pflop,
         hours=seconds / 3600,
         world_size=world_size,
@@ -158,7 +152,7 @@ def estimate(
 
 def dry_run(command: RunCommand) -> int:
     """Prints what the run would take if all samples were of its largest bucket. Nothing is trained or written. Raises
-    ValueError if the data or what the run starts from do not fit."""
+    ValueError if the data, or what the run starts from, does not fit."""
     resumes = checkpoint_to_resume(command) is not None
     start = find_start(command, resumes)
     config, needs_teacher = transformer_config(command.model), bool(command.alignment.weight)
@@ -187,16 +181,13 @@ def dry_run(command: RunCommand) -> int:
     return 0
 
 
-# -- The transformer --------------------------------------------------------------------------------------------------
-
-
 class _Shape:
-    """A transformer's sizes, a sample's latents, and its tokens."""
+    """A transformer's and a teacher's sizes, a sample's latents, and its tokens."""
 
-    def __init__(self, config: Mapping[str, Any], bucket: Sequence[int]) -> None:
+    def __init__(self, config: Mapping[str, Any], bucket: Sequence[int], teacher_dim: int = 1024) -> None:
         frames, height, width, references = bucket
         _, rows, columns = config.get("patch_size", (1, 2, 2))
-        self.dim = config["num_attention_heads"] * config["attention_head_dim"]
+        self.dim, self.teacher_dim = config["num_attention_heads"] * config["attention_head_dim"], teacher_dim
         self.ffn_dim, self.blocks = config["ffn_dim"], config["num_layers"]
         self.channels = config.get("in_channels", 16)
         self.latents = ((frames - 1) // 4 + 1, height // 8, width // 8)
@@ -249,27 +240,18 @@ def _count_blocks(command: RunCommand, config: Mapping[str, Any], shape: _Shape,
     return _Counts(parameters, trained, forward.get_total_flops(), backward.get_total_flops())
 
 
-def _count_projectors(options: AlignmentOptions, dim: int, teacher_dim: int) -> int:
+def _count_projectors(options: AlignmentOptions, shape: _Shape) -> int:
     if not options.weight:
         return 0
     with torch.device("meta"):
-        alignment = ReferenceAlignment(dim, teacher_dim, options.layers, projector=options.projector)
-    return sum(parameter.numel() for parameter in alignment.parameters())
+        alignment = ReferenceAlignment(shape.dim, shape.teacher_dim, options.layers, projector=options.projector)
+    return sum(map(torch.Tensor.numel, alignment.parameters()))
 
 
 # -- Memory -----------------------------------------------------------------------------------------------------------
 
 
-def _memory(
-    command: RunCommand,
-    shape: _Shape,
-    whole: _Counts,
-    block: _Counts,
-    projectors: int,
-    *,
-    parts: int,
-    teacher_dim: int,
-) -> Memory:
+def _memory(command: RunCommand, shape: _Shape, whole: _Counts, block: _Counts, projectors: int, parts: int) -> Memory:
     """`parts`: into how many all weights are split."""
     is_full, trained, learned = command.training == "full", whole.trained, whole.trained + projectors
     compute_bytes = 2 if command.model.precision == "bfloat16" else 4
@@ -282,38 +264,32 @@ def _memory(
     return Memory(
         weights=(frozen + 4 * learned) / parts / GIB,
         gradients=4 * learned / parts / GIB,
-        optimizer=_optimizer_bytes(command.optimizer) * learned / parts / GIB,
+        optimizer=OPTIMIZER_BYTES[command.optimizer.name] * learned / parts / GIB,
         average=(4 * trained / parts if command.optimizer.ema_decay is not None else 0) / GIB,
         gathered=gathered / GIB,
         activations=_activations(command, shape, block.trained) / GIB,
-        loss=_loss_bytes(command, shape, teacher_dim) / GIB,
+        loss=_loss_bytes(command, shape) / GIB,
         encoders=encoders / GIB,
         overhead=OVERHEAD / GIB,
     )
 
 
-def _optimizer_bytes(options: OptimizerOptions) -> int:
-    """The moments of a weight: AdamW's two, or Muon's one, which nearly all weights have under it."""
-    return {"adamw": 8, "adamw8bit": 2, "muon": 4}[options.name]
-
-
 def _activations(command: RunCommand, shape: _Shape, block_weights: int) -> float:
     """What the blocks save: their inputs and one block's insides if it is computed again, else all insides."""
-    is_bfloat16, blocks = command.model.precision == "bfloat16", shape.blocks
-    again = command.model.gradient_checkpointing
+    is_bfloat16, again = command.model.precision == "bfloat16", command.model.gradient_checkpointing
     tokens, factor = shape.tokens * command.batch.micro, 1 if is_bfloat16 else FLOAT32_FACTOR
     (saved_dim, saved_ffn), (working_dim, working_ffn) = SAVED[command.training], WORKING[command.training]
     saved = tokens * factor * (saved_dim * shape.dim + saved_ffn * shape.ffn_dim)
     working = tokens * factor * (working_dim * shape.dim + working_ffn * shape.ffn_dim)
-    stream = blocks * tokens * shape.dim * (2 if is_bfloat16 else 4) if again else 0
+    stream = shape.blocks * tokens * shape.dim * (2 if is_bfloat16 else 4) if again else 0
     copies = 2 * block_weights if is_bfloat16 else 0  # autocast's, of a block
-    return stream + working + (saved + copies) * (1 if again else blocks)
+    return stream + working + (saved + copies) * (1 if again else shape.blocks)
 
 
-def _loss_bytes(command: RunCommand, shape: _Shape, teacher_dim: int) -> int:
+def _loss_bytes(command: RunCommand, shape: _Shape) -> int:
     """Velocity, noise and latents with their differences, and one aligned layer with its projector."""
     diffusion = 6 * 4 * shape.channels * math.prod(shape.latents)
-    alignment = shape.references * 12 * (shape.dim + teacher_dim) if command.alignment.weight else 0
+    alignment = shape.references * 12 * (shape.dim + shape.teacher_dim) if command.alignment.weight else 0
     return command.batch.micro * (diffusion + alignment)
 
 

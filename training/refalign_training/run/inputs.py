@@ -1,10 +1,9 @@
 """Where a run's samples come from: a cache, or a dataset whose encoders run along with the training."""
 
 import hashlib
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,18 +14,20 @@ from refalign_training.cache.reader import Cache
 from refalign_training.data.decoding import Decoded, decode
 from refalign_training.data.pixels import draw_prompt
 from refalign_training.data.randomness import numpy_generator
-from refalign_training.data.recipe import Recipe
-from refalign_training.data.sample import Sample, Unusable, usable
+from refalign_training.data.sample import Unusable, usable
 from refalign_training.data.source import read_source
 from refalign_training.run.config import DataOptions, ModelOptions
 
 
+FAMILIES = ("video", "references", "text", "teacher")
+
+
 class CachedSamples:
     """What `refalign-train cache` computed. Of several variants and captions, one is drawn each epoch. Raises
-    ValueError if it lacks something that training needs."""
+    ValueError if the cache lacks something that training needs."""
 
     def __init__(self, folder: Path, needs_teacher: bool) -> None:
-        self.cache = Cache(folder, ("video", "references", "text", *(("teacher",) if needs_teacher else ())))
+        self.cache = Cache(folder, FAMILIES if needs_teacher else FAMILIES[:-1])
         self.buckets = self.cache.samples.buckets
         self.name, self.fingerprint = folder.name, self.cache.fingerprint
         self._empty_prompt_embeds = self.cache.empty_prompt_embeds
@@ -63,15 +64,16 @@ class OnlineSamples:
     ) -> None:
         self.recipe, self.device = options.recipe, device
         self.samples = [sample for sample in usable(read_source(options.source)) if sample.prompts]
+        self.name = str(options.source.data)
         if not self.samples:
-            raise ValueError(
-                f"The dataset ({options.source.data}) has no usable sample. Look at: refalign-train check."
-            )
+            raise ValueError(f"The dataset ({self.name}) has no usable sample. Look at: refalign-train check.")
         video = (self.recipe.num_frames, self.recipe.height, self.recipe.width)
         self.buckets = np.array([(*video, len(sample.references)) for sample in self.samples], np.int32)
-        self.name = options.source.data
-        self.fingerprint = hash_of(self.samples, self.recipe)
-        self._families = ("video", "references", "text", *(("teacher",) if needs_teacher else ()))
+        digest = hashlib.sha256(repr(self.recipe).encode())
+        for sample in self.samples:
+            digest.update(repr(sample).encode("utf-8", "surrogatepass"))
+        self.fingerprint = f"sha256:{digest.hexdigest()}"
+        self._families = FAMILIES if needs_teacher else FAMILIES[:-1]
         self._names = (model.base, options.teacher, model.revision, options.teacher_revision)
         self._dtype = getattr(torch, model.precision)
         self._encoders: dict[str, Any] = {}
@@ -92,8 +94,9 @@ class OnlineSamples:
     def read(self, row: int, seed: int, epoch: int) -> dict[str, Decoded]:
         sample = self.samples[row]
         references = decode("references", sample, self.recipe, epoch)
-        if len(references.pixels) < len(sample.references):
-            raise Unusable("no references", f"{len(references.pixels)} of {len(sample.references)} can be read")
+        count = len(references.info["subjects"])
+        if count < len(sample.references):
+            raise Unusable("no references", f"{count} of {len(sample.references)} can be read")
         prompt = Decoded(prompts=(draw_prompt(sample, self.recipe, epoch),))
         return {"video": decode("video", sample, self.recipe, epoch), "references": references, "text": prompt}
 
@@ -122,25 +125,17 @@ class OnlineSamples:
     def _encoder(self, family: str) -> Any:
         """Made when it is first needed: never in a worker."""
         if family not in self._encoders:
-            folder, device = self._models[family].folder, self.device
+            folder = self._models[family].folder
             if family == "text":
-                encoder = TextEncoder(folder, self._dtype, device)
+                encoder = TextEncoder(folder, self._dtype, self.device)
             elif family == "teacher":
-                encoder = TeacherEncoder(folder, self._dtype, device)
+                encoder = TeacherEncoder(folder, self._dtype, self.device)
             else:
-                other = self._encoders.get("references" if family == "video" else "video")
-                is_references, vae = family == "references", other and other.vae
-                encoder = VaeEncoder(folder, torch.float32, device, references=is_references, vae=vae)
+                is_references = family == "references"
+                vae = self._encoder("video").vae if is_references else None
+                encoder = VaeEncoder(folder, torch.float32, self.device, references=is_references, vae=vae)
             self._encoders[family] = encoder
         return self._encoders[family]
-
-
-def hash_of(samples: Sequence[Sample], recipe: Recipe) -> str:
-    """A digest of what the samples and the recipe are."""
-    total = hashlib.sha256(repr(recipe).encode())
-    for sample in samples:
-        total.update(repr(sample).encode("utf-8", "surrogatepass"))
-    return f"sha256:{total.hexdigest()}"
 
 
 def open_samples(

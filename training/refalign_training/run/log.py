@@ -8,19 +8,18 @@ import importlib.util
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 from refalign.files import new_file
+from refalign_training.method.objective import Losses
 from refalign_training.run.config import LogOptions
 
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from refalign_training.method.objective import Losses
 
 NUM_BINS = 10  # intervals of timesteps
 METRICS_FILE = "metrics.jsonl"
@@ -34,34 +33,25 @@ class Metrics:
     """Means over the samples since the last [`collect`], each sample weighing the same whatever its micro-batch and
     process. Sums are held on the device: nothing waits for it before [`collect`].
 
-    What [`add`] takes counts from [`commit`] on; [`discard`] forgets it, if the step turns out to be one to skip.
-
-    Args:
-        layers (`Sequence[int]`): the aligned blocks, for the names of their means.
-        device (`torch.device` or `str`): where the losses are.
+    What [`add`] takes counts from [`commit`] on; [`discard`] forgets it, if the step turns out to be one to skip. The
+    means of the alignment are named by its blocks, `layers`.
     """
 
     def __init__(self, layers: Sequence[int], device: torch.device | str) -> None:
         self.layers = tuple(layers)
-        self.names = [
-            *("loss", "loss/diffusion", "loss/mse", "loss/alignment"),
-            *(f"mse_by_timestep/{100 * i:03d}-{100 * (i + 1):03d}" for i in range(NUM_BINS)),
-            *(f"alignment/cosine_block_{layer}" for layer in self.layers),
-            *(f"alignment/active_negatives_block_{layer}" for layer in self.layers),
-        ]
+        self.names = ["loss", "loss/diffusion", "loss/mse", "loss/alignment"]
+        for low in range(0, 1000, 1000 // NUM_BINS):
+            self.names.append(f"mse_by_timestep/{low:03d}-{low + 1000 // NUM_BINS:03d}")
+        for name, layer in product(("cosine", "active_negatives"), self.layers):
+            self.names.append(f"alignment/{name}_block_{layer}")
         # Of each name the sum and the number of samples; float32, as mps knows no float64
         self._sums = torch.zeros(2, len(self.names), device=device)
         self._pending = torch.zeros_like(self._sums)
         self._bins = torch.arange(NUM_BINS, device=device)
 
     @torch.no_grad()
-    def add(self, losses: "Losses", timesteps: torch.Tensor) -> None:
-        """Takes the losses of a micro-batch.
-
-        Args:
-            losses ([`Losses`]): one value per sample, with or without a graph.
-            timesteps (`torch.Tensor` of shape `(batch,)`): in [0, 1000].
-        """
+    def add(self, losses: Losses, timesteps: torch.Tensor) -> None:
+        """Takes the losses of a micro-batch, with or without a graph, and its timesteps `(batch,)` in [0, 1000]."""
         device = self._sums.device
         kept = losses.kept.to(device, non_blocking=True)
         has_negatives = losses.has_negatives.to(device, non_blocking=True)
@@ -75,26 +65,23 @@ class Metrics:
             (blocks if losses.active_negatives is None else losses.active_negatives, has_negatives[:, None]),
         ]
         pairs = [torch.broadcast_tensors(*pair) for pair in columns]
-        values = torch.cat([pair[0] for pair in pairs], 1)
-        masks = torch.cat([pair[1] for pair in pairs], 1)
+        values, masks = (torch.cat(tensors, 1) for tensors in zip(*pairs, strict=True))
         # `where`, not a product: what does not count may be anything, nan too
         self._pending[0] += torch.where(masks, values, 0).sum(0)
         self._pending[1] += masks.sum(0)
 
     def commit(self) -> None:
-        """Counts what was added since the last commit or discard."""
         self._sums += self._pending
         self.discard()
 
     def discard(self) -> None:
-        """Forgets what was added since the last commit or discard."""
         self._pending.zero_()
 
     def collect(self, all_reduce: Callable[[torch.Tensor], Any]) -> dict[str, float]:
         """The means of what was committed since the last call. The only method that waits for the device.
 
         Args:
-            all_reduce (`Callable`): sums a tensor over all processes, in place. It gets a flat one of float32.
+            all_reduce (`Callable`): sums a flat float32 tensor over all processes, in place.
 
         Returns:
             `dict`: `loss`, `loss/diffusion`, `loss/mse`; `loss/alignment`, `alignment/cosine` and
@@ -117,14 +104,8 @@ class Metrics:
 
 
 class RunLog:
-    """Where the main process writes the run's numbers: `metrics.jsonl` in the run's folder, and a tracker. Where the
-    run goes on from an earlier step than it was killed at, what lies beyond is removed.
-
-    Args:
-        folder (`Path`): the run's folder.
-        options ([`LogOptions`]): which tracker.
-        run_options (`Mapping[str, Any]`): all options by their dotted names, for the tracker to show.
-        step (`int`): the last one that is done; 0 for a new run.
+    """Where the main process writes the run's numbers: `metrics.jsonl` in the run's folder, and a tracker, which shows
+    all options by their dotted names. `step` is the last one that is done: what lies beyond is removed.
 
     Raises:
         ValueError: if the tracker is not installed, or a file in the folder is damaged.
@@ -132,25 +113,22 @@ class RunLog:
 
     def __init__(self, folder: Path, options: LogOptions, run_options: Mapping[str, Any], step: int) -> None:
         check_tracker(options.tracker)
-        self.folder = Path(folder)
+        self.folder = folder
         for name in (METRICS_FILE, SKIPPED_FILE):
             _drop_beyond(self.folder / name, step)
         self._tracker = _start_tracker(self.folder, options, run_options, step)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Writes the numbers of a step. Those that are not finite are null in the file, so that it stays JSON."""
-        plain, line = {}, {"step": step}
+        line: dict[str, float | None] = {"step": step}
         for name, value in values.items():
-            plain[name] = float(value)
-            line[name] = plain[name] if math.isfinite(value) else None
+            line[name] = float(value) if math.isfinite(value) else None
         _append(self.folder / METRICS_FILE, line)
         if self._tracker is not None:
-            self._tracker.log(plain, step=step)
+            self._tracker.log(dict(values), step=step)
 
-    def log_images(self, images: "Mapping[str, Image.Image]", step: int) -> None:
+    def log_images(self, images: Mapping[str, Image.Image], step: int) -> None:
         """Shows images by their names, if the tracker can: tensorboard and wandb."""
-        import numpy as np
-
         if hasattr(self._tracker, "log_images"):
             shape = {"dataformats": "NHWC"} if self._tracker.name == "tensorboard" else {}
             for name, image in images.items():
@@ -165,15 +143,14 @@ class RunLog:
 
 def check_tracker(name: str) -> None:
     """Raises ValueError if a tracker's package is not installed."""
-    spec = None if name == "none" else importlib.util.find_spec(name)
     # Without an origin it is only a folder of that name, such as wandb leaves where it ran
-    if name != "none" and (spec is None or spec.origin is None):
+    if name != "none" and getattr(importlib.util.find_spec(name), "origin", None) is None:
         raise ValueError(f"log.tracker is {name}, which is not installed. `pip install {name}`, or choose another.")
 
 
 def append_skipped(folder: Path, step: int, ids: Iterable[str], reason: str) -> None:
     """Writes the samples that a step left out, or all of a step that was skipped, into `skipped.jsonl`."""
-    _append(Path(folder) / SKIPPED_FILE, {"step": step, "ids": list(ids), "reason": reason})
+    _append(folder / SKIPPED_FILE, {"step": step, "ids": list(ids), "reason": reason})
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
@@ -197,16 +174,13 @@ def _drop_beyond(file: Path, step: int) -> None:
     if file.exists():
         lines = [line for line in read_metrics(file) if line["step"] <= step]
         with new_file(file, overwrite=True) as partial:
-            partial.write_text("".join(map(_line, lines)), "utf-8")
+            _append(partial, *lines)
 
 
-def _append(file: Path, line: Mapping[str, Any]) -> None:
+def _append(file: Path, *lines: Mapping[str, Any]) -> None:
     with file.open("a", encoding="utf-8") as opened:
-        opened.write(_line(line))
-
-
-def _line(values: Mapping[str, Any]) -> str:
-    return json.dumps(values, allow_nan=False) + "\n"
+        for line in lines:
+            opened.write(json.dumps(line, allow_nan=False) + "\n")
 
 
 def _start_tracker(folder: Path, options: LogOptions, run_options: Mapping[str, Any], step: int) -> Any:

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from itertools import chain
 from typing import Any
 
 import torch
@@ -25,12 +24,8 @@ def is_hidden(name: str, parameter: torch.Tensor) -> bool:
 
 class MuonWithAdamW:
     """`torch.optim.Muon` (https://kellerjordan.github.io/posts/muon/) with the step size of AdamW (Moonlight, arXiv
-    2502.16982), and `torch.optim.AdamW` beside it. A kernel counts as the matrix from its inputs to its outputs.
-
-    Args:
-        groups (`list[dict]`): as optimisers of torch take them; those with `muon=True` are Muon's.
-        betas, eps: AdamW's own.
-    """
+    2502.16982), and `torch.optim.AdamW` beside it, which has the betas and eps. A kernel counts as the matrix from its
+    inputs to its outputs. Groups of parameters with `muon=True` are Muon's."""
 
     def __init__(self, groups: list[dict[str, Any]], betas: tuple[float, float], eps: float) -> None:
         # Views that share their memory: Muon takes matrices alone
@@ -38,20 +33,22 @@ class MuonWithAdamW:
         of_muon, of_adamw = [], []
         for group in groups:
             if group.pop("muon", False):
-                for parameter in group["params"]:
-                    self._flat[parameter] = nn.Parameter(parameter.detach().flatten(1))
-                of_muon.append(group | {"params": list(map(self._flat.get, group["params"]))})
+                flat = [nn.Parameter(parameter.detach().flatten(1)) for parameter in group["params"]]
+                self._flat |= zip(group["params"], flat, strict=True)
+                of_muon.append(group | {"params": flat})
             else:
                 of_adamw.append(group)
-        muon = torch.optim.Muon(of_muon, adjust_lr_fn="match_rms_adamw") if of_muon else None
-        adamw = torch.optim.AdamW(of_adamw, betas=betas, eps=eps, fused=True) if of_adamw else None
-        self._optimizers = list(filter(None, (muon, adamw)))
-        self.param_groups = list(chain.from_iterable(optimizer.param_groups for optimizer in self._optimizers))
+        self._optimizers: list[torch.optim.Optimizer] = []
+        if of_muon:
+            self._optimizers.append(torch.optim.Muon(of_muon, adjust_lr_fn="match_rms_adamw"))
+        if of_adamw:
+            self._optimizers.append(torch.optim.AdamW(of_adamw, betas=betas, eps=eps, fused=True))
+        self.param_groups = [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
     @property
-    def state(self) -> Mapping[nn.Parameter, dict[str, Any]]:
+    def state(self) -> Mapping[torch.Tensor, dict[str, Any]]:
         """The optimisers' state by the network's own parameters."""
-        state: dict[nn.Parameter, dict[str, Any]] = {}
+        state: dict[torch.Tensor, dict[str, Any]] = {}
         for optimizer in self._optimizers:
             state |= optimizer.state
         for ours, flat in self._flat.items():

@@ -21,8 +21,8 @@ CHANNELS = 16  # channels of Wan 2.1's latents; its image-to-video models take 3
 
 
 def transformer_config(options: ModelOptions) -> dict[str, Any]:
-    """The configuration of the base's transformer, downloaded alone if need be. Raises ValueError if there is none, or
-    it is not of Wan 2.1's text-to-video transformer."""
+    """The configuration of the base's transformer, downloaded alone if need be. Raises ValueError if it is not the one
+    of Wan 2.1's text-to-video transformer."""
     folder = fetch(options.base, ["transformer/config.json"], options.revision)
     file = folder / "transformer/config.json"
     if not file.is_file():
@@ -74,14 +74,8 @@ def _stored_weights(options: ModelOptions, config: Mapping[str, Any], start: Sta
 def add_lora(transformer: RefAlignWanTransformer3DModel, options: LoraOptions, seed: int) -> None:
     """Gives a transformer its adapters, in float32: the same ones for a seed."""
     torch.manual_seed(seed)
-    transformer.add_adapter(
-        LoraConfig(
-            r=options.rank,
-            lora_alpha=options.alpha,
-            lora_dropout=options.dropout,
-            target_modules=list(options.targets),
-        )
-    )
+    sizes: dict[str, Any] = {"r": options.rank, "lora_alpha": options.alpha, "lora_dropout": options.dropout}
+    transformer.add_adapter(LoraConfig(target_modules=list(options.targets), **sizes))
     for parameter in transformer.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -49,7 +49,6 @@ class Order:
         rows (`np.ndarray`): the samples to train on.
         batch_size (`int`): samples per step, of all processes.
         micro_batch_size (`int`): samples per micro-batch; divides `batch_size`.
-        seed (`int`): the run's seed.
     """
 
     def __init__(
@@ -116,8 +115,7 @@ def hold_out(num_samples: int, wanted: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw_quantiles(seed: int, step: int, batch_size: int) -> torch.Tensor:
-    """The quantiles of a step's timesteps, one per sample, stratified: each lies in another one of `batch_size` equal
-    parts of [0, 1). float64 `(batch_size,)`."""
+    """The quantiles of a step's timesteps, float64 `(batch_size,)`: one in each of so many equal parts of [0, 1)."""
     generator = numpy_generator("timesteps", seed, step)
     quantiles = (generator.permutation(batch_size) + generator.random(batch_size)) / batch_size
     return torch.from_numpy(np.minimum(quantiles, np.nextafter(1.0, 0.0)))

@@ -6,12 +6,13 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -21,12 +22,8 @@ from refalign_training.run.config import wants_shards
 
 
 class Parallel:
-    """The processes of a run, as `accelerate launch` or torchrun started them; one, if nothing did.
-
-    Args:
-        mode (`str`): `"ddp"`, `"fsdp2"` or `"auto"`: fsdp2 if accelerate's file says FSDP, else ddp.
-        device (`str`): `"auto"` or the name of a device.
-    """
+    """The processes of a run, as `accelerate launch` or torchrun started them; one, if nothing did. The mode `auto` is
+    fsdp2 if accelerate's file says FSDP, else ddp."""
 
     def __init__(self, mode: Literal["auto", "ddp", "fsdp2"] = "auto", device: str = "auto") -> None:
         found = find_device(device)
@@ -35,55 +32,48 @@ class Parallel:
             raise ValueError(f"--device {device} is one device for all processes. Pass {found.type}.")
         # Without an accelerator it must be told: else each process takes itself for the only one
         state = PartialState(cpu=found.type == "cpu")
-        self.rank, self.world_size = state.process_index, state.num_processes
+        self.rank, self.world_size, self.is_main = state.process_index, state.num_processes, state.is_main_process
         if self.world_size != launched:
             raise ValueError(f"{launched} processes were started, but {device} lets {self.world_size} work together.")
-        self.device = state.device if device in ("auto", state.device.type) else found
+        self.device = found
+        if state.device is not None and device in ("auto", state.device.type):
+            self.device = state.device
         self.is_sharded = wants_shards(mode) and self.world_size > 1
-        self._wrapped: list[nn.Module] = []
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
+        self._with_all_weights: list[DistributedDataParallel] = []
 
     def wrap(self, module: nn.Module, parts: Iterable[nn.Module] = (), dtype: torch.dtype | None = None) -> nn.Module:
-        """The module on this process's device, ready to be trained together with the other processes.
-
-        Args:
-            module (`nn.Module`): of the same weights in every process.
-            parts (`Iterable[nn.Module]`): of it, sharded each for itself: its blocks. They are moved one by one, so
-                that a device never holds all that is sharded.
-            dtype (`torch.dtype`, *optional*): what weights are brought to on the way.
-        """
-        if not self.is_sharded:
-            _move(module, self.device, dtype)
-            if self.world_size == 1:
-                return module
-            ids = None if self.device.type == "cpu" else [self.device]
-            warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # that it will be as we ask for
-            # `find_unused_parameters` keeps the buckets as they are: else they are made anew after the first backward
-            # pass of a process, and three of them that went on would add in another order than those that did not stop
-            module = DistributedDataParallel(
-                module, ids, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
-            )
-        else:
+        """A module with the same weights in every process, on this one's device and perhaps in another dtype, ready to
+        be trained together. `parts`, its blocks, are sharded each for itself and moved one by one, so that a device
+        never holds all that is sharded."""
+        if self.is_sharded:
             # Of tokens that are returned beside the velocity; nothing changes them in place
             warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
-            mesh = dist.device_mesh.init_device_mesh(self.device.type, (self.world_size,))
+            mesh = init_device_mesh(self.device.type, (self.world_size,))
             for part in (*parts, module):
                 _move(part, self.device, dtype)
                 # Else the outermost one stays whole after a forward pass without a backward pass, as in validation,
                 # and the next step computes with what its weights were then
                 fully_shard(part, mesh=mesh, reshard_after_forward=True)
-        self._wrapped.append(module)
-        return module
+            return module
+        _move(module, self.device, dtype)
+        if self.world_size == 1:
+            return module
+        ids = None if self.device.type == "cpu" else [self.device]
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # that it will be as we ask for
+        # `find_unused_parameters` keeps the buckets as they are: else they are made anew after the first backward
+        # pass of a process, and three of them that went on would add in another order than those that did not stop
+        wrapped = DistributedDataParallel(
+            module, ids, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
+        )
+        self._with_all_weights.append(wrapped)
+        return wrapped
 
     @contextmanager
     def accumulate(self, is_last: bool) -> Iterator[None]:
         """A backward pass whose gradients are averaged over the processes only if it is a step's last."""
         with ExitStack() as stack:
-            if not is_last and not self.is_sharded:  # sharded, they are averaged each time: whole, they do not fit
-                for module in self._wrapped:
+            if not is_last:
+                for module in self._with_all_weights:  # shards are averaged each time: whole gradients do not fit
                     stack.enter_context(module.no_sync())
             yield
 
@@ -100,14 +90,6 @@ class Parallel:
         tensor = torch.tensor(values, dtype=torch.int32, device=self.device)
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return tensor.tolist()
-
-    def gather(self, value: Any) -> list[Any]:
-        """The values of all processes, in all of them."""
-        if self.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
 
     def barrier(self) -> None:
         if self.world_size > 1:
@@ -134,6 +116,11 @@ def _move(module: nn.Module, device: torch.device, dtype: torch.dtype | None) ->
     for child in module.modules():
         for name, buffer in child.named_buffers(recurse=False):
             setattr(child, name, buffer.to(device))
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gradient_norm(parameters: Sequence[nn.Parameter], max_norm: float = 0.0) -> torch.Tensor:

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from refalign.files import new_file
 
@@ -21,26 +22,13 @@ TRAINING_LOSSES = {
     "loss/diffusion": ("diffusion: w(t) · MSE", BLUE),
     "loss/mse": ("MSE", GREEN),
 }
-VALIDATION_LOSSES = {
-    "validation/mse": ("validation: MSE", GREEN),
-}
+VALIDATION_LOSSES = {"validation/mse": ("validation: MSE", GREEN)}
 BINS = 50
 
 
-# -- Losses -----------------------------------------------------------------------------------------------------------
-
-
 def plot_losses(metrics_file: Path, output: Path) -> None:
-    """Draws the losses of a run over its steps, as they were logged and smoothed; below them the alignment's, if there
-    is one.
-
-    Args:
-        metrics_file (`Path`): a run's `metrics.jsonl`.
-        output (`Path`): a PNG file, replaced if it exists.
-
-    Raises:
-        ValueError: if the file cannot be read, or holds no loss.
-    """
+    """Draws the losses in a run's `metrics.jsonl` over its steps, as they were logged and smoothed; below them the
+    alignment's, if there is one. Raises ValueError if the file cannot be read, or holds no loss."""
     from refalign_training.run.log import read_metrics
 
     lines = read_metrics(metrics_file)
@@ -113,26 +101,15 @@ def _smooth(values: Sequence[float]) -> list[float]:
 
 def _limit(axes: "Axes") -> None:
     """Lets the few highest values leave the panel, so that a spike does not press the rest flat."""
-    heights = sorted(chain.from_iterable(line.get_ydata() for line in axes.get_lines()))
-    low, high = heights[0], heights[math.ceil(0.995 * len(heights)) - 1]
+    heights = np.concatenate([np.asarray(line.get_ydata()) for line in axes.get_lines()])
+    low, high = np.quantile(heights, (0, 0.995), method="inverted_cdf")
     margin = 0.05 * (high - low) or 0.05 * abs(high) or 0.05
     axes.set_ylim(low - margin, high + 3 * margin)
 
 
-# -- Timesteps --------------------------------------------------------------------------------------------------------
-
-
 def plot_timesteps(preset: str, output: Path, gate_power: float = 3.0) -> None:
-    """Draws how often each timestep is drawn, and what its losses weigh.
-
-    Args:
-        preset (`str`): see [`timestep_table`].
-        output (`Path`): a PNG file, replaced if it exists.
-        gate_power (`float`, *optional*, defaults to 3): the power of [`timestep_gate`].
-
-    Raises:
-        ValueError: for an unknown preset.
-    """
+    """Draws how often a preset of [`timestep_table`] draws each timestep, and what its losses weigh, with
+    [`timestep_gate`]'s power. Raises ValueError for an unknown preset."""
     from refalign_training.method.losses import timestep_gate, timestep_table
 
     timesteps, weights = timestep_table(preset)
@@ -157,7 +134,7 @@ def plot_timesteps(preset: str, output: Path, gate_power: float = 3.0) -> None:
 
 
 def describe_timesteps(preset: str) -> str:
-    """Two lines about a preset's timesteps and weights. ValueError for an unknown preset."""
+    """Two lines about a preset's timesteps and weights. Raises ValueError for an unknown preset."""
     from refalign_training.method.losses import timestep_table
 
     timesteps, weights = timestep_table(preset)
@@ -173,9 +150,6 @@ def describe_timesteps(preset: str) -> str:
     )
 
 
-# -- Both -------------------------------------------------------------------------------------------------------------
-
-
 def _figure(height: float) -> "Figure":
     """A figure of its own, without pyplot's global state."""
     from matplotlib.figure import Figure
@@ -186,7 +160,7 @@ def _figure(height: float) -> "Figure":
 def _finish(axes: "Axes", title: str, handles: Sequence["Artist"], spines: Sequence[str] = ("top", "right")) -> None:
     """Title and legend above the panel, where they hide no data; a light grid."""
     axes.set_title(title, loc="left", fontweight="bold", fontsize="medium")
-    named = [handle for handle in handles if not handle.get_label().startswith("_")]
+    named = [handle for handle in handles if not str(handle.get_label()).startswith("_")]
     place = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2}
     axes.legend(handles=named, ncols=len(named), frameon=False, fontsize="small", **place)
     axes.grid(alpha=0.25)

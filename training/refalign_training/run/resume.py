@@ -6,9 +6,8 @@ A run resumes its own checkpoint (`resume`), or starts from the weights of anoth
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
@@ -16,7 +15,7 @@ from torch import nn
 from refalign.files import find_safetensors, read_headers
 from refalign.hub import LORA_WEIGHTS, PROJECTORS
 from refalign.keys import native_to_diffusers
-from refalign_training.run.checkpoint import find_checkpoint, has_checkpoint, read_state
+from refalign_training.run.checkpoint import STATE, find_checkpoint, has_checkpoint, read_state
 from refalign_training.run.config import RunCommand, flatten
 
 
@@ -24,24 +23,11 @@ logger = logging.getLogger(__name__)
 
 # Options that may differ when a run goes on: nothing that is trained depends on them
 FREE_OPTIONS = (
-    "config",
-    "resume",
-    "output",
-    "allow_changes",
-    "dry_run",
-    "parallel",
-    "device",
-    "max_skipped_steps",
+    *("config", "output", "resume", "allow_changes", "dry_run", "parallel", "device", "max_skipped_steps"),
+    *("checkpoints", "log", "model.compile", "data.workers"),
     "data.cache",  # the dataset's fingerprint is compared
-    "data.workers",
-    "model.compile",
-    "checkpoints",
-    "log",
-    "validation.every",
-    "validation.videos",
-    "validation.video_steps",
-    "validation.guidance_scale",
-    "validation.image_guidance_scale",
+    *("validation.every", "validation.videos", "validation.video_steps"),
+    *("validation.guidance_scale", "validation.image_guidance_scale"),
 )
 
 
@@ -58,23 +44,16 @@ def checkpoint_to_resume(command: RunCommand) -> Path | None:
 
 
 def check_unchanged(checkpoint: Path, command: RunCommand, frozen: str, dataset: Mapping[str, Any]) -> None:
-    """Raises ValueError if a checkpoint was made with other options or data, unless `allow_changes` lets it: then they
-    are logged.
-
-    Args:
-        frozen (`str`): the [`frozen_fingerprint`] of the weights that are not trained.
-        dataset (`Mapping`): `name`, `samples` and `fingerprint` of the run's dataset.
-    """
+    """Raises ValueError if a checkpoint was made with other options, data or frozen weights (by their fingerprint),
+    unless `allow_changes` lets it: then they are logged."""
     state = read_state(checkpoint)
     changes = changed_options(state["options"], flatten(command))
     is_told = any(change.startswith(("training:", "model.")) for change in changes)
     if state["frozen"] != frozen and not is_told:
         changes.append("the weights that the adapters were trained on")
-    old = state["dataset"]
-    if old["fingerprint"] != dataset["fingerprint"]:
-        changes.append(
-            f"the dataset: {old['name']} of {old['samples']} samples -> {dataset['name']} of {dataset['samples']}"
-        )
+    old, new = state["dataset"], dataset
+    if old["fingerprint"] != new["fingerprint"]:
+        changes.append(f"the dataset: {old['name']} of {old['samples']} samples -> {new['name']} of {new['samples']}")
     if changes and not command.allow_changes:
         raise ValueError(
             f"{checkpoint} was made with other options or data: {'; '.join(changes)}. Pass the same ones, or "
@@ -84,34 +63,31 @@ def check_unchanged(checkpoint: Path, command: RunCommand, frozen: str, dataset:
         logger.warning("Changed since the checkpoint: %s", change)
 
 
-def changed_options(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def changed_options(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """What a checkpoint's options and those of now differ in, of what matters, as `name: old -> new`."""
     free, defaults = FREE_OPTIONS, flatten(RunCommand(Path()))
     old, new = defaults | old, defaults | new  # an option that came later was at its default
     if old["optimizer.schedule"] == new["optimizer.schedule"] == "constant":
         free = (*free, "steps")  # a longer run begins as the shorter one did
+    sections = tuple(f"{name}." for name in free)
     changes = []
     for name in sorted(old.keys() | new.keys()):
-        is_free = f"{name}.".startswith(tuple(f"{option}." for option in free))
-        if old.get(name) != new.get(name) and not is_free:
+        if old.get(name) != new.get(name) and not f"{name}.".startswith(sections):
             changes.append(f"{name}: {old.get(name)} -> {new.get(name)}")
     return changes
 
 
-@dataclass(frozen=True)
-class Start:
-    """What a run starts from, other than its base."""
+class Start(NamedTuple):
+    """What a run starts from, other than its base: another run's checkpoint, or headers of tensors in files."""
 
     checkpoint: Path | None = None
-    """Another run's checkpoint, read when the networks stand; else files, as headers of tensors:"""
-    transformer: Mapping[str, Any] = field(default_factory=dict)
-    projectors: Mapping[str, Any] = field(default_factory=dict)
+    transformer: Mapping[str, Any] = {}
+    projectors: Mapping[str, Any] = {}
 
 
 def find_start(command: RunCommand, resumes: bool = False) -> Start:
-    """What `model.start` names. A run that `resumes` has what it took of a checkpoint in its own: it needs but the
-    whole weights that adapters belong to. Raises ValueError if it is nothing to start from, or of another kind of
-    training."""
+    """What `model.start` names. A run that `resumes` takes weights from its own checkpoint: it only needs the whole
+    weights that adapters belong to. Raises ValueError if there is nothing, or of another kind of training."""
     path = command.model.start
     if path is None or (resumes and (command.training == "full" or not path.exists())):
         return Start()
@@ -119,16 +95,13 @@ def find_start(command: RunCommand, resumes: bool = False) -> Start:
         raise ValueError(f"model.start is {path}, which does not exist.")
     if (path / LORA_WEIGHTS).is_file():
         raise ValueError(f"{path} holds exported adapters. Name the run, or the checkpoint, that they are of.")
-    if path.is_dir() and (path / "transformer").is_dir():
-        projectors = path / PROJECTORS
-        tensors = read_headers(find_safetensors(path / "transformer"))
-        return Start(None, tensors, read_headers([projectors]) if projectors.is_file() else {})
-    if path.is_dir() and not any(path.glob("*.safetensors")):
-        checkpoint = find_checkpoint(path)
-    elif path.is_dir() and (path / "state.json").is_file():
-        checkpoint = path
-    else:
-        return Start(None, *native_to_diffusers(read_headers(find_safetensors(path))))
+    if (path / "transformer").is_dir():
+        projectors = read_headers(list(path.glob(PROJECTORS)))
+        return Start(None, read_headers(find_safetensors(path / "transformer")), projectors)
+    if not path.is_dir() or (any(path.glob("*.safetensors")) and not (path / STATE).is_file()):
+        headers = cast(Mapping[str, Any], read_headers(find_safetensors(path)))
+        return Start(None, *native_to_diffusers(headers))
+    checkpoint = find_checkpoint(path)
     if resumes:
         return Start()
     training = read_state(checkpoint)["options"]["training"]
@@ -142,14 +115,13 @@ def find_start(command: RunCommand, resumes: bool = False) -> Start:
 
 
 def check_start(checkpoint: Path, command: RunCommand, frozen: str) -> None:
-    """Raises ValueError if adapters of another run would be put on other weights, or at another scale, than they were
-    trained with."""
+    """Raises ValueError if another run's adapters were trained on other weights, or at another scale."""
     state = read_state(checkpoint)
     if state["frozen"] != frozen:
         raise ValueError(f"The adapters of {checkpoint} were trained on other weights than this run's model.base.")
-    scales = [options["lora.alpha"] / options["lora.rank"] for options in (state["options"], flatten(command))]
-    if frozen and scales[0] != scales[1]:
-        raise ValueError(f"The adapters of {checkpoint} have a scale (alpha / rank) of {scales[0]:g}: pass the same.")
+    scale = state["options"]["lora.alpha"] / state["options"]["lora.rank"]
+    if frozen and scale != command.lora.alpha / command.lora.rank:
+        raise ValueError(f"The adapters of {checkpoint} have a scale (alpha / rank) of {scale:g}: pass the same.")
 
 
 def frozen_fingerprint(transformer: nn.Module) -> str:

@@ -8,27 +8,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from refalign_training.run.checkpoint import load_tensors, stored_tensors
 from refalign_training.run.config import OptimizerOptions
 from refalign_training.run.muon import MuonWithAdamW, is_hidden, is_matrix
-from refalign_training.run.parallel import gradient_norm
+from refalign_training.run.parallel import gradient_norm, local
 
 
 PROJECTORS = "alignment."
 
 
 class TrainState:
-    """
-    Args:
-        modules (`Mapping[str, nn.Module]`): what is trained, by name: its parameters that require a gradient.
-        options ([`OptimizerOptions`]): the optimiser, its schedule and the average.
-        steps (`int`): the steps of the whole run.
-
-    Raises:
-        ValueError: if the optimiser cannot be had.
-    """
+    """The parameters of named modules that require a gradient, their average and their optimiser, whose schedule ends
+    after `steps`. Raises ValueError if the optimiser's package is not installed."""
 
     def __init__(self, modules: Mapping[str, nn.Module], options: OptimizerOptions, steps: int) -> None:
         self.options, self.steps = options, steps
@@ -43,7 +35,8 @@ class TrainState:
 
     def _groups(self) -> list[dict[str, Any]]:
         """The parameters of one learning rate and weight decay together; with Muon, those that it changes apart."""
-        options, groups = self.options, {}
+        options = self.options
+        groups: dict[Any, dict[str, Any]] = {}
         for name, parameter in self.parameters.items():
             lr = options.lr
             if name.startswith(PROJECTORS) and options.projector_lr is not None:
@@ -53,10 +46,8 @@ class TrainState:
                 lr, extra = options.muon_lr, {"muon": True}
             decay = options.weight_decay if is_matrix(name, parameter) else 0.0
             group = {"full_lr": lr, "lr": lr, "weight_decay": decay, **extra}
-            groups.setdefault(tuple(group.items()), []).append(parameter)
-        return [{"params": parameters, **dict(group)} for group, parameters in groups.items()]
-
-    # -- A step ----------------------------------------------------------------------------------------------------
+            groups.setdefault(tuple(group.items()), {"params": [], **group})["params"].append(parameter)
+        return list(groups.values())
 
     def clip_gradients(self) -> float:
         """The norm of all gradients, which are scaled down to `max_grad_norm`."""
@@ -67,7 +58,7 @@ class TrainState:
         for group in self.optimizer.param_groups:
             group["lr"] = group["full_lr"] * learning_rate_factor(step, self.steps, self.options)
         self.optimizer.step()
-        if self.averages:
+        if self.averages and self.options.ema_decay is not None:
             # At first the average follows closely, else it would long remember the start
             decay = min(self.options.ema_decay, (1 + step) / (10 + step))
             averages = [local(average) for average in self.averages.values()]
@@ -91,39 +82,31 @@ class TrainState:
             weight.copy_(average)
             average.copy_(kept)
 
-    # -- On the disk -----------------------------------------------------------------------------------------------
-
     def tensors(self) -> dict[str, torch.Tensor]:
         """All of it by name, the tensors themselves: what is written, and what is filled."""
-        tensors = {f"weights.{name}": parameter.detach() for name, parameter in self.parameters.items()}
-        tensors |= {f"average.{name}": average for name, average in self.averages.items()}
+        tensors = {f"average.{name}": average for name, average in self.averages.items()}
         for name, parameter in self.parameters.items():
+            tensors[f"weights.{name}"] = parameter.detach()
             for key, value in self.optimizer.state.get(parameter, {}).items():
-                value = value if isinstance(value, torch.Tensor) else torch.tensor(value)
-                tensors[f"optimizer.{key}.{name}"] = value
+                tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value)
         return tensors
 
     def load(self, checkpoint: Path, is_parallel: bool) -> None:
         """Goes on where a checkpoint was written. Raises ValueError if it does not fit."""
         self._make_optimizer_state()
-        stored = stored_tensors(checkpoint)
-        tensors = self.tensors()
-        for name in list(tensors):
-            if name.startswith("optimizer.") and name not in stored:  # it has never had a gradient
-                del tensors[name]
+        stored, tensors, state = stored_tensors(checkpoint), self.tensors(), self.optimizer.state
+        for name, parameter in self.parameters.items():
+            for key in list(state[parameter]):
+                if f"optimizer.{key}.{name}" not in stored:  # it has never had a gradient
+                    del state[parameter][key], tensors[f"optimizer.{key}.{name}"]
         load_tensors(checkpoint, tensors, is_parallel)
         for name, parameter in self.parameters.items():
-            of_parameter = self.optimizer.state[parameter]
-            for key, value in list(of_parameter.items()):
-                loaded = tensors.get(f"optimizer.{key}.{name}")
-                if loaded is None:
-                    del of_parameter[key]
-                elif not isinstance(value, torch.Tensor):
-                    of_parameter[key] = loaded.item()
+            for key, value in state[parameter].items():
+                if not isinstance(value, torch.Tensor):
+                    state[parameter][key] = tensors[f"optimizer.{key}.{name}"].item()
 
     def load_weights(self, checkpoint: Path, is_parallel: bool) -> None:
-        """Starts from the weights of another run's checkpoint, and from its projectors if it has some. Raises
-        ValueError if it does not fit."""
+        """Starts from another run's weights, and projectors if it has some. Raises ValueError if they do not fit."""
         has_projectors = any(name.startswith(f"weights.{PROJECTORS}") for name in stored_tensors(checkpoint))
         tensors = {}
         for name, parameter in self.parameters.items():
@@ -146,11 +129,6 @@ class TrainState:
         self.optimizer.zero_grad()
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This process's part of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def learning_rate_factor(step: int, steps: int, options: OptimizerOptions) -> float:
     """The share of the full learning rate at a step, counted from 0."""
     if step < options.warmup_steps:
@@ -171,7 +149,7 @@ def _make_optimizer(options: OptimizerOptions, groups: list[dict[str, Any]]) -> 
         # The others than the fused one take as much memory as the gradients for a moment
         return torch.optim.AdamW(groups, betas=options.betas, eps=options.eps, fused=True)
     try:
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]  # only for this optimiser
     except ImportError as error:
         raise ValueError("optimizer.name adamw8bit needs bitsandbytes: pip install bitsandbytes") from error
     return AdamW8bit(groups, betas=options.betas, eps=options.eps)

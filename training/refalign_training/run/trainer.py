@@ -11,18 +11,19 @@ import importlib.metadata
 import logging
 import math
 import time
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from refalign.files import fetch, new_file
 from refalign_training.cache.encoders import vae_config
 from refalign_training.method.objective import Batch, Objective
+from refalign_training.run import resume
 from refalign_training.run.batches import load_batches, read_first
 from refalign_training.run.checkpoint import checkpoint_name, read_state, remove_old_checkpoints, save_checkpoint
 from refalign_training.run.config import RunCommand, accumulation, check, flatten, to_yaml
@@ -32,13 +33,6 @@ from refalign_training.run.networks import load_transformer, make_alignment, tak
 from refalign_training.run.order import Order, hold_out
 from refalign_training.run.parallel import Parallel, gradient_norm
 from refalign_training.run.plots import describe_timesteps, plot_timesteps
-from refalign_training.run.resume import (
-    check_start,
-    check_unchanged,
-    checkpoint_to_resume,
-    find_start,
-    frozen_fingerprint,
-)
 from refalign_training.run.state import TrainState, learning_rate_factor
 from refalign_training.run.stopping import Stopping
 from refalign_training.run.validation import Validation
@@ -72,15 +66,14 @@ class Trainer:
         check_tracker(command.log.tracker)
         if not self.parallel.is_main:
             logging.getLogger("refalign_training").setLevel(logging.ERROR)
-        checkpoint = checkpoint_to_resume(command)
+        checkpoint = resume.checkpoint_to_resume(command)
         self.accumulation = accumulation(command, self.parallel.world_size)
         self._open_samples()
         self._open_validation()
         self._make_networks(resumes=checkpoint is not None)
-        self.step, self.skipped_in_a_row = 0, 0
-        self.resumed_from = checkpoint
+        self.step, self.skipped_in_a_row, self.resumed_from = 0, 0, checkpoint
         if checkpoint is not None:
-            check_unchanged(checkpoint, command, self.frozen, self._dataset())
+            resume.check_unchanged(checkpoint, command, self.frozen, self._dataset())
             self.state.load(checkpoint, self.parallel.world_size > 1)
             state = read_state(checkpoint)
             self.step, self.skipped_in_a_row = state["step"], state["skipped_in_a_row"]
@@ -127,39 +120,42 @@ class Trainer:
 
     def _open_samples(self) -> None:
         command = self.command
+        batch = command.batch
         self.samples = open_samples(command.data, command.model, bool(command.alignment.weight), self.parallel.device)
         wanted = command.validation.samples if command.validation.cache is None else 0
         self.rows, self.held_out = hold_out(len(self.samples.buckets), wanted)
-        if len(self.rows) < command.batch.size:
-            logger.warning(
-                "Only %d samples for batches of %d: some come twice per step.", len(self.rows), command.batch.size
-            )
-        batch = command.batch
+        if len(self.rows) < batch.size:
+            logger.warning("Only %d samples for batches of %d: some come twice per step.", len(self.rows), batch.size)
         self.order = Order(self.samples.buckets, self.rows, batch.size, batch.micro, command.seed)
 
     def _open_validation(self) -> None:
-        options, samples, rows = self.command.validation, self.samples, self.held_out
+        self.validation: Validation | None = None
+        self.vae_folder: Path | None = None  # only the main process decodes
+        options, model = self.command.validation, self.command.model
+        samples, rows = self.samples, self.held_out.tolist()
         if options.every and options.cache is not None:
             samples = CachedSamples(options.cache, bool(self.command.alignment.weight))
-            rows = np.arange(len(samples.buckets))[: options.samples]
-        self.validation = None
-        if options.every and len(rows):
-            validation = Validation(samples, rows, options, self.command.objective, self.parallel)
-            self.validation = validation if validation.values else None
-            if self.validation is None:
-                logger.warning("There is no validation: none of its %d samples can be read.", len(rows))
-        self.vae_folder: Path | None = None  # only the main process decodes
-        if self.validation is not None and options.videos and self.parallel.is_main:
+            rows = range(min(options.samples, len(samples.buckets)))
+        if not options.every or not rows:
+            return
+        validation = Validation(samples, rows, options, self.command.objective, self.parallel)
+        if not validation.values:
+            logger.warning("There is no validation: none of its %d samples can be read.", len(rows))
+            return
+        self.validation = validation
+        if options.videos and self.parallel.is_main:
             # Now, and not when the first videos are due
-            self.vae_folder = fetch(self.command.model.base, ["vae/*"], self.command.model.revision)
+            self.vae_folder = fetch(model.base, ["vae/*"], model.revision)
             vae_config(self.vae_folder)
 
     def _make_networks(self, resumes: bool) -> None:
         command, parallel = self.command, self.parallel
-        start = find_start(command, resumes)
+        start = resume.find_start(command, resumes)
         transformer = load_transformer(command, start, resumes)
-        self.frozen = frozen_fingerprint(transformer)
-        self.base = command.model.start if start.transformer and self.frozen else command.model.base
+        self.frozen = resume.frozen_fingerprint(transformer)
+        self.base = command.model.base
+        if start.transformer and self.frozen:
+            self.base = str(command.model.start)
         modules = {"transformer": transformer}
         if command.alignment.weight:
             value = read_first(self.samples, self.order)
@@ -170,18 +166,15 @@ class Trainer:
         if command.model.compile:
             # Each bucket for itself: loops of known length are faster
             transformer.compile_repeated_blocks(dynamic=False)
-        dtype = torch.float32 if command.training == "full" else None
-        wrapped = {"transformer": parallel.wrap(transformer, transformer.blocks, dtype)}
-        if "alignment" in modules:
-            wrapped["alignment"] = parallel.wrap(modules["alignment"])
         self.transformer = transformer
+        dtype = torch.float32 if command.training == "full" else None
+        wrapped = parallel.wrap(transformer, transformer.blocks, dtype)
+        alignment = parallel.wrap(modules["alignment"]) if "alignment" in modules else None
         precision = getattr(torch, command.model.precision)
-        self.objective = Objective(
-            wrapped["transformer"], wrapped.get("alignment"), command.alignment, precision, self._detail_weight
-        )
+        self.objective = Objective(wrapped, alignment, command.alignment, precision, self._detail_weight)
         self.state = TrainState(modules, command.optimizer, command.steps)
         if start.checkpoint is not None:
-            check_start(start.checkpoint, command, self.frozen)
+            resume.check_start(start.checkpoint, command, self.frozen)
             self.state.load_weights(start.checkpoint, parallel.world_size > 1)
 
     def _detail_weight(self, step: int) -> float:
@@ -202,14 +195,13 @@ class Trainer:
             encodes=self.command.data.cache is None,
             pin_memory=self.parallel.device.type == "cuda",
         )
-        self._waited = 0.0
 
     def _start_log(self) -> None:
         command = self.command
         self.metrics = Metrics(command.alignment.layers if self.objective.alignment else (), self.parallel.device)
         self.extra: dict[str, float] = {}
-        self._since, self._logged = time.perf_counter(), self.step
-        self.log = None
+        self._waited, self._since, self._logged = 0.0, time.perf_counter(), self.step
+        self.log: RunLog | None = None
         if self.parallel.is_main:
             command.output.mkdir(parents=True, exist_ok=True)
             options = command.output / "config.yaml"
@@ -224,7 +216,7 @@ class Trainer:
 
     def _summary(self) -> str:
         command = self.command
-        trained = sum(parameter.numel() for parameter in self.state.parameters.values())
+        trained = sum(map(torch.Tensor.numel, self.state.parameters.values()))
         epochs = command.steps * self.order.micro_batches / self.order.epoch_length
         begin = f"goes on from {self.resumed_from}" if self.resumed_from else "starts"
         return (
@@ -247,8 +239,7 @@ class Trainer:
 
     def _measure_gradients(self, batch: Batch, step: int) -> None:
         """The norms of the two losses' own gradients on a micro-batch. Leaves no trace."""
-        weight = self.objective.alignment_weight(step)
-        if not weight:
+        if not self.objective.alignment_weight(step):
             return
         norms = {}
         for name in ("diffusion", "alignment"):
@@ -257,14 +248,12 @@ class Trainer:
                 losses = self.objective(batch, step)
                 part = losses.diffusion if name == "diffusion" else losses.total - losses.diffusion
                 part.mean().backward()
-            norms[name] = gradient_norm(list(self.state.parameters.values())).item()
+            norms[f"gradients/{name}"] = gradient_norm(list(self.state.parameters.values())).item()
             self.state.optimizer.zero_grad()
-        is_measured = all(map(math.isfinite, norms.values())) and bool(batch.keeps_references.any())
-        if not is_measured:  # the step is about to be skipped, or there is nothing to align
-            return
-        self.extra["gradients/diffusion"] = norms["diffusion"]
-        self.extra["gradients/alignment"] = norms["alignment"]
-        self.extra["gradients/ratio"] = norms["alignment"] / max(norms["diffusion"], 1e-12)
+        # Otherwise the step is about to be skipped, or there is nothing to align
+        if all(map(math.isfinite, norms.values())) and batch.keeps_references.any():
+            ratio = norms["gradients/alignment"] / max(norms["gradients/diffusion"], 1e-12)
+            self.extra |= norms | {"gradients/ratio": ratio}
 
     def _update(self, step: int, norm: float) -> None:
         self.state.update(step)
@@ -279,8 +268,9 @@ class Trainer:
         losses: list[tuple[str, float]] = []
         for ids, total in taken:
             losses += zip(ids, total.tolist(), strict=True)
-        everywhere = list(chain.from_iterable(self.parallel.gather(losses)))
-        ids = [name for name, loss in everywhere if not math.isfinite(loss)] or [name for name, _ in everywhere]
+        losses = gather_object(losses)
+        bad = [name for name, loss in losses if not math.isfinite(loss)]
+        ids = bad or [name for name, _ in losses]
         reason = f"loss or gradient (norm {norm:g}) is not finite"
         logger.warning("Step %d is skipped: %s. Samples: %s", step + 1, reason, ", ".join(ids))
         if self.parallel.is_main:
@@ -298,12 +288,10 @@ class Trainer:
         if not is_last and not _is_due(self.step, self.command.log.every):
             return
         values = self.metrics.collect(self.parallel.sum)
-        seconds = time.perf_counter() - self._since
-        steps = self.step - self._logged
-        optimizer = self.command.optimizer
+        seconds, optimizer = time.perf_counter() - self._since, self.command.optimizer
         values |= self.extra | {
             "learning_rate": optimizer.lr * learning_rate_factor(self.step - 1, self.command.steps, optimizer),
-            "speed/samples_per_second": steps * self.command.batch.size / seconds,
+            "speed/samples_per_second": (self.step - self._logged) * self.command.batch.size / seconds,
             "speed/data_wait": self._waited / seconds,
             "memory/peak_gib": self.parallel.peak_memory(),
         }
@@ -314,23 +302,19 @@ class Trainer:
 
     def _save(self) -> None:
         command = self.command
+        sizes = np.unique(self.samples.buckets[:, :3], axis=0).tolist()
         state = {
             "step": self.step,
             "samples": self.step * command.batch.size,
             "skipped_in_a_row": self.skipped_in_a_row,
             "options": flatten(command),
-            "base": str(Path(self.base).resolve()) if Path(self.base).exists() else str(self.base),
+            "base": str(Path(self.base).resolve()) if Path(self.base).exists() else self.base,
             "frozen": self.frozen,
-            "dataset": {
-                **self._dataset(),
-                "sizes": np.unique(self.samples.buckets[:, :3], axis=0).tolist(),
-                "teacher": command.data.teacher,
-            },
+            "dataset": {**self._dataset(), "sizes": sizes, "teacher": command.data.teacher},
             "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
             "processes": self.parallel.world_size,
         }
-        started = time.perf_counter()
-        folder = command.output / "checkpoints"
+        started, folder = time.perf_counter(), command.output / "checkpoints"
         checkpoint = save_checkpoint(folder, self.state.tensors(), state, self.parallel)
         logger.info("Saved %s", checkpoint)
         if self.parallel.is_main:
@@ -345,14 +329,12 @@ class Trainer:
         """Losses and videos of the held-out samples, by the averaged weights if there are some: what is exported."""
         if self.validation is None:
             return
-        started, options = time.perf_counter(), self.command.validation
+        started = time.perf_counter()
         with self.state.averaged():
             values = self.validation.losses(self.objective, self.step - 1)
             values |= self.validation.gains(self.objective, self.step - 1)
-            pictures = {}
-            if options.videos:
-                folder = self.command.output / "samples" / checkpoint_name(self.step)
-                pictures = self.validation.write_videos(self.objective, self.transformer, self.vae_folder, folder)
+            folder = self.command.output / "samples" / checkpoint_name(self.step)
+            pictures = self.validation.write_videos(self.objective, self.transformer, self.vae_folder, folder)
         shown = {"validation/mse": "loss", "validation/reference_gain": "gain", "validation/order_gain": "order gain"}
         told = [f"{name} {values[key]:.4f}" for key, name in shown.items() if key in values]
         logger.info("Step %d, held out: %s", self.step, ", ".join(told))
@@ -363,15 +345,9 @@ class Trainer:
         self._since += time.perf_counter() - started
 
     def _progress(self) -> tqdm:
-        size = self.command.batch.size
-        return tqdm(
-            total=self.command.steps * size,
-            initial=self.step * size,
-            unit="sample",
-            desc=self.command.output.name,
-            disable=not self.parallel.is_main,
-            smoothing=0.05,
-        )
+        command, size = self.command, self.command.batch.size
+        sizes = {"total": command.steps * size, "initial": self.step * size, "unit": "sample"}
+        return tqdm(desc=command.output.name, disable=not self.parallel.is_main, smoothing=0.05, **sizes)
 
     def _finish(self, stop_signal: int = 0) -> int:
         del self.batches  # ends the workers

@@ -1,13 +1,14 @@
 """What a run measures on samples that it is not trained on. Nothing of it changes the run."""
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from diffusers import AutoencoderKLWan
 from PIL import Image
 
@@ -25,18 +26,12 @@ from refalign_training.run.parallel import Parallel
 
 logger = logging.getLogger(__name__)
 
-QUANTILES = tuple(round(0.1 * i, 1) for i in range(1, 10))
+QUANTILES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 GAIN_QUANTILE = 6  # the place of 0.7: where layout and identity are decided
 
 
 class Validation:
-    """Held-out samples, read once.
-
-    Args:
-        samples ([`SampleReader`]): where they are.
-        rows (`Sequence[int]`): which of them. Those that cannot be read are left out.
-        options ([`ValidationOptions`]), objective_options ([`ObjectiveOptions`]): the run's.
-    """
+    """Held-out samples, read once; those that cannot be read are left out."""
 
     def __init__(
         self,
@@ -48,30 +43,25 @@ class Validation:
     ) -> None:
         self.options, self.objective_options, self.parallel = options, objective_options, parallel
         self.values: list[tuple[str, dict[str, torch.Tensor]]] = []
-        for row in map(int, rows):
+        for row in rows:
             try:
                 self.values.append((samples.id(row), samples.encode(samples.read(row, seed=0, epoch=0))))
             except (ValueError, OSError) as error:
                 logger.warning("%s cannot be validated on: %s", samples.id(row), error)
         # One that a single process could not read is left out by all: they compute together
-        common = set.intersection(*map(set, parallel.gather(list(dict(self.values)))))
+        common = set.intersection(*map(set, gather_object([list(dict(self.values))])))
         self.values = [pair for pair in self.values if pair[0] in common]
         self._empty_prompt_embeds = samples.empty_prompt_embeds()
-
-    # -- Losses ----------------------------------------------------------------------------------------------------
 
     def losses(self, objective: Objective, step: int) -> dict[str, float]:
         """The unweighted loss at nine fixed quantiles of t, always with the same noise, and their mean; and of the
         alignment, while there is one, its loss and cosine."""
-        pairs = list(product(range(len(self.values)), range(len(QUANTILES))))
-        device, share = self.parallel.device, -(-len(pairs) // self.parallel.world_size)
-        sums = torch.zeros(len(QUANTILES) + 2, device=device)
+        sums = torch.zeros(len(QUANTILES) + 2, device=self.parallel.device)
         with torch.no_grad(), evaluating(objective):
-            for turn in range(share):  # every process takes as many turns: sharded, they compute together
-                place = turn * self.parallel.world_size + self.parallel.rank
-                number, quantile = pairs[place % len(pairs)]
-                losses = objective(self._batch(number, quantile).to(device), step)
-                if place < len(pairs):
+            for place, counts in self._share(len(self.values) * len(QUANTILES)):
+                number, quantile = divmod(place, len(QUANTILES))
+                losses = objective(self._batch(number, quantile), step)
+                if counts:
                     sums[quantile] += losses.mse[0]
                     sums[-2] += losses.alignment[0]
                     sums[-1] += 0.0 if losses.cosine is None else losses.cosine.mean()
@@ -87,31 +77,27 @@ class Validation:
     def gains(self, objective: Objective, step: int) -> dict[str, float]:
         """What the loss rises by, at a high t, if a sample gets another one's references (`reference_gain`), or its
         own in reverse order (`order_gain`): early signs that references are followed, and are told from each other."""
-        device, world_size = self.parallel.device, self.parallel.world_size
-        sums = torch.zeros(4, device=device)  # of both gains, and how many samples have them
+        names = ("validation/reference_gain", "validation/order_gain")
+        sums = torch.zeros(2, len(names), device=self.parallel.device)  # of the gains, and how many samples have them
         with torch.no_grad(), evaluating(objective):
-            for turn in range(-(-len(self.values) // world_size)):
-                place = turn * world_size + self.parallel.rank
-                number = place % len(self.values)
-                references = self.values[number][1]["reference_latents"]
-                exchanged = (self._references_of_another(number), references.flip(1))
-                losses = []
-                for latents in (references, *exchanged):
-                    batch = self._batch(number, GAIN_QUANTILE, latents[None]).to(device)
-                    losses.append(objective(batch, step).mse[0])
-                is_counted = place < len(self.values)
-                has_gain = (exchanged[0] is not references, references.shape[1] > 1)
-                for index in range(2):
-                    if is_counted and has_gain[index]:
-                        sums[index] += losses[1 + index] - losses[0]
-                        sums[2 + index] += 1
-        reference, order, references, orders = self.parallel.sum(sums).tolist()
-        gains = {}
-        if references:
-            gains["validation/reference_gain"] = reference / references
-        if orders:
-            gains["validation/order_gain"] = order / orders
-        return gains
+            for number, counts in self._share(len(self.values)):
+                own = self.values[number][1]["reference_latents"]
+                exchanged = (self._references_of_another(number), own.flip(1) if own.shape[1] > 1 else own)
+                loss = objective(self._batch(number, GAIN_QUANTILE), step).mse[0]
+                for index, other in enumerate(exchanged):
+                    gain = objective(self._batch(number, GAIN_QUANTILE, other), step).mse[0] - loss
+                    if counts and other is not own:
+                        sums[0, index] += gain
+                        sums[1, index] += 1
+        totals = zip(names, *self.parallel.sum(sums).tolist(), strict=True)
+        return {name: total / count for name, total, count in totals if count}
+
+    def _share(self, count: int) -> Iterator[tuple[int, bool]]:
+        """This process's part of so many items, and whether each counts. Sharded processes compute together, so all of
+        them take equally many: some take one that does not count."""
+        rank, world_size = self.parallel.rank, self.parallel.world_size
+        for place in range(rank, math.ceil(count / world_size) * world_size, world_size):
+            yield place % count, place < count
 
     def _references_of_another(self, number: int) -> torch.Tensor:
         """The references of the next sample with latents of the same shape; its own if there is none."""
@@ -121,8 +107,10 @@ class Validation:
                 return value["reference_latents"]
         return own
 
-    def _batch(self, number: int, quantile: int, reference_latents: torch.Tensor | None = None) -> Batch:
+    def _batch(self, number: int, quantile: int, references: torch.Tensor | None = None) -> Batch:
+        """A sample at one of the quantiles of t, perhaps with other references."""
         sample_id, value = self.values[number]
+        references = value["reference_latents"] if references is None else references
         generator = torch.Generator().manual_seed(seed_of("validation", sample_id, quantile))
         quantiles = torch.tensor([QUANTILES[quantile]], dtype=torch.float64)
         timesteps, weights = sample_timesteps(self.objective_options.timesteps, quantiles)
@@ -131,38 +119,28 @@ class Validation:
             seed=0,
             latents=value["latents"][None],
             noise=torch.randn(value["latents"].shape, generator=generator)[None],
-            reference_latents=value["reference_latents"][None] if reference_latents is None else reference_latents,
+            reference_latents=references[None],
             prompt_embeds=pad_prompt_embeds([value["prompt_embeds"]], self.objective_options.max_sequence_length),
             timesteps=timesteps,
             weights=weights,
             keeps_references=torch.tensor([True]),
             subjects=value["subjects"][None],
             teacher_features=value["teacher_features"][None] if "teacher_features" in value else None,
-        )
-
-    # -- Videos ----------------------------------------------------------------------------------------------------
+        ).to(self.parallel.device)
 
     def write_videos(
         self, objective: Objective, transformer: RefAlignWanTransformer3DModel, model: Path | None, folder: Path
     ) -> dict[str, Image.Image]:
-        """Writes for the first samples `<id>.mp4`, the video beside its references, and `<id>.png`, frames of it. All
-        processes compute, the main one decodes and writes.
-
-        Args:
-            transformer ([`RefAlignWanTransformer3DModel`]): the objective's own, not wrapped.
-            model (`Path`): the pipeline's folder whose VAE decodes; the main process needs it alone.
-            folder (`Path`): where to write; existing files are replaced.
-
-        Returns:
-            `dict`: the pictures by their samples' ids; empty in other processes.
-        """
+        """Writes for the first samples `<id>.mp4`, the video beside its references, and `<id>.png`, frames of it, in
+        place of existing files. All processes compute; the one that gets `model`, a pipeline's folder, decodes by its
+        VAE, writes, and returns the pictures by their samples' ids. `transformer` is the objective's, not wrapped."""
         count = min(self.options.videos, len(self.values))
         latents = [self._generate(number, objective, transformer) for number in range(count)]
-        if not self.parallel.is_main:
-            return {}
-        vae = AutoencoderKLWan.from_pretrained(model, subfolder="vae", torch_dtype=torch.float32)
-        vae.to(self.parallel.device)
         pictures = {}
+        if model is None:
+            return pictures
+        vae = AutoencoderKLWan.from_pretrained(model, subfolder="vae", torch_dtype=torch.float32)
+        vae.to(self.parallel.device)  # pyright: ignore[reportArgumentType]  # diffusers' decorator hides `self`
         for (sample_id, value), video in zip(self.values, latents, strict=False):
             references = [_decode(vae, latent[:, None])[0] for latent in value["reference_latents"].unbind(1)]
             frames = [beside(references, frame) for frame in _decode(vae, video[0])]
@@ -205,7 +183,7 @@ def evaluating(objective: Objective) -> Iterator[None]:
 def _decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> list[Image.Image]:
     """Normalised latents `(16, frames, h, w)` as images."""
     latents = denormalize_latents(latents.to(vae.device, torch.float32), vae.config)
-    video = vae.decode(latents[None]).sample[0]
+    video = vae.decode(latents[None], return_dict=False)[0][0]
     pixels = ((video.permute(1, 2, 3, 0).clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
     return [Image.fromarray(frame) for frame in pixels]
 
@@ -223,9 +201,5 @@ def beside(references: Sequence[Image.Image], frame: Image.Image) -> Image.Image
 
 def strip(frames: Sequence[Image.Image]) -> Image.Image:
     """The first, middle and last frame, one below the other."""
-    shown = [frames[0], frames[len(frames) // 2], frames[-1]]
-    width, height = frames[0].size
-    picture = Image.new("RGB", (width, height * len(shown)))
-    for number, frame in enumerate(shown):
-        picture.paste(frame, (0, number * height))
-    return picture
+    shown = (frames[0], frames[len(frames) // 2], frames[-1])
+    return Image.fromarray(np.concatenate(list(map(np.asarray, shown))))
