@@ -94,17 +94,15 @@ def _file_numbers(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
 
 def _clear(folder: Path) -> None:
     """Removes what a process that was killed has left; what it was about to replace gets its name back."""
-    for pointer in folder.glob(f".{LATEST}.*"):
-        shutil.rmtree(pointer)
-    for left_over in _named_as_ours(folder, f".{PATTERN}"):
-        if left_over == _replaced(_named(left_over)) and not _named(left_over).exists():
-            left_over.rename(_named(left_over))
-        else:
-            shutil.rmtree(left_over)
+    for replaced in _named_as_ours(folder, f".{PATTERN}.replaced"):
+        if not _named(replaced).exists():
+            replaced.rename(_named(replaced))
+    for left_over in (*folder.glob(f".{LATEST}.*"), *_named_as_ours(folder, f".{PATTERN}")):
+        shutil.rmtree(left_over)
 
 
 def _named_as_ours(folder: Path, pattern: str) -> list[Path]:
-    """Without a person's own copies, such as `step-00000500.bak`."""
+    """The folders that a run made, without a person's own copies, such as `step-00000500.bak`."""
     return [path for path in folder.glob(pattern) if NAME.fullmatch(path.name)]
 
 
@@ -165,7 +163,7 @@ def has_checkpoint(output: Path) -> bool:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """By step. One that was about to be replaced when the process died is one, under its hidden name."""
+    """A folder's checkpoints by step. One that was being replaced when the process died counts by its hidden name."""
     found = []
     for path in _named_as_ours(folder, PATTERN) + _named_as_ours(folder, f".{PATTERN}.replaced"):
         if (path / STATE).is_file() and (path == _named(path) or not _named(path).exists()):
@@ -231,7 +229,7 @@ def read_tensors(checkpoint: Path, prefix: str) -> dict[str, torch.Tensor]:
 
 
 def read_weights(checkpoint: Path, average: bool) -> dict[str, torch.Tensor]:
-    """The transformer's trained tensors, by diffusers' names; of a LoRA, as `blocks.0.attn1.to_q.lora_A.weight`.
+    """The transformer's trained tensors, by diffusers' names; a LoRA's as `blocks.0.attn1.to_q.lora_A.weight`.
     `average` gives the moving average instead of the last weights. Raises ValueError if the run kept none."""
     tensors = read_tensors(checkpoint, f"{'average' if average else 'weights'}.transformer.")
     if average and not tensors:

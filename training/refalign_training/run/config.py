@@ -253,7 +253,7 @@ def _words_of_file(path: Path) -> list[str]:
     content = read_yaml(path)
     if "config" in content:
         raise ValueError(f"{path} names another file as config, but a run has one.")
-    # Of JSON, text may be a path, but nothing else is taken for another type. It has no dates: they become sections
+    # In JSON, text may be a path, but nothing else is taken for another type. It has no dates: they become sections
     text = json.dumps({"output": ".", **content}, default=lambda date: {type(date).__name__: str(date)})
     with naming_sections(f"{path}: "):
         _TREE.validate_json(text)
@@ -296,7 +296,7 @@ def _words(content: Mapping[str, Any]) -> Iterator[str]:
 
 @contextmanager
 def naming_sections(place: str = "") -> Iterator[None]:
-    """Within it, an option that cannot be used is a ValueError with the option's dotted name."""
+    """Inside this context, an option that cannot be used raises a ValueError with the option's dotted name."""
     try:
         yield
     except InvalidOption as error:

@@ -44,7 +44,7 @@ class Metrics:
             self.names.append(f"mse_by_timestep/{low:03d}-{low + 1000 // NUM_BINS:03d}")
         for name, layer in product(("cosine", "active_negatives"), self.layers):
             self.names.append(f"alignment/{name}_block_{layer}")
-        # Of each name the sum and the number of samples; float32, as mps knows no float64
+        # For each name the sum and the number of samples; float32, because mps has no float64
         self._sums = torch.zeros(2, len(self.names), device=device)
         self._pending = torch.zeros_like(self._sums)
         self._bins = torch.arange(NUM_BINS, device=device)

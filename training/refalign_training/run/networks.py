@@ -1,4 +1,4 @@
-"""The networks of a run: the transformer with what of it is trained, and the alignment's projectors."""
+"""The networks of a run: the transformer, perhaps with adapters, and the alignment's projectors."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -41,8 +41,8 @@ def transformer_config(options: ModelOptions) -> dict[str, Any]:
 
 
 def load_transformer(command: RunCommand, start: Start, resumes: bool = False) -> RefAlignWanTransformer3DModel:
-    """The transformer on the CPU, its weights mapped from the files as they are stored; of a LoRA, cast, frozen and
-    with its adapters, which are the same for a seed. A full run that `resumes` reads no file: the checkpoint fills it.
+    """The transformer on the CPU, its weights mapped from the files as they are stored. For a LoRA, it is cast, frozen
+    and given adapters, which are the same for a seed. A full run that `resumes` reads no file: a checkpoint fills it.
     Raises ValueError if the files do not fit the base's configuration."""
     options, config = command.model, transformer_config(command.model)
     with init_empty_weights():

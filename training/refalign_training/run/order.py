@@ -42,13 +42,8 @@ class Order:
     """Every micro-batch of a run, by number, without end.
 
     An epoch shows each sample once. A micro-batch is of one bucket; a bucket's last one is filled up with the bucket's
-    first samples.
-
-    Args:
-        buckets (`np.ndarray` of shape `(samples, 4)`): the buckets of all samples.
-        rows (`np.ndarray`): the samples to train on.
-        batch_size (`int`): samples per step, of all processes.
-        micro_batch_size (`int`): samples per micro-batch; divides `batch_size`.
+    first samples. `buckets` `(samples, 4)` are those of all samples, `rows` the samples to train on, and `batch_size`,
+    a multiple of `micro_batch_size`, counts the samples that all processes take per step.
     """
 
     def __init__(

@@ -46,7 +46,7 @@ class Parallel:
         be trained together. `parts`, its blocks, are sharded each for itself and moved one by one, so that a device
         never holds all that is sharded."""
         if self.is_sharded:
-            # Of tokens that are returned beside the velocity; nothing changes them in place
+            # It warns of the tokens that are returned beside the velocity; nothing changes them in place
             warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
             mesh = init_device_mesh(self.device.type, (self.world_size,))
             for part in (*parts, module):

@@ -67,7 +67,7 @@ class TrainState:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within it, the weights are their averages, if there are some."""
+        """Inside this context, the weights are their averages, if there are some."""
         self._swap()
         try:
             yield

@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 class Stopping:
-    """Within it, SIGTERM and the first Ctrl-C only leave their number in `signal`: the step ends and is saved."""
+    """A context in which SIGTERM and the first Ctrl-C only set `signal`: the step ends and is saved."""
 
     def __init__(self) -> None:
         self.signal = 0

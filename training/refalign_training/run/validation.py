@@ -171,7 +171,7 @@ class Validation:
 
 @contextmanager
 def evaluating(objective: Objective) -> Iterator[None]:
-    """Within it, the transformer works without dropout."""
+    """Inside this context, the transformer works without dropout."""
     objective.transformer.eval()
     try:
         yield
