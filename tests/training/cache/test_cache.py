@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ from refalign_training.cache import run
 from refalign_training.cache.command import FAMILIES, CacheCommand
 from refalign_training.cache.encoders import NOT_FINITE, VaeEncoder, vae_config
 from refalign_training.cache.items import digest, text_key
-from refalign_training.cache.reader import Cache, open_index
+from refalign_training.cache.reader import Cache, hold, open_index
 from refalign_training.cache.writer import write_index
 from refalign_training.data import decoding
 from refalign_training.data.decoding import Task
@@ -646,6 +647,15 @@ def test_prune_waits_for_a_command_that_has_not_come_to_its_end(command, monkeyp
         run(change(command, prune=True))
     assert run(command) == 0
     assert run(change(command, prune=True)) == 0
+
+
+def test_prune_waits_for_a_run_that_reads(command):
+    run_ = hold(command.output)
+    with pytest.raises(ValueError, match=rf"is read by process {os.getpid()} on .*Prune it when that has ended"):
+        run(change(command, prune=True))
+    run_.release()
+    assert run(change(command, prune=True)) == 0
+    assert not list(command.output.rglob(".readers/*"))
 
 
 # -- What is asked ----------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from refalign_training.cache import run
+from refalign_training.cache.command import CacheCommand
 from refalign_training.data.recipe import Recipe
 from refalign_training.data.sample import Unusable
 from refalign_training.data.source import Dataset
@@ -367,3 +368,10 @@ def test_a_cache_that_is_made_again_has_the_same_fingerprint(training_world, tmp
     assert run(command) == 0
     ours, theirs = (CachedSamples(folder, True).fingerprint for folder in (tmp_path / "cache", training_world.cache))
     assert ours == theirs
+
+
+def test_a_cache_that_is_read_cannot_be_pruned(with_variants):
+    samples = pickle.loads(pickle.dumps(with_variants))  # as workers get them: they hold nothing
+    with pytest.raises(ValueError, match="is read by process"):
+        run(CacheCommand(output=with_variants.cache.root, prune=True))
+    assert samples.cache.fingerprint == with_variants.fingerprint

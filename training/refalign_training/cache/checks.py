@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from refalign.files import read_json
 from refalign_training.cache.command import FAMILIES
 from refalign_training.cache.items import Items, Place, text_key
-from refalign_training.cache.reader import INDEX, PLAN, check_format, open_families, open_index
+from refalign_training.cache.reader import INDEX, PLAN, check_format, find_readers, open_families, open_index
 from refalign_training.cache.writer import write_index
 
 
@@ -85,12 +85,14 @@ def prune(root: Path) -> int:
     that have left the dataset, and what killed processes were writing.
 
     Raises:
-        ValueError: if the last command has not come to its end, whose items would be lost.
+        ValueError: if the last command has not come to its end, whose items would be lost, or a run reads the cache.
     """
     header, table = open_index(root)
     families = open_families(root, header["families"])
     if not _is_finished(root, _read_plan(root)):
         raise ValueError(f"The last command on {root} has not come to its end. Run it to its end first.")
+    if readers := find_readers(root):
+        raise ValueError(f"{root} is read by {', '.join(readers)}. Prune it when that has ended.")
     unneeded = set(root.glob(".*")) - {root / ".lock"}
     for family in FAMILIES:
         unneeded.update(root.glob(f"{family}-*"))

@@ -10,7 +10,7 @@ import torch
 
 from refalign.pipeline_refalign_wan import normalize_latents
 from refalign_training.cache.encoders import Model, TeacherEncoder, TextEncoder, VaeEncoder, fetch_models, vae_config
-from refalign_training.cache.reader import Cache
+from refalign_training.cache.reader import Cache, hold
 from refalign_training.data.decoding import Decoded, decode
 from refalign_training.data.pixels import draw_prompt
 from refalign_training.data.randomness import numpy_generator
@@ -27,10 +27,14 @@ class CachedSamples:
     ValueError if the cache lacks something that training needs."""
 
     def __init__(self, folder: Path, needs_teacher: bool) -> None:
+        self._hold = hold(folder)
         self.cache = Cache(folder, FAMILIES if needs_teacher else FAMILIES[:-1])
         self.buckets = self.cache.samples.buckets
         self.name, self.fingerprint = folder.name, self.cache.fingerprint
         self._empty_prompt_embeds = self.cache.empty_prompt_embeds
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_hold": None}  # workers end with this process
 
     def id(self, row: int) -> str:
         return self.cache.samples[row].sample_id
