@@ -91,7 +91,7 @@ def test_options_that_are_named_exist():
 
 
 LINKS = re.findall(r"\]\(([^):]+)\)", TRAINING)
-HEADINGS = re.findall(r"^## (.*)$", TRAINING, flags=re.MULTILINE)
+HEADINGS = re.findall(r"^##+ (.*)$", TRAINING, flags=re.MULTILINE)
 
 
 @pytest.mark.parametrize("link", LINKS)

@@ -128,7 +128,7 @@ def broken_cache(training_world, tmp_path):
         shutil.copytree(training_world.cache, tmp_path / "broken")
         cache = Cache(tmp_path / "broken")
         for row in rows:
-            cache.item(cache.samples[row], "video").unlink()
+            cache.items["video"].path(cache.place(cache.samples[row], "video")).unlink()
         return tmp_path / "broken"
 
     return copy
