@@ -4,6 +4,7 @@ import hashlib
 import shutil
 import subprocess
 import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -161,22 +162,22 @@ def test_a_model_that_is_not_there(tmp_path):
 
 def test_a_hub_id_is_resolved_once_and_identified_by_its_content(wan_folder, tmp_path):
     shutil.copytree(wan_folder, tmp_path / "repos/org/wan")
-    code = (
-        "from refalign_training.cache.encoders import *; m = fetch_models(('video', 'text'), 'org/wan', None);"
-        "print(m['video'].folder.name, m['video'].identity, m['text'].identity)"
-    )
-
-    def resolve() -> list[str]:
-        environment = hub.environment(tmp_path / "home")
-        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout.split()
-
+    code = """
+        import sys
+        from pathlib import Path
+        from refalign_training.cache.encoders import fetch_models
+        for commit in ("one commit", "another commit"):
+            Path(sys.argv[1]).write_text(commit)
+            models = fetch_models(("video", "text"), "org/wan", None)
+            print(models["video"].folder.name, models["video"].identity, models["text"].identity)
+    """
     with MockHub(tmp_path / "repos") as hub:
-        commit, *identities = resolve()
-        assert commit == hub.sha("org/wan")
-        assert identities == [model_identity(wan_folder, PARTS[family]) for family in ("video", "text")]
-        assert len([path for _, path in hub.requests if path.endswith("/revision/main")]) == 1
+        command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "repos/org/wan/README.md")]
+        environment = hub.environment(tmp_path / "home")
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        first, second = map(str.split, done.stdout.splitlines())
+        assert second[0] == hub.sha("org/wan") != first[0]
+        assert first[1:] == second[1:] == [model_identity(wan_folder, PARTS[family]) for family in ("video", "text")]
+        assert len([path for _, path in hub.requests if path.endswith("/revision/main")]) == 2
         assert not [path for _, path in hub.requests if "/transformer/" in path]
-        (tmp_path / "repos/org/wan/README.md").write_text("another commit")
-        assert resolve() == [hub.sha("org/wan"), *identities]
