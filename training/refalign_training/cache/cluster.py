@@ -39,10 +39,13 @@ def compute(family: str, command: CacheCommand, model: encoders.Model, items: It
     missing = (task for task in plan.tasks(family) if items.lacks(task.key, command.retry_failed))
     while tasks := list(itertools.islice(missing, ROUND)):
         ray, pool = _connect(command.ray or "auto")
+        for task in tasks:
+            if items.find(task.key):  # it is made again, by --retry-failed
+                items.remove(items.place(task.key))
         ray.data.DataContext.get_current().target_max_block_size = BLOCK_BYTES
         rows = ray.data.from_items([{"task": task} for task in tasks], override_num_blocks=-(-len(tasks) // BLOCK))
         decoded = rows.map(_decode, fn_args=(family, command.recipe), num_cpus=READER_CPUS)
-        arguments = (family, command, model, items)
+        arguments = (family, command, model, type(items)(items.folder))  # without what this one has read
         done = decoded.map_batches(_Encoder, fn_constructor_args=arguments, batch_size=None, **pool)
         for _ in done.iter_batches(batch_size=None):
             pass

@@ -164,16 +164,13 @@ class Items:
                 start = tar.offset + tarfile.BLOCKSIZE  # behind the member's header, a block
                 tar.addfile(member, io.BytesIO(data))
                 index[task.key] = (start, len(data), outcome[1])
-        path = self.folder / "shards" / f"{digest(sorted(index))[:16]}.tar"
         if index:
+            path = self.folder / "shards" / f"{digest(sorted(index))[:16]}.tar"
             with new_file(path, overwrite=True) as file:
                 file.write_bytes(content.getbuffer())
             write_json(path.with_suffix(".json"), index)
         for key in index:
             self._failure_path(key).unlink(missing_ok=True)
-            place, _ = self._in_shards.get(key, (None, None))
-            if place is not None and self.path(place) != path:  # it was made again, as it had lost references
-                self.remove(place)
 
     def remove(self, place: Place) -> None:
         """Removes an item; its bytes in a shard stay, but are no longer found."""
