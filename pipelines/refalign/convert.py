@@ -2,17 +2,19 @@
 
 import json
 import logging
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from refalign.files import (
+    OTHER_FORMATS,
     StoredTensor,
     check_free,
     fetch,
@@ -25,14 +27,22 @@ from refalign.files import (
     read_headers,
     read_json,
 )
-from refalign.hub import PROJECTORS
+from refalign.hub import PROJECTORS, complete_repo, model_card
 from refalign.keys import diffusers_to_native, native_key, native_to_diffusers
+from refalign.pipeline_refalign_wan import check_is_wan21_pipeline, check_is_wan21_vae, paper_scheduler
+from refalign.transformer_refalign_wan import (
+    RefAlignWanTransformer3DModel,
+    check_finite,
+    check_is_wan21,
+    other_model,
+)
 
 
 logger = logging.getLogger(__name__)
 
 WEIGHTS = "diffusion_pytorch_model"
 BASE_COMPONENTS = ("vae", "text_encoder", "tokenizer", "scheduler")
+CONFIGS = ("model_index.json", "transformer/config.json", "vae/config.json")  # what tells the kind of a pipeline
 BASE_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
 
 
@@ -65,16 +75,16 @@ def convert(
     Raises:
         ValueError: if a file is truncated, a key or shape is wrong, or `output` exists. Nothing is left behind.
     """
-    from refalign.hub import complete_repo
-
-    check_free(output)  # before anything is downloaded
-    files = find_safetensors(checkpoint)
-    transformer, projectors = native_to_diffusers(read_headers(files))
-    base = _find_base(base)
-    config = _read_config(base)
+    # All that can be wrong is told before weights are downloaded
+    check_free(output)
+    config = find_config(base)
+    model_card(config, card)
+    transformer, projectors = read_native(checkpoint)
     check_shapes(transformer, config, checkpoint)
+    plan = _plan_shards(transformer, max_shard_size)
+    base = _find_base(base)
     with new_folder(output) as folder:
-        _write_shards(transformer, folder / "transformer", max_shard_size)
+        _write_shards(transformer, folder / "transformer", plan)
         if projectors:
             logger.info("%s holds %d projector tensors: written to %s.", checkpoint, len(projectors), PROJECTORS)
             save_file(read(projectors), folder / PROJECTORS, metadata={"format": "pt"})
@@ -99,8 +109,6 @@ def check_shapes(tensors: Mapping[str, StoredTensor], config: Mapping, source: o
     Raises:
         ValueError: naming the first keys that are missing, unknown or of another shape.
     """
-    from refalign.transformer_refalign_wan import RefAlignWanTransformer3DModel
-
     with torch.device("meta"):
         model = cast(RefAlignWanTransformer3DModel, RefAlignWanTransformer3DModel.from_config(dict(config)))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -127,20 +135,17 @@ def _some(what: str, items: list[str]) -> str:
 def _find_base(base: str | Path) -> Path:
     path = Path(base)
     if not path.is_dir():
-        patterns = ["model_index.json", "transformer/config.json"]
+        patterns = list(CONFIGS)
         for component in BASE_COMPONENTS:
             patterns += [f"{component}/{pattern}" for pattern in BASE_FILES]
         path = fetch(str(base), patterns)
     needed = ("model_index.json", "transformer/config.json", *BASE_COMPONENTS)
-    missing = [name for name in needed if not (path / name).exists()]
-    for name in ("vae", "text_encoder"):
-        if not any((path / name).glob("*.safetensors")):
-            missing.append(f"{name}/*.safetensors")
-    if missing:
+    if missing := [name for name in needed if not (path / name).exists()]:
         raise ValueError(
-            f"{base} is not a Wan pipeline in diffusers' format with safetensors weights: it has no "
-            f"{', '.join(missing)}. Pass one such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+            f"{base} is not a Wan pipeline in diffusers' format: it has no {', '.join(missing)}. Pass one such as "
+            "Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
         )
+    check_weights(path, ("vae", "text_encoder"))
     for component in BASE_COMPONENTS:
         for index in (path / component).glob("*.safetensors.index.json"):
             find_shards(index)
@@ -150,15 +155,62 @@ def _find_base(base: str | Path) -> Path:
     return path
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    """The configuration of a pipeline folder's transformer; ValueError unless it is Wan's text-to-video one."""
-    file = folder / "transformer/config.json"
-    config = read_json(file)
-    kind = config.get("_class_name")
-    if kind not in ("WanTransformer3DModel", "RefAlignWanTransformer3DModel") or config.get("image_dim") is not None:
-        kind = f"image-to-video {kind}" if config.get("image_dim") is not None else kind
-        raise ValueError(f"{file} is of a {kind}, not of Wan 2.1's text-to-video transformer (WanTransformer3DModel).")
+def find_config(model: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """
+    The configuration of the transformer of a pipeline, a folder or a Hub id; no weights are downloaded or read.
+
+    Raises:
+        ValueError: if there is none, or the pipeline is of another kind than Wan 2.1's text-to-video model.
+    """
+    return read_config(fetch(str(model), CONFIGS, revision), model)
+
+
+def read_config(folder: Path, model: str | Path) -> dict[str, Any]:
+    """[`find_config`] of a folder that the user calls `model`."""
+    index, transformer, vae = (folder / name for name in CONFIGS)
+    if not transformer.is_file():
+        raise ValueError(f"{model} is not a pipeline in diffusers' format: it has no transformer/config.json.")
+    if index.is_file():
+        check_is_wan21_pipeline(_read_object(index), str(model))
+    if vae.is_file():
+        check_is_wan21_vae(_read_object(vae), f"The VAE of {model}")
+    config = _read_object(transformer)
+    check_is_wan21(config, f"The transformer of {model}")
     return config
+
+
+def read_native(checkpoint: str | Path) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
+    """
+    The headers of a native checkpoint, a file, a folder of shards or a Hub id, as [`native_to_diffusers`] gives them.
+
+    Raises:
+        ValueError: if it is not a checkpoint of Wan 2.1's text-to-video transformer.
+    """
+    if half := re.search("(high|low)[-_]?noise", Path(checkpoint).name, re.IGNORECASE):
+        # Its keys and shapes are those of Wan 2.1 14B: nothing but the name tells it
+        raise other_model(str(checkpoint), f"the {half[1].lower()}-noise half of Wan 2.2's A14B, by its name")
+    headers = read_headers(find_safetensors(checkpoint))
+    try:
+        return native_to_diffusers(headers)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: {error}") from error
+
+
+def check_weights(folder: Path, parts: Sequence[str]) -> None:
+    """Raises ValueError unless these parts of a pipeline's folder have weights in safetensors files."""
+    for part in parts:
+        files = list((folder / part).glob("*"))
+        if not any(file.suffix == ".safetensors" for file in files):
+            others = sorted(file.name for file in files if file.suffix in OTHER_FORMATS)
+            refused = f" {', '.join(others)} is refused: it can run code when it is opened." if others else ""
+            raise ValueError(f"{folder / part} has no safetensors weights.{refused} Pass a safetensors release.")
+
+
+def _read_object(file: Path) -> dict[str, Any]:
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} holds a {type(content).__name__}, not an object. Download it again.")
+    return content
 
 
 def _copy_component(source: Path, target: Path) -> None:
@@ -169,8 +221,6 @@ def _copy_component(source: Path, target: Path) -> None:
 
 
 def _write_paper_scheduler(folder: Path) -> list[str]:
-    from refalign.pipeline_refalign_wan import paper_scheduler
-
     for file in folder.iterdir():
         file.unlink()
     scheduler = paper_scheduler()
@@ -178,15 +228,20 @@ def _write_paper_scheduler(folder: Path) -> list[str]:
     return ["diffusers", type(scheduler).__name__]
 
 
-def _write_shards(tensors: dict[str, StoredTensor], folder: Path, max_shard_size: int | str) -> None:
-    folder.mkdir()
+def _plan_shards(tensors: dict[str, StoredTensor], max_shard_size: int | str) -> StateDictSplit:
     # Tensors on the meta device have sizes but no data: enough to plan the shards
     planned = {key: torch.empty(t.shape, dtype=t.dtype, device="meta") for key, t in tensors.items()}
-    plan = split_torch_state_dict_into_shards(
+    return split_torch_state_dict_into_shards(
         planned, filename_pattern=WEIGHTS + "{suffix}.safetensors", max_shard_size=max_shard_size
     )
+
+
+def _write_shards(tensors: dict[str, StoredTensor], folder: Path, plan: StateDictSplit) -> None:
+    folder.mkdir()
     for name, keys in tqdm(plan.filename_to_tensors.items(), desc="Writing shards"):
-        save_file(read({key: tensors[key] for key in keys}), folder / name, metadata={"format": "pt"})
+        weights = read({key: tensors[key] for key in keys})
+        check_finite(weights.items(), str(tensors[keys[0]].file))
+        save_file(weights, folder / name, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / f"{WEIGHTS}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
@@ -203,13 +258,13 @@ def export_native(model: str | Path, output: str | Path) -> Path:
     output = Path(output)
     if output.suffix != ".safetensors":
         raise ValueError(f"`output` is {output}, but must end in .safetensors.")
-    folder = Path(model)
-    if not folder.is_dir():
-        folder = fetch(str(model), ["transformer/*.safetensors", "transformer/*.json"])
-    if not (folder / "transformer/config.json").is_file():
-        raise ValueError(f"{model} is not a pipeline folder: it has no transformer/config.json.")
+    check_free(output)
+    config = find_config(model)
+    folder = fetch(str(model), ["transformer/*.safetensors", "transformer/*.json"])
     tensors = read_headers(find_safetensors(folder / "transformer"))
-    check_shapes(tensors, _read_config(folder), model)
+    check_shapes(tensors, config, model)
     with new_file(output) as partial:
-        save_file(read(diffusers_to_native(tensors)), partial, metadata={"format": "pt"})
+        weights = read(diffusers_to_native(tensors))
+        check_finite(weights.items(), str(model))
+        save_file(weights, partial, metadata={"format": "pt"})
     return output

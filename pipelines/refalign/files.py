@@ -5,12 +5,14 @@ Only safetensors is read or written; nothing is unpickled.
 
 import hashlib
 import json
+import logging
 import os
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +22,14 @@ if TYPE_CHECKING:
     import torch
 
 
+logger = logging.getLogger(__name__)
+
 PICKLES = (".pth", ".pt", ".bin", ".ckpt")
+OTHER_FORMATS = (*PICKLES, ".gguf")
+# Keys of weights that mean nothing without the scales beside them (ComfyUI's fp8_scaled files)
+SCALED = re.compile(r"(.*\.)?(scaled_fp8|scale_weight|scale_input|weight_scale|input_scale|comfy_quant)")
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}  # torch's names
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # not ./folder
 
 
 # -- Written whole or not at all: beside its place, then renamed ------------------------------------------------------
@@ -105,6 +112,11 @@ def find_safetensors(checkpoint: str | Path) -> list[Path]:
     """
     path = Path(checkpoint)
     if path.is_file():
+        if path.suffix == ".gguf":
+            raise ValueError(
+                f"{path} is a GGUF file, whose weights are quantised for llama.cpp and ComfyUI. Pass the safetensors "
+                "release of the model."
+            )
         if path.suffix != ".safetensors":
             raise ValueError(
                 f"{path} is not a safetensors file. Formats that run code when they are opened "
@@ -121,8 +133,8 @@ def find_safetensors(checkpoint: str | Path) -> list[Path]:
         return find_shards(indices[0])
     files = sorted(path.glob("*.safetensors"))
     if len(files) != 1:
-        pickles = _names(file for file in path.iterdir() if file.suffix in PICKLES)
-        refused = f" Formats that run code when they are opened are refused: {pickles}." if pickles else ""
+        others = _names(file for file in path.iterdir() if file.suffix in OTHER_FORMATS)
+        refused = f" Other formats are refused, some can run code when they are opened: {others}." if others else ""
         raise ValueError(
             f"{path} has {len(files)} safetensors files and no index: {_names(files)}. Name the file.{refused}"
         )
@@ -167,6 +179,11 @@ def read_headers(files: list[Path]) -> dict[str, StoredTensor]:
     tensors = {}
     for file in files:
         with open_safetensors(file) as opened:
+            if scaled := next(filter(SCALED.fullmatch, opened.keys()), None):
+                raise ValueError(
+                    f"{file} is a scaled-fp8 checkpoint, whose weights mean nothing without scales that ComfyUI alone "
+                    f"applies ({scaled}). Pass the model's release in bfloat16 or float16."
+                )
             for key in opened.keys():
                 part = opened.get_slice(key)
                 if key in tensors:
@@ -218,14 +235,11 @@ def fetch(name: str, patterns: Sequence[str], revision: str | None = None, ignor
         return Path(name).resolve()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    from huggingface_hub.utils import validate_repo_id
 
-    try:
-        if Path(name).suffix in (".safetensors", *PICKLES):  # would be a Hub id too, but is meant as a file
-            raise ValueError
-        validate_repo_id(name)
-    except ValueError:
-        raise ValueError(f"{name} is neither a file or folder here nor a Hub id (ORG/NAME).") from None
+    # A file's name would be a Hub id too
+    if not HUB_ID.fullmatch(name) or Path(name).suffix in (".safetensors", *OTHER_FORMATS):
+        raise ValueError(f"{name} is neither a file or folder here nor a Hub id (ORG/NAME).")
+    _tell_of_hub(name)
     try:
         return Path(
             snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=ignore_patterns)
@@ -235,12 +249,23 @@ def fetch(name: str, patterns: Sequence[str], revision: str | None = None, ignor
             raise ValueError(
                 f"The Hub gives {name} only to those who have access (DINOv3, for one, is gated by Meta's licence). "
                 f"Open https://huggingface.co/{name}, accept its licence, run `hf auth login` and try again; or pass "
-                f"a local folder. If there is no such page, check the name. The Hub says: {error}"
+                f"a local folder. If there is no such page, check the name. The Hub says: {_one_line(error)}"
             ) from error
         raise ValueError(
             f"{name} is not a file or folder here, and the Hub does not give it. Check the name and revision, or pass "
-            f"a local folder. The Hub's client says: {error}"
+            f"a local folder. The Hub's client says: {_one_line(error)}"
         ) from error
+
+
+@cache
+def _tell_of_hub(name: str) -> None:
+    """Says, once, that what may be meant as a folder is looked for on the Hub."""
+    if Path(name).parent.is_dir():
+        logger.warning("There is no folder %s here: the Hub is asked for it.", name)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _refuses_access(error: BaseException | None) -> bool:

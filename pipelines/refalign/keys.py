@@ -118,10 +118,26 @@ def _rename(key: str, top_keys: dict[str, str], block_keys: dict[str, str], kind
     try:
         return prefix + (block_keys if match else top_keys)[name]
     except KeyError:
-        raise ValueError(
-            f"Key {key!r} is not one of {kind} checkpoint. Check that the file is that, and not a LoRA, an "
-            "image-to-video model or another format."
-        ) from None
+        raise ValueError(f"Key {key!r} is not one of {kind} checkpoint. {_guess(key)}") from None
+
+
+# What a key tells of a checkpoint that is not Wan 2.1's text-to-video transformer
+_FOREIGN = {
+    "lora_|lokr_|hada_|diff(_b|_m)?$|dora_scale": "It is of a LoRA. Pass that as --lora, beside a model.",
+    "img_emb|k_img|v_img|add_[kv]_proj|image_embedder": "It is of an image-to-video model.",
+    "vace": "It is of VACE.",
+    "motion_encoder|face_|pose_": "It is of Wan-Animate.",
+    "audio": "It is of Wan's speech-to-video model.",
+    "control_adapter|ref_conv": "It is of Wan-Fun's control models.",
+    "first_stage_model|^(encoder|decoder)[.]": "It is of a VAE.",
+}
+
+
+def _guess(key: str) -> str:
+    for pattern, guess in _FOREIGN.items():
+        if re.search(pattern, key):
+            return f"{guess} RefAlign's own is Wan 2.1's text-to-video transformer."
+    return "Check that the file is that, and not a LoRA, an image-to-video model or another format."
 
 
 # -- Projectors of the training ---------------------------------------------------------------------------------------

@@ -4,22 +4,24 @@ import math
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
-from refalign.convert import check_shapes
+from refalign.convert import CONFIGS, check_shapes, check_weights, find_config, read_native
 from refalign.devices import find_device
-from refalign.files import HUB_ID, PICKLES, find_safetensors, read, read_headers
-from refalign.keys import native_to_diffusers
+from refalign.files import HUB_ID, OTHER_FORMATS, fetch, find_safetensors, read, read_json
 from refalign.pipeline_refalign_wan import CALL_DEFAULTS, RefAlignWanPipeline, paper_scheduler
-from refalign.transformer_refalign_wan import RefAlignWanTransformer3DModel
+from refalign.transformer_refalign_wan import RefAlignWanTransformer3DModel, check_finite
 
 
 def read_defaults(pipeline: str) -> dict[str, Any]:
-    """What a pipeline's folder or repo, or else the published models, take for settings that are not given."""
-    if not _is_folder_or_hub_id(pipeline):
-        return CALL_DEFAULTS  # that it is not a model is told when it is loaded
+    """
+    What a pipeline's folder or repo, or else the published models, take for settings that are not given.
+
+    Raises:
+        ValueError: if there is no such pipeline, or it is of another kind than Wan 2.1's text-to-video model.
+    """
     return CALL_DEFAULTS | (_read_index(pipeline).get("call_defaults") or {})
 
 
@@ -51,40 +53,42 @@ def load_pipeline(
 
 def _load_parts(model: str, base: str | None, dtype: torch.dtype) -> RefAlignWanPipeline:
     """The pipeline, with text encoder and transformer in `dtype`."""
-    if base is None and Path(model).suffix in (".safetensors", *PICKLES):
-        raise ValueError(
-            f"{model} is a native checkpoint: only the transformer. Pass --base with the Wan 2.1 pipeline for the "
-            "rest, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
-        )
     name = model if base is None else base
-    if not _is_folder_or_hub_id(name):
-        raise ValueError(f"{name} is neither a folder here nor a Hub id (ORG/NAME).")
+    index = _read_index(name)
+    if Path(name).is_dir():
+        check_weights(Path(name), ("vae", "text_encoder", *(("transformer",) if base is None else ())))
     parts: dict[str, Any] = {"dtype": {"default": dtype, "vae": torch.float32}}
     if base is not None:
         parts["transformer"] = _load_native(model, base, dtype)
         parts["scheduler"] = paper_scheduler()  # as `convert` writes it
-    elif _read_index(name)["_class_name"] == "WanPipeline":
+    elif index.get("_class_name") == "WanPipeline":
         # Plain Wan, which with a LoRA is a RefAlign model: it takes the schedule that LoRAs are trained with
         parts["scheduler"] = paper_scheduler()
     return RefAlignWanPipeline.from_pretrained(name, **parts)
 
 
-def _is_folder_or_hub_id(name: str) -> bool:
-    return Path(name).is_dir() or HUB_ID.fullmatch(name) is not None
-
-
 def _read_index(name: str) -> dict[str, Any]:
-    """What a pipeline's `model_index.json` says."""
-    return cast(dict[str, Any], RefAlignWanPipeline.load_config(name))  # diffusers types it as a tuple
+    """What the `model_index.json` of a pipeline says that can be loaded."""
+    path = Path(name)
+    if path.is_file():
+        find_safetensors(path)  # tells other formats
+        raise ValueError(
+            f"{name} is a native checkpoint: only the transformer. Pass it as --model, and as --base the Wan 2.1 "
+            "pipeline for the rest, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
+        )
+    find_config(name)
+    folder = fetch(name, CONFIGS)
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{name} is not a whole pipeline: it has no model_index.json.")
+    return read_json(folder / "model_index.json")
 
 
 def _load_native(checkpoint: str, base: str, dtype: torch.dtype) -> RefAlignWanTransformer3DModel:
-    tensors, _ = native_to_diffusers(read_headers(find_safetensors(checkpoint)))
-    config = RefAlignWanTransformer3DModel.load_config(base, subfolder="transformer")
-    check_shapes(tensors, cast(dict[str, Any], config), checkpoint)
-    return RefAlignWanTransformer3DModel.from_single_file(
-        read(tensors), config=base, subfolder="transformer", dtype=dtype
-    )
+    tensors, _ = read_native(checkpoint)
+    check_shapes(tensors, find_config(base), checkpoint)
+    weights = read(tensors)
+    check_finite(weights.items(), checkpoint)
+    return RefAlignWanTransformer3DModel.from_single_file(weights, config=base, subfolder="transformer", dtype=dtype)
 
 
 def parse_lora(lora: str) -> tuple[str, float]:
@@ -102,7 +106,7 @@ def parse_lora(lora: str) -> tuple[str, float]:
     path = Path(source)
     if not math.isfinite(scale) or ".safetensors:" in path.name:
         raise ValueError(f"--lora {lora}: the scale behind the colon is not a number.")
-    if path.suffix in PICKLES or (path.is_file() and path.suffix != ".safetensors"):
+    if path.suffix in OTHER_FORMATS or (path.is_file() and path.suffix != ".safetensors"):
         raise ValueError(f"LoRA {source} is not a .safetensors file.")
     may_be_on_hub = HUB_ID.fullmatch(source) and path.suffix != ".safetensors"
     if not path.exists() and not may_be_on_hub:

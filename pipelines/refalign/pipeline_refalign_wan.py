@@ -28,7 +28,14 @@ from diffusers.video_processor import VideoProcessor
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from .reference_images import prepare_reference_image
-from .transformer_refalign_wan import RefAlignWanTransformer3DModel
+from .transformer_refalign_wan import (
+    WAN_CHANNELS,
+    WAN_CLASSES,
+    RefAlignWanTransformer3DModel,
+    check_finite,
+    check_is_wan21,
+    other_model,
+)
 
 
 # Wan's own, with which RefAlign's results were made
@@ -145,6 +152,7 @@ class RefAlignWanPipeline(WanPipeline):
         if unknown := sorted((call_defaults or {}).keys() - CALL_DEFAULTS.keys()):
             raise ValueError(f"`call_defaults` names {unknown}; it can name {sorted(CALL_DEFAULTS)}.")
         DiffusionPipeline.__init__(self)  # not WanPipeline's: it registers Wan 2.2's second transformer
+        _check_parts(transformer, vae)
         # `type is`, not `isinstance`: RefAlign's own class is one too, and each load from the Hub makes a new one
         if type(transformer) is WanTransformer3DModel:
             transformer = RefAlignWanTransformer3DModel.from_wan(transformer)
@@ -621,14 +629,31 @@ class RefAlignWanPipeline(WanPipeline):
         video = self.vae.decode(latents, return_dict=False)[0]
         return self.video_processor.postprocess_video(video, output_type=output_type)
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "RefAlignWanPipeline":
+        """
+        Loads as diffusers' own does, but from safetensors files alone: others run code when they are opened.
+
+        Raises:
+            ValueError: if the model is of another kind than Wan 2.1's text-to-video one (told before its weights are
+                downloaded or read), or its weights are not finite numbers.
+        """
+        pipeline = super().from_pretrained(*args, **{**kwargs, "use_safetensors": True})
+        for name, part in pipeline.components.items():
+            if isinstance(part, torch.nn.Module):
+                check_finite(part.named_parameters(), f"The {name} of {args[0] if args else 'the model'}")
+        return pipeline
+
     # -- What diffusers 0.42 does not offer; tests/pipelines/test_diffusers.py tells which of it can go ---------------
 
     @classmethod
     def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
-        """Reads `model_index.json`. A Hub repo names classes of the code it carries; the installed package takes its
-        own classes for them, so that it needs no `trust_remote_code`."""
-        # diffusers/configuration_utils.py: `load_config` has no other place where classes can be named anew
+        """Reads `model_index.json`, and checks what it is of. A Hub repo names classes of the code it carries; the
+        installed package takes its own classes for them, so that it needs no `trust_remote_code`."""
+        # diffusers/configuration_utils.py: `load_config` has no other place where classes can be named anew, and none
+        # else is passed before weights are downloaded
         config = super()._dict_from_json_file(json_file)
+        check_is_wan21_pipeline(config, os.fspath(json_file))
         if not _is_installed_package(__name__):
             return config
         for name, value in config.items():
@@ -651,7 +676,10 @@ class RefAlignWanPipeline(WanPipeline):
     @classmethod
     def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> "RefAlignWanPipeline":
         """Makes the pipeline from another one's parts, as diffusers' own does. A [`WanPipeline`]'s transformer is
-        given the reference branch, sharing its weights."""
+        given the reference branch, sharing its weights. ValueError if it is another model than Wan 2.1's."""
+        second = pipeline.components.get("transformer_2")
+        index = {**pipeline.config, "_class_name": type(pipeline).__name__, "transformer_2": second}
+        check_is_wan21_pipeline(index, "The pipeline")
         # diffusers/pipelines/pipeline_utils.py: hands on only parts of the very class of the annotation
         transformer = pipeline.components.get("transformer")
         if isinstance(transformer, WanTransformer3DModel):
@@ -675,6 +703,53 @@ if _is_installed_package(__name__):
 
 
 # -- Checks, and what belongs together --------------------------------------------------------------------------------
+
+
+def check_is_wan21_pipeline(index: Mapping[str, Any], source: str) -> None:
+    """
+    Raises ValueError, naming what it is instead, unless a pipeline is of Wan 2.1's text-to-video model, or RefAlign's.
+
+    Args:
+        index (`Mapping`): what its `model_index.json` holds.
+        source (`str`): what the error names.
+    """
+    kind = _class_named(index.get("_class_name"))
+    if kind.startswith("Wan") and kind not in ("WanPipeline", "WanVideoToVideoPipeline"):
+        raise other_model(source, f"a {kind}")
+    if index.get("transformer_2") not in (None, [None, None]) or index.get("boundary_ratio") is not None:
+        raise other_model(source, "Wan 2.2's A14B, which has two transformers")
+    if index.get("expand_timesteps"):
+        raise other_model(source, "Wan 2.2's TI2V-5B")
+    transformer = index.get("transformer")
+    if transformer is None:
+        raise other_model(source, f"a {kind or 'model'} without a transformer")
+    if _class_named(transformer) not in ("", *WAN_CLASSES):
+        raise other_model(source, f"a pipeline with a {_class_named(transformer)}")
+
+
+def _class_named(entry: Any) -> str:
+    """The class that an entry of `model_index.json` names; empty if it names none."""
+    name = entry[-1] if isinstance(entry, (list, tuple)) and entry else entry
+    return name if isinstance(name, str) else ""
+
+
+def _check_parts(transformer: Any, vae: Any) -> None:
+    """Raises ValueError for a transformer or VAE of another model than Wan 2.1's text-to-video one."""
+    if transformer is not None:
+        model = getattr(transformer, "_orig_mod", transformer)  # which torch.compile wraps
+        if not isinstance(model, WanTransformer3DModel):
+            raise other_model("`transformer`", f"a {type(model).__name__}")
+        check_is_wan21(model.config, "`transformer`")
+    if vae is not None:
+        check_is_wan21_vae(vae.config, "`vae`")
+
+
+def check_is_wan21_vae(config: Mapping[str, Any], source: str) -> None:
+    """Raises ValueError unless a VAE's configuration has the channels of Wan 2.1's."""
+    channels = config.get("z_dim", WAN_CHANNELS)
+    if channels != WAN_CHANNELS:
+        known = {48: "the VAE of Wan 2.2's TI2V-5B"}
+        raise other_model(source, known.get(channels, f"a VAE of {channels} channels, not {WAN_CHANNELS}"))
 
 
 def check_size(

@@ -180,4 +180,5 @@ def test_a_hub_id_is_resolved_once_and_identified_by_its_content(wan_folder, tmp
         assert second[0] == hub.sha("org/wan") != first[0]
         assert first[1:] == second[1:] == [model_identity(wan_folder, PARTS[family]) for family in ("video", "text")]
         assert len([path for _, path in hub.requests if path.endswith("/revision/main")]) == 2
-        assert not [path for _, path in hub.requests if "/transformer/" in path]
+        transformer = [path for _, path in hub.requests if "/transformer/" in path]
+        assert transformer and all(path.endswith("/transformer/config.json") for path in transformer)

@@ -18,9 +18,11 @@ from diffusers import AutoencoderKLWan
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from transformers import AutoTokenizer, UMT5EncoderModel
 
+from refalign.convert import CONFIGS, check_weights, read_config
 from refalign.devices import find_device
 from refalign.files import fetch, identity
 from refalign.pipeline_refalign_wan import TOKEN_PIXELS
+from refalign.transformer_refalign_wan import check_finite
 from refalign_training.cache.command import CacheCommand
 from refalign_training.cache.items import Outcome
 from refalign_training.data.decoding import Decoded, Task
@@ -63,7 +65,10 @@ class VaeEncoder:
         vae: AutoencoderKLWan | None = None,
     ) -> None:
         self.dtype, self.device, self.references = dtype, device, references
-        self.vae = vae or AutoencoderKLWan.from_pretrained(model, subfolder="vae", torch_dtype=vae_dtype)
+        self.vae = vae or AutoencoderKLWan.from_pretrained(
+            model, subfolder="vae", torch_dtype=vae_dtype, use_safetensors=True
+        )
+        check_finite(self.vae.named_parameters(), f"The VAE of {model}")
         self.vae.to(device).eval()  # pyright: ignore[reportArgumentType]  (diffusers wraps `to`)
 
     def __call__(self, batch: Sequence[Decoded]) -> list[dict[str, torch.Tensor]]:
@@ -88,7 +93,10 @@ class TextEncoder:
     def __init__(self, model: Path, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
         self.tokenizer = AutoTokenizer.from_pretrained(model, subfolder="tokenizer")
-        self.text_encoder = UMT5EncoderModel.from_pretrained(model, subfolder="text_encoder", dtype=dtype)
+        self.text_encoder = UMT5EncoderModel.from_pretrained(
+            model, subfolder="text_encoder", dtype=dtype, use_safetensors=True
+        )
+        check_finite(self.text_encoder.named_parameters(), f"The text encoder of {model}")
         self.text_encoder.to(device).eval()  # pyright: ignore[reportArgumentType]  (transformers wraps `to`)
 
     def __call__(self, batch: Sequence[Decoded]) -> list[dict[str, torch.Tensor]]:
@@ -173,9 +181,13 @@ def fetch_models(
     models = {}
     of_pipeline = [family for family in families if family in PARTS]
     if of_pipeline and model is not None:
+        configs = fetch(model, CONFIGS, revision)
+        read_config(configs, model)
+        commit = None if Path(model).is_dir() else configs.name
         parts = set(itertools.chain(*map(PARTS.__getitem__, of_pipeline)))
         patterns = [f"{part}/{pattern}" for part, pattern in itertools.product(sorted(parts), FILES)]
-        folder = fetch(model, patterns, revision)
+        folder = fetch(model, patterns, commit)
+        check_weights(folder, sorted(parts - {"tokenizer"}))
         for family in of_pipeline:
             models[family] = Model(folder, model_identity(folder, PARTS[family]))
     if "teacher" in families and teacher is not None:

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from refalign.files import fetch, open_safetensors, read_json
 from refalign.pipeline_refalign_wan import TOKEN_PIXELS
+from refalign.transformer_refalign_wan import check_finite
 
 
 if TYPE_CHECKING:
@@ -269,6 +270,7 @@ def _load_model(folder: Path, family: _Family, dtype: torch.dtype, files: list[P
             for key in opened.keys():
                 if key.startswith(prefix):
                     weights[key.removeprefix(prefix)] = opened.get_tensor(key)
+    check_finite(weights.items(), f"The teacher in {folder}")
     model_class = getattr(transformers, family.model_class)
     config = model_class.config_class.from_pretrained(folder)
     try:

@@ -9,35 +9,19 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from peft import LoraConfig
 
 from refalign import RefAlignWanTransformer3DModel
-from refalign.convert import check_shapes
-from refalign.files import fetch, find_safetensors, read, read_headers, read_json
+from refalign.convert import check_shapes, find_config
+from refalign.files import fetch, find_safetensors, read, read_headers
+from refalign.transformer_refalign_wan import check_finite
 from refalign_training.method.alignment import ReferenceAlignment
 from refalign_training.method.options import AlignmentOptions
 from refalign_training.run.config import LoraOptions, ModelOptions, RunCommand
 from refalign_training.run.resume import Start
 
 
-CHANNELS = 16  # channels of Wan 2.1's latents; its image-to-video models take 36, Wan 2.2's 5B takes 48
-
-
 def transformer_config(options: ModelOptions) -> dict[str, Any]:
     """The configuration of the base's transformer, downloaded alone if need be. Raises ValueError if it is not the one
     of Wan 2.1's text-to-video transformer."""
-    folder = fetch(options.base, ["transformer/config.json"], options.revision)
-    file = folder / "transformer/config.json"
-    if not file.is_file():
-        raise ValueError(f"{options.base} is not a pipeline in diffusers' format: it has no transformer/config.json.")
-    config = read_json(file)
-    kind, channels = config.get("_class_name"), config.get("in_channels", CHANNELS)
-    is_wan = kind in ("WanTransformer3DModel", "RefAlignWanTransformer3DModel")
-    takes_images = config.get("image_dim") is not None
-    if not is_wan or takes_images or channels != CHANNELS:
-        kind = f"image-to-video {kind}" if takes_images else kind
-        raise ValueError(
-            f"{options.base} has a transformer of kind {kind} that takes {channels} channels, not Wan 2.1's "
-            f"text-to-video one (WanTransformer3DModel, {CHANNELS} channels). Pass a base that has it."
-        )
-    return config
+    return find_config(options.base, options.revision)
 
 
 def load_transformer(command: RunCommand, start: Start, resumes: bool = False) -> RefAlignWanTransformer3DModel:
@@ -68,7 +52,9 @@ def _stored_weights(options: ModelOptions, config: Mapping[str, Any], start: Sta
         folder = fetch(options.base, ["transformer/*.json", "transformer/*.safetensors"], options.revision)
         tensors, source = read_headers(find_safetensors(folder / "transformer")), options.base
     check_shapes(tensors, config, source)
-    return read(tensors)
+    weights = read(tensors)
+    check_finite(weights.items(), str(source))
+    return weights
 
 
 def add_lora(transformer: RefAlignWanTransformer3DModel, options: LoraOptions, seed: int) -> None:

@@ -139,7 +139,7 @@ class Validation:
         pictures = {}
         if model is None:
             return pictures
-        vae = AutoencoderKLWan.from_pretrained(model, subfolder="vae", torch_dtype=torch.float32)
+        vae = AutoencoderKLWan.from_pretrained(model, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True)
         vae.to(self.parallel.device)  # pyright: ignore[reportArgumentType]  # diffusers' decorator hides `self`
         for (sample_id, value), video in zip(self.values, latents, strict=False):
             references = [_decode(vae, latent[:, None])[0] for latent in value["reference_latents"].unbind(1)]

@@ -181,8 +181,10 @@ def _make_base(command: SpritesCommand) -> None:
     torch.manual_seed(0)
     pipeline = RefAlignWanPipeline(
         AutoTokenizer.from_pretrained(command.output / "tokenizer"),
-        UMT5EncoderModel.from_pretrained(command.output / PRODUCTS["text"]),
-        AutoencoderKLWan.from_pretrained(command.output / PRODUCTS["vae"], torch_dtype=torch.float16),
+        UMT5EncoderModel.from_pretrained(command.output / PRODUCTS["text"], use_safetensors=True),
+        AutoencoderKLWan.from_pretrained(
+            command.output / PRODUCTS["vae"], torch_dtype=torch.float16, use_safetensors=True
+        ),
         FlowMatchEulerDiscreteScheduler(shift=SHIFT),
         RefAlignWanTransformer3DModel(**TRANSFORMER),
         call_defaults=CALL_DEFAULTS,

@@ -7,7 +7,8 @@ the head. This file stands alone: a Hub repo carries it beside the transformer's
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -21,6 +22,9 @@ from diffusers.utils import apply_lora_scale
 from diffusers.utils.torch_utils import maybe_allow_in_graph
 from torch import nn
 
+
+WAN_CHANNELS = 16  # channels of Wan 2.1's latents
+WAN_CLASSES = ("WanTransformer3DModel", "RefAlignWanTransformer3DModel")
 
 # The modules whose outputs TaylorSeer extrapolates. Its own defaults match no module of Wan.
 TAYLORSEER_IDENTIFIERS = [r"blocks\.\d+\.(attn1|attn2|ffn)"]
@@ -326,6 +330,11 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
 
     # -- What diffusers 0.42 does not offer; tests/pipelines/test_diffusers.py tells which of it can go ---------------
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "RefAlignWanTransformer3DModel":
+        """Loads as diffusers' own does, but from safetensors files alone: others run code when they are opened."""
+        return super().from_pretrained(*args, **{**kwargs, "use_safetensors": True})
+
     def _take_reference_blocks(self) -> None:
         # diffusers/models/transformers/transformer_wan.py: the class of its blocks is fixed
         for block in self.blocks:
@@ -353,6 +362,9 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
         Loads a native or diffusers checkpoint, as diffusers' own does. With `dtype` it keeps in float32 what
         [`~RefAlignWanTransformer3DModel.from_pretrained`] keeps: norms, modulation, timestep embedding.
         """
+        name = pretrained_model_link_or_path_or_dict
+        if isinstance(name, (str, os.PathLike)) and os.fspath(name).endswith((".bin", ".ckpt", ".pt", ".pth")):
+            raise ValueError(f"{name} is of a format that runs code when it is opened. Pass a .safetensors file.")
         # diffusers/loaders/single_file_model.py: casts these too
         dtype = torch_dtype if dtype is None else dtype
         is_quantized = kwargs.get("quantization_config") is not None
@@ -369,6 +381,53 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
             is_kept = any(module in name.split(".") for module in self._keep_in_fp32_modules)
             parameter.data = parameter.data.to(torch.float32 if is_kept else dtype)
         return self
+
+
+# -- Checks of models ---------------------------------------------------------------------------------------------
+
+
+def check_is_wan21(config: Mapping[str, Any], source: str) -> None:
+    """
+    Raises ValueError, naming what it is instead, unless a transformer is Wan 2.1's text-to-video one, or RefAlign's.
+
+    Args:
+        config (`Mapping`): its configuration, as `transformer/config.json` holds it or the model itself.
+        source (`str`): what the error names.
+    """
+    kind, channels = config.get("_class_name", WAN_CLASSES[0]), config.get("in_channels", WAN_CHANNELS)
+    kind = kind[-1] if isinstance(kind, list) else kind
+    takes_images = config.get("image_dim") is not None or config.get("added_kv_proj_dim") is not None
+    if kind not in WAN_CLASSES:
+        raise other_model(source, f"a {kind}")
+    if takes_images or channels == 36:
+        raise other_model(source, f"an image-to-video {kind}")
+    if channels != WAN_CHANNELS:
+        known = {48: "Wan 2.2's TI2V-5B"}
+        raise other_model(source, known.get(channels, f"a {kind} that takes {channels} channels, not {WAN_CHANNELS}"))
+
+
+def other_model(source: str, kind: str) -> ValueError:
+    """The error for a model that RefAlign cannot run on."""
+    return ValueError(
+        f"{source} is of another kind: {kind}. RefAlign needs Wan 2.1's text-to-video model, 1.3B or 14B: pass one, "
+        "such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers, or a RefAlign model made of one."
+    )
+
+
+def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], source: str) -> None:
+    """Raises ValueError for the first of these named tensors that holds NaN or infinite numbers. Quantised ones, and
+    those without data, are passed over."""
+    for name, tensor in tensors:
+        is_plain = type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_meta
+        if not is_plain or not tensor.is_floating_point() or tensor.numel() == 0:
+            continue
+        # In 1.6 s for 14B, where `isfinite` takes a minute; a float of 8 bits has no minimum
+        low, high = torch.aminmax(tensor.detach() if tensor.element_size() > 1 else tensor.detach().half())
+        if not (low.isfinite() and high.isfinite()):
+            raise ValueError(
+                f"{source} holds numbers that are not finite (NaN or infinite), first in {name}: the file is damaged, "
+                "or its training diverged. Download it again, or take an earlier checkpoint."
+            )
 
 
 def _register_for_caches() -> None:
