@@ -23,6 +23,7 @@ from diffusers import (
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.utils.torch_utils import get_module_execution_device, randn_tensor
 from diffusers.video_processor import VideoProcessor
 from transformers import AutoTokenizer, UMT5EncoderModel
@@ -58,6 +59,7 @@ CALL_DEFAULTS = {
     "max_sequence_length": 512,
 }
 TOKEN_PIXELS = 16  # the side of a token in pixels: the VAE's 8 times the transformer's patch of 2
+TRAINED_REFERENCES = 3  # the most that RefAlign's samples have
 FRAMES_PER_LATENT = 4  # frames of the video in a latent frame, except for the first, which has one
 
 
@@ -342,6 +344,17 @@ class RefAlignWanPipeline(WanPipeline):
             references.append(torch.cat(latents, dim=2) if latents else None)
         return references
 
+    def _tell_cut_text(self, name: str, texts: str | list[str] | None, max_sequence_length: int) -> None:
+        """Logs which end of a text the model does not read."""
+        for text in [texts] if isinstance(texts, str) else texts or []:
+            tokens = self.tokenizer(prompt_clean(text), verbose=False).input_ids
+            if len(tokens) > max_sequence_length:  # the last one read stands for the end
+                unread = self.tokenizer.decode(tokens[max_sequence_length - 1 :], skip_special_tokens=True)
+                logging.getLogger(__name__).warning(
+                    "`%s` has %d tokens, but the model reads %d: what begins with %r is not read. Shorten it.",
+                    *(name, len(tokens), max_sequence_length, unread[:60]),
+                )
+
     def _predict_velocity(
         self,
         latents: torch.Tensor,
@@ -517,8 +530,12 @@ class RefAlignWanPipeline(WanPipeline):
         # 2. References, and the samples that have the same number of them
         references = self.prepare_references(reference_images, reference_latents, batch_size, height, width)
         groups = group_by_references(references, num_videos_per_prompt, device, dtype)
+        _tell_untrained_numbers(references)
 
         # 3. Prompts
+        self._tell_cut_text("prompt", prompt, max_sequence_length)
+        if negative_prompt_embeds is None:
+            self._tell_cut_text("negative_prompt", negative_prompt, max_sequence_length)
         # A callback may raise the guidance
         needs_negative = callback_on_step_end is not None and self.text_encoder is not None
         for _, group in groups:
@@ -834,6 +851,15 @@ def group_by_references(
             samples = (first + torch.arange(repeats, device=device)).flatten()
         result.append((samples, latents))
     return result
+
+
+def _tell_untrained_numbers(references: Sequence[torch.Tensor | None]) -> None:
+    numbers_of_references = [0 if latents is None else latents.shape[2] for latents in references]
+    if (most := max(numbers_of_references)) > TRAINED_REFERENCES:
+        logging.getLogger(__name__).warning(
+            "A prompt has %d references, but RefAlign was trained with %d at most: some may be mixed or left out.",
+            *(most, TRAINED_REFERENCES),
+        )
 
 
 def _check_tensor(name: str, tensor: Any, shape: tuple[int | None, ...]) -> None:

@@ -190,6 +190,27 @@ def test_plain_wan_weights_are_warned_of(wan_folder, caplog):
     assert "without a RefAlign LoRA it hardly follows references" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["prompt", "negative_prompt"])
+def test_the_end_of_a_text_that_is_not_read_is_told(name, pipeline, caplog):
+    text = "a" * 20 + " a dragon"
+    short = {"prompt": "a", "negative_prompt": "b", "num_inference_steps": 1, "reference_images": None}
+    run(pipeline, **{**short, name: text, "max_sequence_length": 22})
+    (told,) = [line for line in caplog.messages if "tokens" in line]
+    assert told.startswith(f"`{name}` has 31 tokens, but the model reads 22: what begins with 'a dragon' is not read")
+
+
+def test_a_text_that_is_read_whole_is_not_told(pipeline, caplog):
+    run(pipeline, prompt="a" * 14, negative_prompt="", reference_images=None, num_inference_steps=1)
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(("number", "told"), [(3, False), (4, True)])
+def test_more_references_than_were_trained_are_told(number, told, pipeline, caplog):
+    references = torch.zeros(1, 16, number, 4, 6)
+    run(pipeline, reference_images=None, reference_latents=references, negative_prompt="", num_inference_steps=1)
+    assert ("has 4 references, but RefAlign was trained with 3 at most" in caplog.text) is told
+
+
 # -- References -------------------------------------------------------------------------------------------------------
 
 

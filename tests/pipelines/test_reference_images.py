@@ -5,6 +5,7 @@ import base64
 import contextlib
 import http.server
 import io
+import os
 import shutil
 import struct
 import subprocess
@@ -21,7 +22,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from refalign import reference_images
 from refalign.reference_images import (
@@ -254,6 +255,90 @@ def test_the_callers_image_is_neither_changed_nor_returned():
     assert image.getexif()[0x0112] == 6
 
 
+def exif_of(*entries):
+    """EXIF data by hand: orientation 6, and entries that PIL would not write, each (tag, type, count, value)."""
+    entries = [(0x0112, 3, 1, struct.pack("<HH", 6, 0)), *entries]
+    body = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + body + bytes(4)
+
+
+DAMAGED_EXIF = {
+    "text where a number belongs": (exif_of((0x011A, 2, 4, b"abc\0")), (4, 6)),
+    "a value outside the file": (exif_of((0x010F, 2, 200, b"\xff\xff\xff\0")), (4, 6)),
+    "an unknown type": (exif_of((0x9999, 77, 1, bytes(4))), (4, 6)),
+    "no header": (b"Exif\0\0" + bytes(range(40)), (6, 4)),
+    "nothing": (b"Exif\0\0", (6, 4)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Tag data larger than file")
+@pytest.mark.parametrize("name", DAMAGED_EXIF)
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_damaged_exif_leaves_an_image_readable_and_upright_where_it_says_how(name, format):
+    exif, size = DAMAGED_EXIF[name]
+    image = encoded(gradient(), format, exif=exif)
+    assert load_reference_image(Image.open(io.BytesIO(image))).size == size
+
+
+def test_exif_that_cannot_be_read_is_told_with_the_images_name(tmp_path, caplog):
+    gradient().save(tmp_path / "photo.png", exif=DAMAGED_EXIF["no header"][0])
+    load_reference_image(tmp_path / "photo.png")
+    assert "photo.png has damaged EXIF data, so it is taken to be upright" in caplog.text
+
+
+def test_an_image_that_was_read_is_read_again_as_it_is():
+    image = Image.open(io.BytesIO(encoded(gradient(), exif=exif_of(), icc_profile=swapped_profile())))
+    once = load_reference_image(image)
+    assert_same(load_reference_image(once), once)
+
+
+# Colours
+
+
+def swapped_profile():
+    """An ICC profile of a colour space that is sRGB with red and blue swapped."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    red, blue = profile.index(b"rXYZ"), profile.index(b"bXYZ")
+    profile[red : red + 4], profile[blue : blue + 4] = b"bXYZ", b"rXYZ"
+    return bytes(profile)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+@pytest.mark.parametrize("format", ["PNG", "TIFF", "WEBP"])
+def test_colors_are_converted_from_the_images_profile_to_srgb(mode, format):
+    image = Image.new("RGB", (8, 8), (204, 51, 0)).convert(mode)
+    opened = Image.open(io.BytesIO(encoded(image, format, icc_profile=swapped_profile(), lossless=True)))
+    np.testing.assert_allclose(np.asarray(load_reference_image(opened))[0, 0], (0, 51, 204), atol=2)
+
+
+def test_transparency_outlives_the_conversion():
+    image = Image.new("RGBA", (1, 1), (*RED, 100))
+    output = load_reference_image(Image.open(io.BytesIO(encoded(image, icc_profile=swapped_profile()))))
+    np.testing.assert_allclose(np.asarray(output), [[[*BLUE, 100]]], atol=2)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_srgbs_own_profile_changes_no_byte(mode):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    image = gradient().convert(mode)
+    opened = Image.open(io.BytesIO(encoded(image, icc_profile=profile)))
+    assert_same(load_reference_image(opened), image.convert("RGB"))
+
+
+@pytest.mark.parametrize(("mode", "profile"), [("RGB", b"no profile"), ("CMYK", swapped_profile())])
+def test_a_profile_that_cannot_be_used_is_told_and_passed_over(mode, profile, tmp_path, caplog):
+    image = gradient().convert(mode)
+    image.save(tmp_path / "photo.tiff", icc_profile=profile)
+    assert_same(load_reference_image(tmp_path / "photo.tiff"), image.convert("RGB"))
+    assert "photo.tiff has an ICC profile that cannot be used" in caplog.text
+
+
+def test_16_bit_rgb_with_a_transparent_color():
+    color = struct.pack(">3H", 0xC812, 0x4034, 0x2056)
+    image = Image.open(io.BytesIO(png(1, 1, 16, 2, b"\0" + color, (b"tRNS", color))))
+    assert np.asarray(load_reference_image(image)).tolist() == [[[200, 64, 32, 0]]]
+
+
 # Arrays and tensors
 
 
@@ -332,6 +417,26 @@ def test_a_bad_file_is_named(tmp_path, kind):
         load_reference_image(tmp_path / "photo.png")
 
 
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+
+
+def test_a_format_for_which_pil_starts_a_program_is_refused(tmp_path):
+    (tmp_path / "photo.png").write_bytes(EPS)
+    with pytest.raises(ValueError, match=r"photo\.png cannot be read: its format is none of PNG, JPEG"):
+        load_reference_image(tmp_path / "photo.png")
+
+
+def test_such_a_format_handed_over_lazily_is_refused_before_it_is_decoded():
+    with pytest.raises(ValueError, match="its format is EPS, not one of PNG"):
+        load_reference_image(Image.open(io.BytesIO(EPS)))
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "photo.png")
+    with pytest.raises(ValueError, match=r"photo\.png is a pipe"):
+        load_reference_image(tmp_path / "photo.png")
+
+
 @pytest.mark.parametrize("image", [Image.new("RGB", (0, 4)), np.zeros((4, 0, 3)), torch.zeros(3, 0, 0)], ids=type)
 def test_an_image_without_pixels_is_refused(image):
     with pytest.raises(ValueError, match="holds nothing"):
@@ -365,6 +470,13 @@ def test_a_bomb_handed_over_lazily_is_refused_before_it_is_decoded(monkeypatch):
         bomb = Image.open(io.BytesIO(png(60_000, 60_000, 8, 2, b"")))
     with pytest.raises(ValueError, match="60000x60000 pixels, more than"):
         load_reference_image(bomb)
+
+
+@pytest.mark.parametrize("size", [(1, 170_000_000), (65_536, 1)])
+def test_a_side_too_long_is_refused_before_it_is_decoded(tmp_path, size):
+    (tmp_path / "line.png").write_bytes(png(*size, 8, 0, b""))
+    with pytest.raises(ValueError, match=rf"line\.png .*{size[0]}x{size[1]} pixels, but a side may have 65535"):
+        load_reference_image(tmp_path / "line.png")
 
 
 @pytest.mark.parametrize("image", [Image.new("RGB", (11, 10)), np.zeros((11, 10, 3))], ids=type)

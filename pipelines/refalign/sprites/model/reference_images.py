@@ -19,11 +19,11 @@ import urllib.parse
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 
 logger = logging.getLogger(__name__)
@@ -34,6 +34,12 @@ CutOut = bool | Literal["auto"]
 MAX_DOWNLOAD_BYTES = 32 * 2**20
 MAX_DOWNLOAD_SECONDS = 20.0
 MAX_REDIRECTS = 5
+# PIL's names. Not EPS, for which it starts Ghostscript, nor formats that hold an image of any other format
+FORMATS = (
+    *("PNG", "JPEG", "MPO", "WEBP", "GIF", "AVIF", "TIFF", "BMP", "DIB", "JPEG2000", "PPM", "TGA", "QOI", "PSD"),
+    *("HEIF", "JXL"),  # those of PIL's plugins, if the user has registered them
+)
+MAX_SIDE = 2**16 - 1  # pixels: JPEG's own limit. PIL looks at the area alone, but needs memory for each row too
 WHITE = (255, 255, 255)
 BACKGROUND_MODEL = "birefnet-general"
 SUBJECT_COVERAGE = (0.02, 0.85)  # below: nothing was found; above: the image is a place, not a subject
@@ -158,6 +164,8 @@ def _download(url: str) -> bytes:
 def _check_pixels(width: int, height: int) -> None:
     if width < 1 or height < 1:
         raise ValueError(f"it is {width}x{height} pixels, so it holds nothing")
+    if max(width, height) > MAX_SIDE:
+        raise ValueError(f"it is {width}x{height} pixels, but a side may have {MAX_SIDE} at most; crop or shrink it")
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > 2 * limit:
         raise ValueError(
@@ -178,21 +186,45 @@ def _reading(name: str) -> Iterator[None]:
             raise ValueError(f"{name} does not exist.") from error
         if isinstance(error, Image.DecompressionBombError):
             raise ValueError(f"{name} has more pixels than are safe to decode: {error} Scale it down.") from error
-        reason = "the format is unknown" if isinstance(error, UnidentifiedImageError) else error
+        reason = error
+        if isinstance(error, UnidentifiedImageError):
+            reason = f"its format is none of {', '.join(FORMATS)}"
         raise ValueError(f"{name} cannot be read: {reason}. Pass an intact image, such as a PNG or JPEG.") from error
 
 
-def _upright_first_frame(image: Image.Image) -> Image.Image:
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright_first_frame(image: Image.Image, name: str) -> Image.Image:
     """A copy; the caller's image stays at the frame it was at."""
     frame = image.tell()
     try:
         if frame:
             with contextlib.suppress(EOFError):  # PSD: frame 1, the first layer's number, stands for the whole
                 image.seek(0)
-        return ImageOps.exif_transpose(image)
+        image.load()
+        turn = _TURNS.get(_orientation(image, name))
+        return image.copy() if turn is None else image.transpose(turn)
     finally:
         if frame:
             image.seek(frame)
+
+
+def _orientation(image: Image.Image, name: str) -> Any:
+    """What EXIF says. Not `ImageOps.exif_transpose`, which also writes the EXIF anew, and fails if it is damaged."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation)
+    except Exception as error:  # PIL parses it as it is read, and raises whatever it likes
+        logger.warning("%s has damaged EXIF data, so it is taken to be upright: %s", name, error)
+        return None
 
 
 def _to_uint8(values: np.ndarray, white: float = 1.0) -> np.ndarray:
@@ -225,25 +257,69 @@ def _gray_of_more_than_8_bits(image: Image.Image) -> Image.Image:
     return gray
 
 
-def _to_rgb_or_rgba(image: Image.Image) -> Image.Image:
-    """Any of PIL's modes as RGB, or as RGBA where some pixel is transparent."""
+def _to_rgb_or_rgba(image: Image.Image, name: str) -> Image.Image:
+    """Any of PIL's modes as RGB, or as RGBA where some pixel is transparent, in sRGB's colours."""
+    profile, is_gray = image.info.get("icc_profile"), image.mode[0] in "1FIL"
     if image.mode == "F" or image.mode.startswith("I"):
         image = _gray_of_more_than_8_bits(image)
     elif image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        image = ImageCms.buildTransform(lab, srgb, "LAB", "RGB").apply(image)
+        image, profile = ImageCms.buildTransform(lab, srgb, "LAB", "RGB").apply(image), None
     elif image.mode == "La":
         image = image.convert("LA")
+    alpha = None
     if image.has_transparency_data:
+        _take_high_bytes_of_transparency(image)
         image = image.convert("RGBA")
-        if np.asarray(image.getchannel("A")).min() < 255:
+        alpha = image.getchannel("A")
+    if profile:
+        image = _to_srgb(image, profile, is_gray, name)
+    image = image.convert("RGB")
+    image.info.clear()  # what it says (EXIF, profile, transparency) has been done
+    if alpha is not None and np.asarray(alpha).min() < 255:
+        image.putalpha(alpha)
+    return image
+
+
+def _take_high_bytes_of_transparency(image: Image.Image) -> None:
+    # Of a PNG with 16-bit colours PIL reads the pixels' high bytes, but the transparent colour whole
+    color = image.info.get("transparency")
+    if isinstance(color, tuple) and max(color) > 255:
+        image.info["transparency"] = tuple(value >> 8 for value in color)
+
+
+_PROFILE_MODES = {"GRAY": "L", "RGB ": "RGB", "CMYK": "CMYK"}
+
+
+def _to_srgb(image: Image.Image, profile: bytes, is_gray: bool, name: str) -> Image.Image:
+    """The image in sRGB, as viewers show it. A profile that cannot be used is passed over, as viewers do."""
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        space = cast(Any, source.profile).xcolor_space
+        mode = _PROFILE_MODES.get(space)
+        if mode is None or (mode == "CMYK") != (image.mode == "CMYK") or (mode == "L" and not is_gray):
+            raise ValueError(f"it is for {space.strip()}, the image is {image.mode}")
+        transform = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+        if mode == "RGB" and _is_identity(transform):
             return image
-    return image.convert("RGB")
+        return transform.apply(image.convert(mode))
+    except (ImageCms.PyCMSError, OSError, ValueError) as error:
+        logger.warning("%s has an ICC profile that cannot be used, so its colours are taken for sRGB: %s", name, error)
+        return image
 
 
-def _from_pil(image: Image.Image) -> Image.Image:
-    _check_pixels(*image.size)  # before a pixel is decoded
-    return _to_rgb_or_rgba(_upright_first_frame(image))
+def _is_identity(transform: ImageCms.ImageCmsTransform) -> bool:
+    """Whether a profile is sRGB's own, of which there are many editions, a rounding apart."""
+    colors = np.indices((9, 9, 9)).T.reshape(27, 27, 3) * 255 // 8
+    changed = transform.apply(Image.fromarray(colors.astype(np.uint8)))
+    return np.abs(np.asarray(changed).astype(int) - colors).max() <= 2
+
+
+def _from_pil(image: Image.Image, name: str) -> Image.Image:
+    if image.format is not None and image.format not in FORMATS:  # before a pixel is decoded, here and below
+        raise ValueError(f"its format is {image.format}, not one of {', '.join(FORMATS)}")
+    _check_pixels(*image.size)
+    return _to_rgb_or_rgba(_upright_first_frame(image, name), name)
 
 
 def _from_array(image: np.ndarray | torch.Tensor) -> Image.Image:
@@ -260,15 +336,16 @@ def _from_array(image: np.ndarray | torch.Tensor) -> Image.Image:
         raise ValueError(f"its shape {shape} is not {layout} with 1, 3 or 4 channels; pass several images as a list")
     _check_pixels(values.shape[1], values.shape[0])
     samples = _to_uint8(values)
-    return _to_rgb_or_rgba(Image.fromarray(samples[..., 0] if samples.shape[-1] == 1 else samples))
+    samples = samples[..., 0] if samples.shape[-1] == 1 else samples
+    return _to_rgb_or_rgba(Image.fromarray(samples), "The array")
 
 
 def load_reference_image(image: ReferenceImage) -> Image.Image:
     r"""
     Read one reference image, from wherever it is, in whatever mode it is.
 
-    EXIF orientation is applied; of an animation the first frame is taken. A PIL image that is passed in stays as it
-    is, at its frame.
+    EXIF orientation is applied, and colours are converted from the image's ICC profile to sRGB; of an animation the
+    first frame is taken. A PIL image that is passed in stays as it is, at its frame.
 
     Args:
         image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str` or `os.PathLike`):
@@ -281,26 +358,32 @@ def load_reference_image(image: ReferenceImage) -> Image.Image:
         `PIL.Image.Image`: A new upright image, RGBA if some pixel is transparent, otherwise RGB.
 
     Raises:
-        ValueError: The image is missing, damaged, empty, larger than PIL deems safe (`2 * Image.MAX_IMAGE_PIXELS`
-            pixels), of a wrong shape, dtype or range, or its URL is refused.
+        ValueError: The image is missing, damaged, empty, of a format that is not in `FORMATS`, larger than PIL deems
+            safe (`2 * Image.MAX_IMAGE_PIXELS` pixels) or `MAX_SIDE` allows, of a wrong shape, dtype or range, or its
+            URL is refused.
         ImportError: A URL needs httpx2, and it is not installed.
     """
     if isinstance(image, Image.Image):
-        with _reading(f"The PIL image of mode {image.mode}"):
-            return _from_pil(image)
+        name = f"The PIL image of mode {image.mode}"
+        with _reading(name):
+            return _from_pil(image, name)
     if isinstance(image, (np.ndarray, torch.Tensor)):
         with _reading(f"The {type(image).__name__}"):
             return _from_array(image)
     if isinstance(image, str) and _URL.match(image):
         source, name = io.BytesIO(_download(image)), redacted_url(image)
     elif isinstance(image, (str, os.PathLike)):
-        source = name = os.fspath(image)
+        source = name = os.fsdecode(image)
+        path = Path(source)
+        if path.exists() and not path.is_file() and not path.is_dir():  # PIL would wait for what a pipe may never give
+            raise ValueError(f"{name} is a pipe, a socket or a device. Pass a file.")
     else:
         raise ValueError(
             f"A {type(image).__name__} is not an image: pass a PIL image, an array, a tensor, a path or a URL."
         )
-    with _reading(name), Image.open(source) as opened:
-        return _from_pil(opened)
+    Image.init()  # knows the formats of this build
+    with _reading(name), Image.open(source, formats=[known for known in FORMATS if known in Image.OPEN]) as opened:
+        return _from_pil(opened, name)
 
 
 def _check_size(height: int, width: int) -> None:
