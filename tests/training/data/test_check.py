@@ -65,12 +65,43 @@ def test_nothing_usable_is_an_error(opens2v, capsys):
 
 def test_clips_that_are_too_short_are_told(opens2v, tmp_path, capsys):
     assert check_opens2v(opens2v, "--stride", 12, "--preview", tmp_path / "preview") == 0
-    assert "shorter than the 1.9 s of 5 frames with --stride 12: 4" in capsys.readouterr().out
+    assert (
+        "played more slowly, as they are shorter than the 1.9 s of 5 frames: 4 (slowest: " in capsys.readouterr().out
+    )
     samples = [json.loads(path.read_text("utf-8")) for path in (tmp_path / "preview").rglob("sample.json")]
     assert all(sample["slowdown"] > 1 for sample in samples)
-    assert "times slower" in (tmp_path / "preview/index.html").read_text("utf-8")
+    assert "as it is too short" in (tmp_path / "preview/index.html").read_text("utf-8")
     assert check_opens2v(opens2v, "--stride", 1) == 0
     assert "shorter" not in capsys.readouterr().out
+
+
+@pytest.fixture
+def own_clip(tmp_path):
+    """A folder with a clip of 3 s in 96x48, filmed with 25 frames a second."""
+    write_video([np.full((48, 96, 3), 3 * n, np.uint8) for n in range(75)], tmp_path / "clips/a.mp4", fps=25)
+    (tmp_path / "clips/a.txt").write_text("a prompt", "utf-8")
+    Image.new("RGB", (30, 30), "red").save(tmp_path / "clips/a.ref0.png")
+    return tmp_path / "clips"
+
+
+def test_how_clips_are_played_is_told_in_plain_words(own_clip, tmp_path, capsys):
+    size = ["--height", "96", "--width", "128", "--num-frames", "33"]
+    (own_clip / "b.mp4").write_bytes(b"no video")
+    preview = ["--preview", tmp_path / "preview"]
+    assert check("--data", "folder", "--videos", own_clip, *size, *preview) == 0
+    told = capsys.readouterr().out
+    assert (
+        "33 frames of 128x96, which last 2.1 s at the model's 16 frames a second:\n  played in real time: 1\n" in told
+    )
+    assert "cropped to the size: 1 (most: 33% of the picture, a)\n  enlarged to the size: 1 (most: 2 times, a)" in told
+    page = (tmp_path / "preview/index.html").read_text("utf-8")
+    assert "a.mp4: 96x48, 25 frames a second, 3.0 s. Played in real time; 33% of the picture is cut off" in page
+    assert "<h2>Lost clips</h2>" in page and "<li>b (no prompt, row 1): there is none</li>" in page
+
+
+def test_the_papers_stride_is_fast(own_clip, capsys):
+    assert check("--data", "folder", "--videos", own_clip, *SMALL, "--stride", "3") == 0
+    assert "played 1.9 times as fast as it was filmed: 1\n" in capsys.readouterr().out
 
 
 def test_all_faults_go_to_a_file(tmp_path, capsys):

@@ -1,6 +1,8 @@
 import dataclasses
 from collections import Counter
+from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
 from hypothesis import given
@@ -31,6 +33,18 @@ RED, BLUE = (220, 30, 30), (30, 30, 220)
 
 def paint(size, colour):
     return np.full((*size, 3), colour, np.uint8)
+
+
+def write_stretched(path, frame, aspect):
+    """A video of 5 frames whose pixels are shown `aspect` times as wide as high."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.height, stream.width = frame.shape[:2]
+        stream.codec_context.sample_aspect_ratio = Fraction(aspect)
+        for _ in range(5):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return path
 
 
 @pytest.fixture
@@ -114,6 +128,41 @@ def test_a_video_depends_on_seed_variant_and_id_alone(sample):
         load_video(dataclasses.replace(sample, id="c"), RECIPE),
     ]
     assert any((other != first).any() for other in others)
+
+
+def test_the_stride_is_the_recipes_else_the_clips(sample):
+    """Frame n is of grey 10n; the clip has frames 2 to 17."""
+
+    def distance(clip, stride):
+        recipe = dataclasses.replace(RECIPE, stride=stride)
+        greys = load_video(dataclasses.replace(sample, clip=clip), recipe)[:, -4:, -4:].mean(axis=(1, 2, 3)) / 10
+        return (greys[-1] - greys[0]) / 4
+
+    assert distance(sample.clip, None) == pytest.approx(3, abs=0.1)
+    assert distance(dataclasses.replace(sample.clip, stride=2.0), None) == pytest.approx(2, abs=0.1)
+    assert distance(sample.clip, 1.0) == pytest.approx(1, abs=0.1)
+
+
+def test_motion_keeps_its_speed_at_a_variable_rate():
+    times = np.concatenate([np.arange(50) / 50, 1 + np.arange(10) / 10])  # a second at 50, and one at 10
+    recipe = Recipe(num_frames=17, stride=1.5625)
+    numbers = draw_frames(60, 59 / times[-1], recipe, np.random.default_rng(0), times=times)
+    assert np.abs(np.diff(times[numbers]) - 1 / 16).max() <= 1 / 10
+    assert times[numbers[-1]] - times[numbers[0]] == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("crop", [None, (24, 0, 72, 96)])
+def test_pixels_that_are_not_square_become_so(tmp_path, crop):
+    """A box of 24x48 stored pixels, each twice as wide as high, is a square; crops count stored pixels."""
+    frame = paint((96, 96), BLUE)
+    frame[24:72, 36:60] = RED
+    path = write_stretched(tmp_path / "a.mp4", frame, 2)
+    view = View(path, 0, box=(36, 24, 60, 72))
+    sample = Sample("a", ("p",), Clip(path, crop=crop), (Reference("1", view),), "file", 0)
+    red = load_video(sample, dataclasses.replace(RECIPE, width=96, height=96))[0, ..., 0] > 128
+    assert red.any(axis=0).sum() == pytest.approx(red.any(axis=1).sum(), abs=3)
+    (reference,) = load_references(sample, dataclasses.replace(RECIPE, cross_probability=0))
+    assert (np.asarray(reference.image)[..., 1] < 128).sum() == pytest.approx(48 * 48, rel=0.1)  # a square, on white
 
 
 def test_a_clip_beyond_the_files_end_is_unusable(sample):

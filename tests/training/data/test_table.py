@@ -46,6 +46,7 @@ def test_json_lines(tmp_path):
     assert all(r.view.frame is None and r.view.box is None and not r.cross for r in sample.references)
     assert [reference.subject for reference in sample.references] == ["1", "2"]
     assert sample.scores == {"quality": 0.5, "references": 2}
+    assert sample.clip.stride == 25 / 16  # real time
 
 
 def test_paths_start_from_the_root(tmp_path):

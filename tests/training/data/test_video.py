@@ -5,10 +5,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 from PIL import Image
 
 from refalign.video import write_video
 from refalign_training.data.sample import Unusable
+from refalign_training.data.shown import TO_709, colours
 from refalign_training.data.video import open_video
 
 
@@ -88,19 +90,152 @@ def test_only_what_leads_to_a_frame_is_decoded(tmp_path):
         assert video._container.decoded == 3 + 6  # from the key frames 10 and 40
 
 
-def test_a_phones_video_is_upright(tmp_path):
+TURNS = {  # a, b, c and d of the matrix by which a track is shown
+    "upright": ((1, 0, 0, 1), lambda image: image),
+    "clockwise": ((0, 1, -1, 0), lambda image: image.transpose(Image.Transpose.ROTATE_270)),
+    "overhead": ((-1, 0, 0, -1), lambda image: image.transpose(Image.Transpose.ROTATE_180)),
+    "counterclockwise": ((0, -1, 1, 0), lambda image: image.transpose(Image.Transpose.ROTATE_90)),
+    "mirrored": ((-1, 0, 0, 1), lambda image: image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)),
+    "upside down": ((1, 0, 0, -1), lambda image: image.transpose(Image.Transpose.FLIP_TOP_BOTTOM)),
+    "mirrored clockwise": ((0, 1, 1, 0), lambda image: image.transpose(Image.Transpose.TRANSPOSE)),
+    "mirrored counterclockwise": ((0, -1, -1, 0), lambda image: image.transpose(Image.Transpose.TRANSVERSE)),
+    "aslant": ((0.866, 0.5, -0.5, 0.866), lambda image: image.rotate(-30)),
+    "to nothing": ((0, 0, 0, 0), lambda image: image),
+}
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_a_phones_video_is_upright(tmp_path, name):
+    """Each quarter of the frame is of another colour."""
+    (a, b, c, d), turn = TURNS[name]
     frame = np.zeros((48, 64, 3), np.uint8)
-    frame[:, :32] = 255
+    frame[:24, :32], frame[:24, 32:], frame[24:, :32] = 255, (200, 0, 0), (0, 0, 200)
     path = write_video([frame] * 3, tmp_path / "a.mp4")
     data = bytearray(path.read_bytes())
-    place = data.index(b"tkhd") + 44  # of the matrix by which the track is shown
-    data[place : place + 36] = struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30)  # clockwise
+    place = data.index(b"tkhd") + 44
+    row = [int(value * (1 << 16)) for value in (a, b, 0, c, d, 0, 0, 0)]
+    data[place : place + 36] = struct.pack(">9i", *row, 1 << 30)
     path.write_bytes(data)
     with open_video(path) as video:
         ((_, image),) = video.read([1])
-    assert image.size == (48, 64)
-    assert np.asarray(image)[:30].min() > 200
-    assert np.asarray(image)[34:].max() < 50
+    expected = turn(Image.fromarray(frame))
+    assert image.size == expected.size
+    assert np.abs(np.asarray(image).astype(int) - expected).mean() < 12
+
+
+def write_two(path, first, second):
+    """A file of two videos, each of `(size, frames, codec, disposition)`."""
+    with av.open(str(path), "w") as container:
+        streams = []
+        for (width, height), _, codec, disposition in (first, second):
+            stream = container.add_stream(codec, rate=25)
+            stream.width, stream.height, stream.disposition = width, height, disposition
+            stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+            streams.append(stream)
+        for stream, (_, count, *_) in zip(streams, (first, second), strict=True):
+            for _ in range(count):
+                frame = np.zeros((stream.height, stream.width, 3), np.uint8)
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            container.mux(stream.encode())
+    return path
+
+
+FILM = ((64, 48), 9, "libx264", 0)
+OTHERS = {
+    "cover": ((800, 600), 1, "mjpeg", Disposition.attached_pic),
+    "cover that does not say so": ((800, 600), 1, "mjpeg", 0),
+    "preview": ((32, 24), 9, "libx264", 0),
+}
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+@pytest.mark.parametrize("other", OTHERS)
+def test_the_film_is_taken_and_not_its_cover_or_preview(tmp_path, other, suffix):
+    path = write_two(tmp_path / f"a{suffix}", OTHERS[other], FILM)
+    with open_video(path) as video:
+        ((_, image),) = video.read([8])
+        assert len(video) == 9 and image.size == (64, 48)
+
+
+COUNTED = {
+    "b_frames.avi": ("libx264", {"bf": "3", "g": "12"}),
+    "packed.avi": ("mpeg4", {"bf": "2", "g": "12"}),
+    "disc.mpg": ("mpeg1video", {"bf": "2", "g": "12"}),
+    "camera.mp4": ("mpeg4", {"bf": "2"}),
+    "old_web.webm": ("libvpx", {"auto-alt-ref": "1", "lag-in-frames": "16", "b": "200k"}),
+    "flash.flv": ("libx264", {"bf": "2", "g": "12"}),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_frames_without_times_to_trust_are_counted(tmp_path, name):
+    codec, options = COUNTED[name]
+    path = write_greys(tmp_path / name, codec, options)
+    with open_video(path) as video:
+        assert len(video) == 60 and video.fps == pytest.approx(30, rel=0.01)
+    greys = read(path, [59, 3, 17, 18, 40, 0])
+    assert list(greys.values()) == pytest.approx(list(greys), abs=1.2)
+
+
+def test_an_avis_empty_chunks_are_no_frames(tmp_path):
+    """They stand where frames were dropped: here after frames 9 and 29."""
+    path = tmp_path / "a.avi"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=30, options={"bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in range(60):
+            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 4 * number, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = number + 3 * (number > 9) + 3 * (number > 29), Fraction(1, 30)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    with open_video(path) as video:
+        assert len(video) == 60
+        assert video.times[9:11] == pytest.approx([9 / 30, 13 / 30])
+    assert list(read(path, [5, 20, 59]).values()) == pytest.approx([5, 20, 59], abs=1.2)
+    path.write_bytes(path.read_bytes()[:-3000])
+    with pytest.raises(Unusable, match="is cut short"):
+        read(path, [0])
+
+
+def write_light(path, transfer, code):
+    """A grey of 10 bits in BT.2020, coded by one of FFmpeg's transfers."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25, options={"crf": "5"})
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p10le"
+        frame = av.VideoFrame(32, 32, "yuv420p10le")
+        for plane, value in zip(frame.planes, (round(64 + 876 * code), 512, 512), strict=True):
+            plane.update(np.full(plane.buffer_size // 2, value, np.uint16).tobytes())
+        for coded in (stream.codec_context, frame):
+            coded.color_primaries, coded.color_trc, coded.colorspace, coded.color_range = 9, transfer, 9, 1
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("transfer", "code", "grey"),
+    [
+        (16, 0.3809, 108),  # PQ, 26 cd/m2: an eighth of paper white, 255 * 0.128 ** (1 / 2.4)
+        (16, 0.5807, 228),  # 203, paper white, which leaves room for highlights
+        (16, 0.7518, 255),  # 1000
+        (18, 0.75, 228),  # HLG, 203
+        (18, 1.0, 255),  # 1000
+        (14, 0.5, 128),  # no HDR
+    ],
+)
+def test_hdr_becomes_what_an_ordinary_screen_shows(tmp_path, transfer, code, grey):
+    with open_video(write_light(tmp_path / "a.mp4", transfer, code)) as video:
+        ((_, image),) = video.read([0])
+        assert ("is HDR; its light is mapped to an ordinary screen's" in video.notes) == (transfer != 14)
+    assert np.asarray(image).reshape(-1, 3).mean(axis=0) == pytest.approx([grey] * 3, abs=8)
+
+
+def test_colours_of_a_wide_gamut_are_kept():
+    """BT.2020's numbers for a red and a blue of BT.709, both of gamma 2.4."""
+    for colour in ((200, 40, 40), (60, 120, 200)):
+        light = np.linalg.solve(TO_709, (np.array(colour) / 255) ** 2.4)
+        coded = Image.new("RGB", (1, 1), tuple((255 * light ** (1 / 2.4)).round().astype(int).tolist()))
+        assert coded.filter(colours(1, 9)).getpixel((0, 0)) == pytest.approx(colour, abs=4)
 
 
 def test_a_number_that_is_none(tmp_path):

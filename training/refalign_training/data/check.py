@@ -26,6 +26,7 @@ from tyro.conf import OmitArgPrefixes
 
 from refalign.files import check_free, new_file, new_folder
 from refalign_training.data.fields import FAULTS, Unusable
+from refalign_training.data.played import Summary
 from refalign_training.data.preview import Preview
 from refalign_training.data.recipe import Recipe
 from refalign_training.data.sample import Fault, Place, Sample
@@ -83,13 +84,13 @@ class Report:
 
     file: TextIO | None
     """Where all faults are written."""
+    clips: Summary
+    """How clips are played."""
     read: int = 0
     usable: int = 0
     passed_over: int = 0
     references: Counter = field(default_factory=Counter)
     """Usable samples by their number of references."""
-    slowed: int = 0
-    """Usable samples whose clip is too short for the recipe's stride."""
     with_cross: int = 0
     """Usable samples of which a subject is shown by another clip."""
     faults: Counter = field(default_factory=Counter)
@@ -134,7 +135,7 @@ def run(command: Check) -> int:
     # The folder that a subset's paths start from
     root = source.videos or Path(os.path.commonpath([path.parent for path in source.annotations] or [""]))
     with ExitStack() as stack:
-        report = Report(_open_new(stack, command.faults))
+        report = Report(_open_new(stack, command.faults), Summary(command.recipe))
         subset = _open_new(stack, command.write)
         preview = command.preview and Preview(stack.enter_context(new_folder(command.preview)), command.recipe)
         for item in tqdm(read_source(source), desc="Reading", unit=" records"):
@@ -152,8 +153,8 @@ def run(command: Check) -> int:
             if report.read == command.limit or report.usable == command.max_samples:
                 break
         if preview is not None:
-            preview.write_index()
-    _print(report, command.recipe)
+            preview.write_index(_lost(report))
+    _print(report)
     if unknown := sorted({name for name, *_ in terms} - report.names):
         print(f"No sample has the score {', '.join(unknown)}. There are: {', '.join(sorted(report.names)) or 'none'}.")
     if command.write:
@@ -202,39 +203,34 @@ def _open_new(stack: ExitStack, path: Path | None) -> TextIO | None:
 
 def _opens(sample: Sample, command: Check, report: Report, preview: Preview | None) -> bool:
     """Whether the sample's video and a reference or more can be decoded; shows them where there is room."""
-    from refalign_training.data.pixels import clip_slowdown, load_references, load_video
+    from refalign_training.data.pixels import load_references, play
 
     place = Place(sample.source, sample.row, sample.id)
     try:
-        slowdown = clip_slowdown(sample, command.recipe)
-        frames = load_video(sample, command.recipe)
+        frames, played = play(sample, command.recipe)
         references = load_references(
             sample, command.recipe, on_fault=lambda error: report.add_fault(place.fault(error, "reference"))
         )
     except Unusable as error:
         report.add_fault(place.fault(error))
         return False
-    report.slowed += slowdown > 1
+    report.clips.add(sample.id, played)
     if preview is not None and len(preview) < (command.limit or PREVIEWED):
-        preview.add(sample, frames, references, slowdown)
+        preview.add(sample, frames, references, played)
     return True
 
 
 # -- What is told -----------------------------------------------------------------------------------------------------
 
 
-def _print(report: Report, recipe: Recipe) -> None:
+def _print(report: Report) -> None:
     print(f"usable samples: {report.usable}")
     for number, count in sorted(report.references.items()):
         print(f"  number of references {number}: {count}")
     if report.with_cross:
         print(f"  with a subject that another clip shows too: {report.with_cross}")
-    if report.slowed:
-        seconds = (recipe.num_frames - 1) * recipe.stride / 25
-        print(
-            f"  taken more slowly, as they are shorter than the {seconds:.1f} s of {recipe.num_frames} frames with "
-            f"--stride {recipe.stride:g}: {report.slowed}"
-        )
+    for line in report.clips.lines():
+        print(line)
     if report.passed_over:
         print(f"not selected: {report.passed_over}")
     for lost, cost in COSTS.items():
@@ -242,6 +238,17 @@ def _print(report: Report, recipe: Recipe) -> None:
             if count := report.faults[lost, kind]:
                 print(f"{cost}, {kind}: {count} ({FAULTS[kind]})")
                 _print_examples(report.examples[lost, kind], count)
+
+
+def _lost(report: Report) -> list[str]:
+    """The first lost samples of each kind, for the page of the preview."""
+    lines = []
+    for (lost, kind), faults in report.examples.items():
+        if lost == "sample":
+            lines += [f"{fault.sample_id or '?'} ({kind}, row {fault.row}): {fault.detail}" for fault in faults]
+            if more := report.faults[lost, kind] - len(faults):
+                lines.append(f"and {more} more: {kind}")
+    return lines
 
 
 def _print_examples(faults: list[Fault], count: int) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,9 +15,11 @@ from refalign.reference_images import load_reference_image, prepare_reference_im
 from refalign_training.data.augmentation import jitter_colours, warp
 from refalign_training.data.fields import Unusable
 from refalign_training.data.masks import check_box, decode_mask
+from refalign_training.data.played import Played, fit_of
 from refalign_training.data.randomness import numpy_generator
-from refalign_training.data.recipe import Recipe
+from refalign_training.data.recipe import PAPER_STRIDE, REAL_TIME, Recipe
 from refalign_training.data.sample import Reference, Sample, View
+from refalign_training.data.shown import square
 from refalign_training.data.video import check_file, open_video
 
 
@@ -65,24 +67,29 @@ def draw_conditions(
     return not drops_text, not drops_references
 
 
-def draw_frames(available: int, fps: float, recipe: Recipe, generator: np.random.Generator) -> np.ndarray:
+def draw_frames(
+    available: int,
+    fps: float,
+    recipe: Recipe,
+    generator: np.random.Generator,
+    *,
+    stride: float = PAPER_STRIDE,
+    times: np.ndarray | None = None,
+) -> np.ndarray:
     """
     Which of a clip's frames are taken, int64 `(num_frames,)`, rising from 0 to at most `available - 1`.
 
-    `stride` is relative to 25 frames per second and need not be whole; the start is random. A clip that is too short
-    for the stride is taken as a whole, more slowly, and frames repeat where it has fewer than are needed.
+    The recipe's stride, else `stride`, is relative to 25 frames per second and need not be whole; the start is random.
+    A clip that is too short for it is taken as a whole, more slowly, and frames repeat where it has fewer than are
+    needed. Where the rate is variable, `times` says when each frame is shown, so that motion keeps its speed.
     """
-    span = min(available - 1, (recipe.num_frames - 1) * recipe.stride * fps / 25)
+    span = min(available - 1, (recipe.num_frames - 1) * (recipe.stride or stride) * fps / 25)
     places = generator.uniform(0, available - span) + np.linspace(0, span, recipe.num_frames)
-    return np.minimum(np.floor(places + 1e-6), available - 1).astype(np.int64)  # 1e-6: a whole stride stays whole
-
-
-def clip_slowdown(sample: Sample, recipe: Recipe) -> float:
-    """How many times more slowly than the recipe's stride a clip has to be taken, as it is too short; else 1."""
-    with open_video(sample.clip.path) as video:
-        available = min(len(video), sample.clip.end or len(video)) - sample.clip.start
-        wanted = (recipe.num_frames - 1) * recipe.stride * video.fps / 25
-    return max(wanted / max(available - 1, 1), 1.0)
+    places = np.minimum(places, available - 1)
+    if times is None:
+        return np.floor(places + 1e-6).astype(np.int64)  # 1e-6: a whole stride stays whole
+    moments = times[0] + places * (times[-1] - times[0]) / (available - 1)
+    return np.searchsorted(times, moments + 1e-6, side="right") - 1
 
 
 def load_video(sample: Sample, recipe: Recipe, variant: int = 0) -> np.ndarray:
@@ -93,23 +100,48 @@ def load_video(sample: Sample, recipe: Recipe, variant: int = 0) -> np.ndarray:
     Raises:
         Unusable: if the video cannot be read, or has no frames in the clip's range.
     """
+    return play(sample, recipe, variant)[0]
+
+
+def play(sample: Sample, recipe: Recipe, variant: int = 0) -> tuple[np.ndarray, Played]:
+    """What [`load_video`] gives, and how it was made. Raises [`Unusable`]."""
     clip = sample.clip
     with open_video(clip.path) as video:
         end = len(video) if clip.end is None else min(clip.end, len(video))
         if not 0 <= clip.start < end:
             raise Unusable("no frames", f"{clip.path} has {len(video)} frames, the clip is {clip.start} to {clip.end}")
         generator = numpy_generator("frames", recipe.seed, variant, sample.id)
-        numbers = clip.start + draw_frames(end - clip.start, video.fps, recipe, generator)
-        frames = {}
-        for number, frame in video.read(numbers.tolist()):
-            frames[number] = np.asarray(cover(frame, clip.crop, recipe.height, recipe.width))
-    return np.stack([frames[number] for number in numbers])
+        available, fps = end - clip.start, video.fps
+        times = _variable_times(video.times[clip.start : end])
+        if times is not None:
+            fps = (available - 1) / (times[-1] - times[0])
+        numbers = draw_frames(available, fps, recipe, generator, stride=clip.stride, times=times) + clip.start
+        frames, size = {}, (0, 0)
+        for number, frame in video.read(numbers.tolist(), squares=False):
+            image = square(_crop(frame, clip.crop))
+            size = image.size
+            frames[number] = np.asarray(cover(image, None, recipe.height, recipe.width))
+        stride = recipe.stride or clip.stride
+        slowdown = max((recipe.num_frames - 1) * stride * fps / 25 / max(available - 1, 1), 1.0)
+        seconds, speed = available / fps, stride / REAL_TIME / slowdown
+        notes = tuple(video.notes)
+    played = Played(clip.path, size, fps, seconds, speed, slowdown, *fit_of(size, recipe), notes)
+    return np.stack([frames[number] for number in numbers]), played
+
+
+def _variable_times(times: Sequence[float]) -> np.ndarray | None:
+    """The times, if frames are shown for longer and shorter by more than clocks round."""
+    if len(times) < 3:
+        return None
+    steps = np.diff(times)
+    usual = np.median(steps)
+    return np.array(times) if np.abs(steps - usual).max() > 0.5 * usual else None
 
 
 def cover(image: Image.Image, crop: tuple[int, int, int, int] | None, height: int, width: int) -> Image.Image:
     """The crop of an image, scaled to cover a size and centred; what is too much is cut off. Raises [`Unusable`]."""
     # Cropped apart, so that no filter reaches what was cut off
-    return ImageOps.fit(_crop(image, crop), (width, height), Image.Resampling.BICUBIC)
+    return ImageOps.fit(square(_crop(image, crop)), (width, height), Image.Resampling.BICUBIC)
 
 
 def _crop(image: Image.Image, crop: tuple[int, int, int, int] | None) -> Image.Image:
@@ -180,7 +212,7 @@ def _cut_out(view: View, frames: dict[tuple[Path, int | float], Image.Image]) ->
         box = [side * scale for side in view.box]
         left, top, right, bottom = check_box(box, image.width, image.height, tolerance=scale)
         image = image.crop((math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)))
-    return image
+    return square(image)
 
 
 def _read_image(path: Path) -> Image.Image:
@@ -195,5 +227,5 @@ def _read_frame(path: Path, frame: int | float) -> Image.Image:
     with open_video(path) as video:
         if isinstance(frame, float):  # a share of all
             frame = min(int(frame * len(video)), len(video) - 1)
-        ((_, image),) = video.read([frame])
+        ((_, image),) = video.read([frame], squares=False)
     return image

@@ -3,10 +3,12 @@
 import dataclasses
 import html
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from refalign_training.data.played import Played, describe
 from refalign_training.data.recipe import Recipe
 from refalign_training.data.sample import Sample
 
@@ -25,7 +27,8 @@ PAGE = """<!doctype html>
 body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem; padding: 0 1rem; color: #222;
   background: #f2f2f2 }}
 article {{ background: #fff; border: 1px solid #ddd; border-radius: 6px; margin: 1rem 0; padding: 1rem }}
-h1 {{ font-size: 1.3rem }}
+h1, .lost h2 {{ font-size: 1.3rem }}
+li {{ overflow-wrap: anywhere }}
 h2 {{ font-size: 1rem; margin: 0 0 .5rem; overflow-wrap: anywhere }}
 .row {{ display: flex; flex-wrap: wrap; gap: .75rem; align-items: flex-start }}
 figure {{ margin: 0 }}
@@ -34,7 +37,7 @@ video, img {{ height: 12rem; max-width: 100%; border: 1px solid #ddd; border-rad
 </style>
 <h1>{title}</h1>
 {articles}
-</html>
+{lost}</html>
 """
 
 
@@ -48,10 +51,10 @@ class Preview:
     def __len__(self) -> int:
         return len(self.articles)
 
-    def add(self, sample: Sample, frames: "np.ndarray", references: "list[ReferencePixels]", slowdown: float) -> None:
+    def add(self, sample: Sample, frames: "np.ndarray", references: "list[ReferencePixels]", played: Played) -> None:
         """
-        Writes a sample with an id that comes once. `frames` are uint8 `(frames, height, width, 3)`; `slowdown` is how
-        many times more slowly than the recipe says the clip is taken.
+        Writes a sample with an id that comes once. `frames` are uint8 `(frames, height, width, 3)`; `played` says how
+        they were made.
         """
         from refalign.video import write_video
         from refalign_training.data.pixels import draw_prompt
@@ -69,22 +72,25 @@ class Preview:
             "source": sample.source,
             "row": sample.row,
             "scores": dict(sample.scores),
-            "slowdown": slowdown,
+            "played": dataclasses.asdict(played) | {"path": played.path.name},
+            "slowdown": played.slowdown,
             "recipe": dataclasses.asdict(self.recipe),
         }
         text = json.dumps(record, indent=2, ensure_ascii=False)
         (folder / "sample.json").write_text(text + "\n", "utf-8")
-        self.articles.append(_article(record))
+        self.articles.append(_article(record, describe(played)))
 
-    def write_index(self) -> None:
-        """Writes `index.html`, the page of all samples."""
+    def write_index(self, lost: Sequence[str] = ()) -> None:
+        """Writes `index.html`, the page of all samples, with a list of those that are `lost` at its end."""
         size = f"{self.recipe.width}x{self.recipe.height}, {self.recipe.num_frames} frames"
         title = f"Samples as the model sees them: {len(self)}, {size}"
-        page = PAGE.format(title=title, articles="\n".join(self.articles))
+        items = "".join(f"<li>{html.escape(line)}</li>\n" for line in lost)
+        listed = f'<section class="lost"><h2>Lost clips</h2>\n<ul>\n{items}</ul></section>\n' if lost else ""
+        page = PAGE.format(title=title, articles="\n".join(self.articles), lost=listed)
         (self.folder / "index.html").write_text(page, "utf-8")
 
 
-def _article(record: dict) -> str:
+def _article(record: dict, played: str) -> str:
     folder = quote(record["id"])
     figures = [f'<video src="{folder}/video.mp4#t=0.01" controls loop muted preload="metadata"></video>']
     for number, reference in enumerate(record["references"], start=1):
@@ -94,9 +100,9 @@ def _article(record: dict) -> str:
             f"<figcaption>{html.escape(', '.join(words))}</figcaption></figure>"
         )
     scores = ", ".join(f"{name} {value:.4g}" for name, value in record["scores"].items())
-    speed = f" Too short for the stride: {record['slowdown']:.1f} times slower." if record["slowdown"] > 1 else ""
-    source = f"{record['source']}, row {record['row']}. {scores}.{speed}"
+    source = f"{record['source']}, row {record['row']}. {scores}."
     return (
         f'<article><h2>{html.escape(record["id"])}</h2><div class="row">{"".join(figures)}</div>'
-        f'<p>{html.escape(record["prompt"])}</p><p class="source">{html.escape(source)}</p></article>'
+        f"<p>{html.escape(record['prompt'])}</p><p>{html.escape(played)}</p>"
+        f'<p class="source">{html.escape(source)}</p></article>'
     )

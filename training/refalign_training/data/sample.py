@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, FailFast, Field, PlainValidator, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, FailFast, Field, PlainValidator, TypeAdapter, ValidationError
 
 from refalign_training.data import fields
 from refalign_training.data.fields import Unusable
+from refalign_training.data.recipe import PAPER_STRIDE
 
 
 Cost = Literal["sample", "reference", "nothing"]
@@ -96,6 +97,12 @@ Box = tuple[Number, Number, Number, Number]
 """`(left, top, right, bottom)` of a cropped frame, in pixels."""
 
 
+def _above_zero(value: float) -> float:
+    if value <= 0:
+        raise Unusable("field", f"stride is {value}, which must be above 0")
+    return value
+
+
 def _complete(cls: type) -> BeforeValidator:
     """Refuses a record that lacks a member of a dataclass: without it, a view would silently become another one."""
 
@@ -121,6 +128,8 @@ class Clip:
     """One behind the last frame; `None`: the end of the file."""
     crop: Crop | None = None
     """The part of every frame; `None`: the whole frame."""
+    stride: Annotated[Number, AfterValidator(_above_zero)] = PAPER_STRIDE
+    """As [`Recipe.stride`], where that is None."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from refalign_training.data import fields
 from refalign_training.data.fields import Unusable, is_number, is_unicode, shorten
-from refalign_training.data.recipe import DEFAULT_RULE, SelectionRule
+from refalign_training.data.recipe import DEFAULT_RULE, REAL_TIME, SelectionRule
 from refalign_training.data.records import Record, decode, parquet_columns, read_lines, read_rows, read_samples
 from refalign_training.data.sample import Clip, Fault, Place, Reference, Sample, View
 
@@ -78,7 +78,8 @@ def _sample(record: Record, place: Place, root: Path | None, rule: SelectionRule
     prompts = fields.prompts(prompt, "prompt")
     references = _references(row, root, rule, place)
     scores = _scores(row, place) | {"references": float(len(references))}
-    return Sample(place.sample_id, prompts, Clip(video, start, end), references, place.source, place.row, scores)
+    clip = Clip(video, start, end, stride=REAL_TIME)
+    return Sample(place.sample_id, prompts, clip, references, place.source, place.row, scores)
 
 
 def _id(row: Mapping[str, Any], video: Path) -> str:
