@@ -1,20 +1,23 @@
 """What all programs do alike: help that reads like a manual, the version, and errors that name what was wrong."""
 
 import dataclasses
+import errno
 import os
 import re
 import shlex
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 import refalign
 import refalign.cli
 import refalign_evaluation.cli
 import refalign_training.cli
-from refalign.command_line import Program, description
+from refalign.command_line import Command, Program, description
 from refalign_training.bounds import InvalidOption
 from refalign_training.data.recipe import Recipe
 from refalign_training.run.config import SECTIONS
@@ -111,3 +114,58 @@ def test_every_option_of_a_run_is_described_in_sentences(section):
         text = description(section, field.name)
         if not dataclasses.is_dataclass(field.type):
             assert re.match(r"(?!Of )[A-Z]", text) and text.endswith("."), field.name
+
+
+# -- Errors -----------------------------------------------------------------------------------------------------------
+
+
+def ended_by(error: BaseException, *words: str) -> int:
+    """The exit code of a program whose command raises an error."""
+
+    def run(options: object) -> int:
+        raise error
+
+    return Program("tool", "A tool.", {"work": Command(Nothing, run, "")}).main(["work", *words])
+
+
+@dataclasses.dataclass(frozen=True)
+class Nothing:
+    """Options of a command that has none."""
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ValueError("a.yaml:\n  in line 3\tof it"), "a.yaml: in line 3 of it"),
+        (KeyError("weights"), "'weights' (KeyError, test_command_lines.py line "),
+        (AssertionError(), "AssertionError (AssertionError, "),
+        (OSError(errno.ENOSPC, "No space left on device", "out"), "device: 'out'. Free some space, or name an output"),
+        (SafetensorError("I/O error: File too large (os error 27)"), "(os error 27). Free some space"),
+        (sqlite3.OperationalError("database or disk is full"), "disk is full. Free some space"),
+        (MemoryError(), "MemoryError. There is not enough memory: take a smaller size"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "memory. There is not enough memory: "),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB."), "2 GiB. There is not enough memory: "),
+        (OverflowError("int too large"), "int too large (OverflowError, "),
+        (RuntimeError("x" * 10_000), "x ... (RuntimeError, "),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_every_error_is_told_in_one_line(capsys, error, told):
+    assert ended_by(error) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("tool: ") and told in line
+    assert line.count("\n") == 1 and len(line) < 1500
+
+
+def test_with_debug_the_traceback_is_shown_too(capsys):
+    assert ended_by(ValueError("wrong"), "--debug") == 1
+    shown = capsys.readouterr().err
+    assert shown.startswith("Traceback") and shown.endswith("\nValueError: wrong\ntool: wrong\n")
+
+
+def test_ctrl_c_while_options_are_read_is_told_in_one_line(capsys):
+    def read(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    assert Program("tool", "A tool.", {"work": Command(Nothing, print, "", read)}).main(["work"]) == 130
+    assert capsys.readouterr().err == "tool: interrupted; no unfinished file is left.\n"

@@ -5,6 +5,7 @@ Nothing heavy is imported, so that `--help` answers at once.
 
 import ast
 import difflib
+import errno
 import inspect
 import itertools
 import logging
@@ -13,9 +14,12 @@ import shutil
 import signal
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache, partial
+from pathlib import Path
+from types import TracebackType
 from typing import Any, get_args, get_type_hints
 
 import tyro
@@ -23,6 +27,37 @@ from tyro.conf import Positional, PositionalMetavarFromFieldName
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
 from refalign import __version__
+from refalign.files import os_error_number
+
+
+def _tell_interruption(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """In place of a traceback, when Ctrl-C comes while modules are imported, before a program's `main`."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted; nothing was done.", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = _tell_interruption  # only programs import this module
+
+DEBUG = "--debug"
+LONGEST = 1000  # characters of an error that nobody expected
+
+# What to do about errors, by the operating system's numbers and by words
+MEMORY = (errno.ENOMEM,)
+REMEDIES = (
+    (
+        "Free some space, or name an output (for temporary files: the variable TMPDIR) on another disk.",
+        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+        ("database or disk is full",),
+    ),
+    (
+        "There is not enough memory: take a smaller size, fewer frames, a smaller batch or fewer workers.",
+        MEMORY,
+        ("out of memory", "can't allocate memory"),
+    ),
+    ("Raise the number of files that may be open (`ulimit -n`), or take fewer workers.", (errno.EMFILE,), ()),
+)
 
 
 @dataclass(frozen=True)
@@ -51,20 +86,27 @@ class Program:
     description: str
     commands: Mapping[str, "Command | Program"]
     errors: tuple[type[Exception], ...] = (ValueError, OSError, ImportError)
-    """Errors of users, which are told in one line, without a traceback."""
+    """Errors of users, whose words say all. Of others, the line also says what they are and where they were raised."""
 
     def main(self, words: Sequence[str] | None = None) -> int:
-        """Runs the command that words, by default the command line's, give, and returns its exit code."""
+        """Runs the command that words, by default the command line's, give, and returns its exit code.
+
+        An error is told in one line; with `--debug`, by its traceback too.
+        """
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by way of an exception, so that nothing half is left
+        words = list(sys.argv[1:] if words is None else words)
+        is_debugged = DEBUG in words
         try:
-            command, options = self.parse(sys.argv[1:] if words is None else words)
+            command, options = self.parse([word for word in words if word != DEBUG])
             logging.basicConfig(level=logging.INFO, format="%(message)s")
             for client in ("httpx", "httpx2"):  # the Hub's, which log each request
                 logging.getLogger(client).setLevel(logging.WARNING)
             return command.run(options)
-        except self.errors as error:
+        except Exception as error:
+            if is_debugged:
+                traceback.print_exc()
             if not (isinstance(error, BrokenPipeError) and _has_lost_reader("\n")):
-                print(f"{self.name}: {error}", file=sys.stderr)
+                print(f"{self.name}: {one_line(error, self.errors)}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             print(f"{self.name}: interrupted; no unfinished file is left.", file=sys.stderr)
@@ -111,7 +153,8 @@ class Program:
             columns = shutil.get_terminal_size().columns
             first, later = f"  {name}".ljust(width), " " * width
             lines.append(textwrap.fill(command.description, columns, initial_indent=first, subsequent_indent=later))
-        return "\n".join([*lines, "", f"`{self.name} COMMAND --help` describes a command and its options."])
+        lines += ["", f"`{self.name} COMMAND --help` describes a command and its options."]
+        return "\n".join([*lines, f"With {DEBUG}, an error shows its traceback too."])
 
     def _correction(self, name: str) -> str:
         names = ", ".join(self.commands)
@@ -120,6 +163,23 @@ class Program:
         matches = difflib.get_close_matches(name, self.commands, n=1)
         hint = f" Did you mean {matches[0]}?" if matches else ""
         return f"There is no command {name!r}.{hint} The commands are {names}."
+
+
+def one_line(error: Exception, expected: tuple[type[Exception], ...] = (ValueError, OSError, ImportError)) -> str:
+    """What an error says in one line, and what to do about it. Errors that nobody expected say what and where they
+    are."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    number = os_error_number(error)
+    for remedy, numbers, words in REMEDIES:
+        is_memory = numbers == MEMORY and isinstance(error, MemoryError)
+        if number in numbers or is_memory or any(word in text for word in words):
+            return f"{text.rstrip('.')}. {remedy}"
+    if isinstance(error, expected):
+        return text
+    place = traceback.extract_tb(error.__traceback__)[-1:]
+    where = "".join(f", {Path(frame.filename).name} line {frame.lineno}" for frame in place)
+    text = f"{text[:LONGEST]} ..." if len(text) > LONGEST else text
+    return f"{text} ({type(error).__name__}{where}). This was not expected: {DEBUG} shows the traceback."
 
 
 def _has_lost_reader(text: str = "") -> bool:

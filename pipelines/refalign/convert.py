@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 from refalign.files import (
     OTHER_FORMATS,
     StoredTensor,
-    check_free,
     fetch,
     find_safetensors,
     find_shards,
@@ -75,15 +74,13 @@ def convert(
     Raises:
         ValueError: if a file is truncated, a key or shape is wrong, or `output` exists. Nothing is left behind.
     """
-    # All that can be wrong is told before weights are downloaded
-    check_free(output)
-    config = find_config(base)
-    model_card(config, card)
-    transformer, projectors = read_native(checkpoint)
-    check_shapes(transformer, config, checkpoint)
-    plan = _plan_shards(transformer, max_shard_size)
-    base = _find_base(base)
-    with new_folder(output) as folder:
+    with new_folder(output) as folder:  # all that can be wrong is told before weights are downloaded
+        config = find_config(base)
+        model_card(config, card)
+        transformer, projectors = read_native(checkpoint)
+        check_shapes(transformer, config, checkpoint)
+        plan = _plan_shards(transformer, max_shard_size)
+        base = _find_base(base)
         _write_shards(transformer, folder / "transformer", plan)
         if projectors:
             logger.info("%s holds %d projector tensors: written to %s.", checkpoint, len(projectors), PROJECTORS)
@@ -258,12 +255,11 @@ def export_native(model: str | Path, output: str | Path) -> Path:
     output = Path(output)
     if output.suffix != ".safetensors":
         raise ValueError(f"`output` is {output}, but must end in .safetensors.")
-    check_free(output)
-    config = find_config(model)
-    folder = fetch(str(model), ["transformer/*.safetensors", "transformer/*.json"])
-    tensors = read_headers(find_safetensors(folder / "transformer"))
-    check_shapes(tensors, config, model)
-    with new_file(output) as partial:
+    with new_file(output) as partial:  # before anything is downloaded
+        config = find_config(model)
+        folder = fetch(str(model), ["transformer/*.safetensors", "transformer/*.json"])
+        tensors = read_headers(find_safetensors(folder / "transformer"))
+        check_shapes(tensors, config, model)
         weights = read(diffusers_to_native(tensors))
         check_finite(weights.items(), str(model))
         save_file(weights, partial, metadata={"format": "pt"})

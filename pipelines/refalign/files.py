@@ -3,18 +3,22 @@
 Only safetensors is read or written; nothing is unpickled.
 """
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from refalign.owner import held
 
 
 # torch and the Hub's client are imported where they are needed: command lines that write a file answer at once
@@ -29,6 +33,7 @@ OTHER_FORMATS = (*PICKLES, ".gguf")
 # Keys of weights that mean nothing without the scales beside them (ComfyUI's fp8_scaled files)
 SCALED = re.compile(r"(.*\.)?(scaled_fp8|scale_weight|scale_input|weight_scale|input_scale|comfy_quant)")
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}  # torch's names
+FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # not ./folder
 
 
@@ -40,11 +45,12 @@ def new_folder(output: str | Path) -> Iterator[Path]:
     """A folder to fill, beside `output`, that becomes `output` when the block ends well and vanishes when it does not.
 
     Raises:
-        ValueError: if `output` exists and is not an empty folder.
+        ValueError: if `output` exists and is not an empty folder, cannot be replaced, or is another process's.
     """
     output = Path(output)
     check_free(output)
-    with _beside(output) as folder:
+    with owned(output), _beside(output) as folder:
+        check_free(output)  # its last owner may just have made it
         folder.mkdir()
         yield folder
         for file in folder.rglob("*"):
@@ -56,23 +62,42 @@ def new_folder(output: str | Path) -> Iterator[Path]:
 def new_file(output: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A path to write, beside `output`, that becomes `output` when the block ends well and vanishes when it does not.
 
+    With `overwrite`, processes may write the same output at once, and the last one counts. Who wants it for itself
+    writes it within [`owned`].
+
     Raises:
-        ValueError: if `output` is a folder, or exists and `overwrite` is false.
+        ValueError: if `output` is a folder; without `overwrite`, also if it exists or is another process's.
     """
     output = Path(output)
-    if output.is_dir() or (output.exists() and not overwrite):
-        raise ValueError(f"{output} exists already. Name another output, or move it away.")
-    with _beside(output) as file:
+    check_new_file(output, overwrite)
+    with nullcontext() if overwrite else owned(output), _beside(output) as file:
+        check_new_file(output, overwrite)
         yield file
         _open_to_others(file)
         file.replace(output)
 
 
 def check_free(output: str | Path) -> None:
-    """Raises ValueError if `output` exists and is not an empty folder."""
+    """Raises ValueError if `output` exists and is not an empty folder that a new one can take the place of."""
     output = Path(output)
+    _check_not_a_link(output)
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"{output} exists already. Name another output, or move it away.")
+    if os.path.ismount(output) or output.resolve() == Path.cwd():
+        raise ValueError(f"{output} is a mount point, or the folder you are in: name a new folder inside of it.")
+
+
+def check_new_file(output: Path, overwrite: bool = False) -> None:
+    """Raises ValueError if `output` is a folder or, without `overwrite`, exists."""
+    if output.is_dir() or (output.exists() and not overwrite):
+        raise ValueError(f"{output} exists already. Name another output, or move it away.")
+    if not overwrite:
+        _check_not_a_link(output)
+
+
+def _check_not_a_link(output: Path) -> None:
+    if output.is_symlink():
+        raise ValueError(f"{output} is a symbolic link, which would be replaced: name {output.resolve()} instead.")
 
 
 def _open_to_others(path: Path) -> None:
@@ -84,10 +109,58 @@ def _open_to_others(path: Path) -> None:
 
 
 @contextmanager
+def owned(output: str | Path) -> Iterator[None]:
+    """
+    Within it, `output` is this process's alone, and what processes that were killed have left of it is gone.
+
+    Raises:
+        ValueError: if it is another process's.
+    """
+    output, name = Path(output), _short(Path(output).name)
+    made = [folder for folder in output.parents if not folder.exists()]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with held(output.with_name(f".{name}.lock"), output) as is_first:
+            if is_first:
+                remove_leftovers(output.parent, name)
+            yield
+    finally:
+        for folder in made:
+            with suppress(OSError):  # the output is in it
+                folder.rmdir()
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Removes what killed processes have left in a folder, of all outputs or of one. The caller owns them."""
+    pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[a-z0-9_]{{8}}\.partial")
+    for path in folder.iterdir():
+        if pattern.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+
+
+@contextmanager
 def _beside(output: Path) -> Iterator[Path]:
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name[:40]}.", dir=output.parent) as folder:
-        yield Path(folder) / output.name
+    with tempfile.TemporaryDirectory(".partial", f".{_short(output.name)}.", output.parent) as folder:
+        try:
+            yield Path(folder) / output.name
+        except Exception as error:
+            if (number := os_error_number(error)) in FULL:
+                raise OSError(number, os.strerror(number), str(output)) from error
+            raise
+
+
+def _short(name: str) -> str:
+    """A name with which longer ones can be made that file systems still take."""
+    return name if len(name) <= 40 else f"{name[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def os_error_number(error: BaseException) -> int:
+    """The operating system's number of an error, which safetensors gives in words alone; 0 if it has none."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else 0
 
 
 # -- JSON and safetensors ---------------------------------------------------------------------------------------------

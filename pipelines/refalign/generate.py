@@ -7,6 +7,8 @@ import json
 import os
 import sys
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -125,12 +127,15 @@ def run(command: Generate) -> int:
     if command.batch is not None:
         return _run_batch(command, jobs)
     (job,) = jobs
-    arguments = _prepare(job.command)  # first of all, so that a mistake shows before the model is loaded
-    _generate_one(_load_pipeline(command), job, arguments)
+    with _owned(job):
+        arguments = _prepare(job.command)  # first of all, so that a mistake shows before the model is loaded
+        _generate_one(_load_pipeline(command), job, arguments)
     return 0
 
 
 def _run_batch(command: Generate, jobs: list[Job]) -> int:
+    from refalign.command_line import one_line
+
     left, failed = [], []
     for job in jobs:
         if job.output.exists() and not command.overwrite:
@@ -142,13 +147,25 @@ def _run_batch(command: Generate, jobs: list[Job]) -> int:
     pipeline = _load_pipeline(command)
     for job in left:
         try:
-            _generate_one(pipeline, job, _prepare(job.command))
-        except (ValueError, OSError, ImportError, RuntimeError) as error:  # RuntimeError: out of memory, for one
-            print(f"refalign: {job.name}: {error}", file=sys.stderr)
+            with _owned(job):
+                _generate_one(pipeline, job, _prepare(job.command))
+        except Exception as error:  # whatever it is, it must not end the others
+            print(f"refalign: {job.name}: {one_line(error)}", file=sys.stderr)
             failed.append(job.name)
     if failed:
         print(f"refalign: {len(failed)} of {len(left)} videos failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
+
+
+@contextmanager
+def _owned(job: Job) -> Iterator[None]:
+    """Within it, the files that a job writes are its alone."""
+    from refalign.files import owned
+
+    with ExitStack() as stack:
+        for path in (job.output, *job.previews):
+            stack.enter_context(owned(path))
+        yield
 
 
 def _load_pipeline(command: Generate) -> "RefAlignWanPipeline":
@@ -242,6 +259,8 @@ def _checked(name: str, command: Generate) -> Job:
 
 def _check_output(job: Job) -> None:
     output = job.output
+    if output.is_symlink():
+        raise ValueError(f"{job.name}: the output {output} is a symbolic link: name {output.resolve()} instead.")
     if output.suffix != ".mp4":
         raise ValueError(f"{job.name}: the output is {output}, but must end in .mp4.")
     place = next(parent for parent in output.absolute().parents if parent.exists())

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
-from refalign.files import check_free, new_folder
+from refalign.files import new_folder
 
 
 if TYPE_CHECKING:
@@ -83,14 +83,13 @@ def export(command: ExportCommand) -> None:
     from refalign_training.publish.card import write_card
     from refalign_training.run.checkpoint import find_checkpoint, read_projectors, read_state, read_weights
 
-    check_free(command.output)
-    checkpoint = find_checkpoint(command.checkpoint).resolve()
-    state = read_state(checkpoint)
-    options = state["options"]
-    base = command.base or state.get("base", options["model.base"])
-    has_average = options["optimizer.ema_decay"] is not None
-    average = command.weights == "average" or (command.weights == "auto" and has_average)
     with new_folder(command.output) as folder:
+        checkpoint = find_checkpoint(command.checkpoint).resolve()
+        state = read_state(checkpoint)
+        options = state["options"]
+        base = command.base or state.get("base", options["model.base"])
+        has_average = options["optimizer.ema_decay"] is not None
+        average = command.weights == "average" or (command.weights == "auto" and has_average)
         if options["training"] == "lora":
             base_folder = Path(base) if Path(base).is_dir() else None
             scale = options["lora.alpha"] / options["lora.rank"]
