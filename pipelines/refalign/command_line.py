@@ -204,7 +204,8 @@ def _rule(info: StructTypeInfo) -> StructConstructorSpec | None:
     specs = []
     for field in fields(info.type):
         text = partial(description, info.type, field.name)
-        specs.append(StructFieldSpec(field.name, hints[field.name], _default(field), text))
+        default = getattr(info.default, field.name) if isinstance(info.default, info.type) else _default(field)
+        specs.append(StructFieldSpec(field.name, hints[field.name], default, text))
     return StructConstructorSpec(info.type, tuple(specs))
 
 

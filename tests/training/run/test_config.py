@@ -100,6 +100,63 @@ def test_the_command_line_wins_over_the_file(tmp_path, in_file, on_the_line, opt
     assert changed(command) == ({} if option is None else {option: value})
 
 
+def test_a_recipe_is_found_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    named = dataclasses.replace(parse("--config", "lora-1.3b"), config=None)
+    assert named == dataclasses.replace(parse("--config", str(CONFIGS / "lora-1.3b.yaml")), config=None)
+
+
+def test_help_shows_what_a_file_says(read, capsys):
+    with pytest.raises(SystemExit):
+        read("steps: 7654", "--help")
+    assert "7654" in capsys.readouterr().out
+
+
+def test_an_output_that_neither_file_nor_line_names_is_asked_for(read, capsys):
+    with pytest.raises(SystemExit) as exit:
+        read("steps: 5")
+    assert exit.value.code == 2
+    assert "--output" in capsys.readouterr().err
+
+
+# -- A run that goes on -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path) -> Path:
+    """A run's folder with its options."""
+    folder = tmp_path / "own"
+    (folder / "checkpoints/step-00000005").mkdir(parents=True)
+    (folder / "config.yaml").write_text(to_yaml(replaced(RunCommand(folder), "lora.rank", 7)))
+    return folder
+
+
+@pytest.mark.parametrize("resume", ["latest", "auto"])
+def test_a_run_that_goes_on_takes_its_folders_options(own, resume):
+    assert parse("--resume", resume, "--output", str(own)).lora.rank == 7
+
+
+@pytest.mark.parametrize("place", [".", "checkpoints/step-00000005"])
+def test_a_run_from_a_checkpoint_takes_the_options_of_its_run(own, place):
+    command = parse(f"--resume={own / place}")
+    assert (command.lora.rank, command.output) == (7, own)
+
+
+def test_the_line_wins_over_the_folders_options(own):
+    assert parse("--resume", "latest", "--output", str(own), "--lora.rank", "8").lora.rank == 8
+
+
+def test_a_file_that_is_named_wins_over_the_folders_options(own, read):
+    assert read("lora: {rank: 9}", "--resume", "latest", "--output", str(own)).lora.rank == 9
+
+
+def test_a_new_run_takes_nothing_from_its_folder(own):
+    assert parse("--output", str(own)).lora.rank == 64
+
+
+# -- Wrong files ------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("text", ["[1, 2]", "steps", "", "a: [", "\t: 1"])
 def test_a_file_of_something_else_is_refused_by_name(read, text):
     with pytest.raises(ValueError, match=r"run\.yaml (cannot be read|must hold)"):
@@ -107,7 +164,7 @@ def test_a_file_of_something_else_is_refused_by_name(read, text):
 
 
 def test_a_missing_file_is_named():
-    with pytest.raises(ValueError, match=r"nowhere\.yaml does not exist"):
+    with pytest.raises(ValueError, match=r"nowhere\.yaml does not exist\. .* recipes: lora-1\.3b, "):
         parse("--config", "nowhere.yaml")
 
 

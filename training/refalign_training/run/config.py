@@ -3,6 +3,7 @@
 A file's keys are the options' names: `optimizer: {lr: 5e-5}` is `--optimizer.lr 5e-5`. Nothing heavy is imported.
 """
 
+import argparse
 import dataclasses
 import difflib
 import json
@@ -11,6 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import field
+from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -22,6 +24,9 @@ from refalign_training.bounds import UNKNOWN, InvalidOption, Listed, Many, Optio
 from refalign_training.data.recipe import Recipe
 from refalign_training.data.source import Dataset
 from refalign_training.method.options import AlignmentOptions, ObjectiveOptions
+
+
+CONFIG_FILE = "config.yaml"  # of a run's folder
 
 
 @dataclass(frozen=True)
@@ -178,7 +183,8 @@ class RunCommand(Options):
     output: Path
     """The run's folder."""
     config: Path | None = None
-    """A YAML file with these options. What the command line says overrides it."""
+    """A YAML file with these options, or the name of one of this package's recipes, such as lora-1.3b. What the
+    command line says overrides it."""
     training: Literal["lora", "full"] = "lora"
     """What is trained: adapters alone (lora), or all weights of the transformer (full)."""
     steps: PositiveInt = 10_000
@@ -187,7 +193,7 @@ class RunCommand(Options):
     """The seed. With the data, it decides everything random."""
     resume: str | None = None
     """What to go on from: latest, or the folder of a checkpoint. auto takes the latest checkpoint, and starts if there
-    is none."""
+    is none. Without --config, the options are those of the run's folder."""
     allow_changes: bool = False
     """Go on although the dataset or the options differ from the checkpoint's."""
     dry_run: bool = False
@@ -226,7 +232,8 @@ _TREE = TypeAdapter(RunCommand)
 
 
 def read_command(words: Sequence[str], **told: Any) -> RunCommand:
-    """The options that a command line gives. Those of `--config FILE` stand before the line's own.
+    """The options that a command line gives. Those of `--config FILE` are its defaults; without one, `--resume` takes
+    those of the run that goes on.
 
     Args:
         told: more arguments of `tyro.cli`, such as the program's name.
@@ -235,29 +242,56 @@ def read_command(words: Sequence[str], **told: Any) -> RunCommand:
         ValueError: if an option is unknown or cannot be used.
         SystemExit: if the command line is not understood, or asks for help.
     """
-    path = _config_path(words)
-    of_file = _words_of_file(path) if path else []
+    given, _ = _FILES.parse_known_args(words)
+    path = find_config(given.config) if given.config else _options_of_run(given.resume, given.output)
+    defaults = None if path is None else read_config(path)
     with naming_sections():
-        return tyro.cli(RunCommand, args=[*of_file, *words], **told)
+        return tyro.cli(RunCommand, args=words, default=defaults, **told)
 
 
-def _config_path(words: Sequence[str]) -> Path | None:
-    for number, word in enumerate(words):
-        name, _, value = word.partition("=")
-        if name == "--config":
-            return Path(value or "".join(words[number + 1 : number + 2]))
-    return None
+_FILES = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+"""What of a command line says where other options are; tyro tells what is wrong with it."""
+for _name in ("--config", "--resume", "--output"):
+    _FILES.add_argument(_name, nargs="?")
 
 
-def _words_of_file(path: Path) -> list[str]:
+def find_config(name: str) -> Path:
+    """The file of options that is meant: a path, or the name of a recipe that comes with this package. Raises
+    ValueError if there is none."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    recipes = {Path(file.name).stem: file for file in files("refalign_training.configs").iterdir()}
+    if recipe := recipes.get(name.removesuffix(".yaml")):
+        return Path(str(recipe))
+    names = ", ".join(sorted(recipes.keys() - {"__init__", "__pycache__", "accelerate"}))
+    raise ValueError(f"{path} does not exist. Name a YAML file, or one of this package's recipes: {names}.")
+
+
+def _options_of_run(resume: str | None, output: str | None) -> Path | None:
+    """The options of the run that `--resume` goes on with, as its folder holds them."""
+    if resume is None:
+        return None
+    if resume in ("latest", "auto"):
+        folders = [Path(output)] if output else []
+    else:
+        folders = [Path(resume), *Path(resume).parents[1:2]]  # a run, or one of its checkpoints
+    own = (folder / CONFIG_FILE for folder in folders)
+    return next(filter(Path.is_file, own), None)
+
+
+def read_config(path: Path) -> RunCommand:
+    """The options of a YAML file, defaults for what it does not name. Where it names no output, tyro asks for it."""
     content = read_yaml(path)
     if "config" in content:
         raise ValueError(f"{path} names another file as config, but a run has one.")
     # In JSON, text may be a path, but nothing else is taken for another type. It has no dates: they become sections
     text = json.dumps({"output": ".", **content}, default=lambda date: {type(date).__name__: str(date)})
     with naming_sections(f"{path}: "):
-        _TREE.validate_json(text)
-    return list(_words(content))
+        command = _TREE.validate_json(text)
+    if "output" not in content:
+        vars(command)["output"] = tyro.MISSING
+    return command
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -280,18 +314,6 @@ def _with_exponents(kind: Any) -> Any:
     kind = type(kind.__name__, (kind,), {})
     kind.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), None)
     return kind
-
-
-def _words(content: Mapping[str, Any]) -> Iterator[str]:
-    """The options of a file as words of a command line."""
-    for name, value in _leaves(content):
-        section, dot, key = name.rpartition(".")
-        negation = "no-" if value is False else ""
-        yield f"--{section}{dot}{negation}{key}".replace("_", "-")
-        if isinstance(value, list):
-            yield from map(str, value)
-        elif not isinstance(value, bool):
-            yield str(value)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from refalign_training.method.objective import Batch, Objective
 from refalign_training.run import resume
 from refalign_training.run.batches import load_batches, read_first
 from refalign_training.run.checkpoint import checkpoint_name, read_state, remove_old_checkpoints, save_checkpoint
-from refalign_training.run.config import RunCommand, accumulation, check, flatten, to_yaml
+from refalign_training.run.config import CONFIG_FILE, RunCommand, accumulation, check, flatten, to_yaml
 from refalign_training.run.inputs import CachedSamples, open_samples
 from refalign_training.run.log import Metrics, RunLog, append_skipped, check_tracker
 from refalign_training.run.networks import load_transformer, make_alignment, take_plain_attention
@@ -204,7 +204,7 @@ class Trainer:
         self.log: RunLog | None = None
         if self.parallel.is_main:
             command.output.mkdir(parents=True, exist_ok=True)
-            options = command.output / "config.yaml"
+            options = command.output / CONFIG_FILE
             if command.config is None or command.config.resolve() != options.resolve():  # the user's, with comments
                 with new_file(options, overwrite=True) as file:
                     file.write_text(to_yaml(command), "utf-8")
