@@ -65,7 +65,7 @@ def understand(program: str, arguments: list[str]) -> object:
     """What a program makes of its arguments; SystemExit or ValueError if it does not understand them."""
     if program in PROGRAMS:
         _, options = PROGRAMS[program].parse(arguments)
-        if isinstance(options, RunCommand):
+        if isinstance(options, RunCommand) and options.resume is None:  # else its folder has the rest
             check(options)
         return options
     parser = launch_command_parser() if program == "accelerate" else get_args_parser()

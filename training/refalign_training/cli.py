@@ -14,7 +14,8 @@ from refalign_training.data import check
 from refalign_training.data.check import Check
 from refalign_training.publish import export
 from refalign_training.publish.export import ExportCommand
-from refalign_training.run.config import RunCommand, read_command
+from refalign_training.run.config import RunCommand
+from refalign_training.run.config_files import read_command
 from refalign_training.sprites import command as sprites
 from refalign_training.sprites.recipe import SpritesCommand
 
@@ -40,9 +41,7 @@ PROGRAM = Program(
             "--data folder --videos CLIPS --output cache/mine --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers "
             "--teacher facebook/dinov3-vitb16-pretrain-lvd1689m",
         ),
-        "run": Command(
-            RunCommand, _train, "--config training/configs/lora-1.3b.yaml --output runs/lora --steps 2000", _read_run
-        ),
+        "run": Command(RunCommand, _train, "--config lora-1.3b --output runs/lora --steps 2000", _read_run),
         "export": Command(ExportCommand, export.run, "runs/lora --output my-lora"),
         "sprites": Command(SpritesCommand, sprites.run, "--output sprites"),
     },

@@ -22,7 +22,8 @@ from refalign_training.bounds import InvalidOption
 from refalign_training.cache.command import CacheCommand
 from refalign_training.data.source import Source
 from refalign_training.run import resume
-from refalign_training.run.config import RunCommand, check, flatten, read_command, to_yaml
+from refalign_training.run.config import PromptOptions, RunCommand, check, flatten, to_yaml
+from refalign_training.run.config_files import read_command
 from refalign_training.run.resume import changed_options
 
 
@@ -150,6 +151,12 @@ def test_a_file_that_is_named_wins_over_the_folders_options(own, read):
     assert read("lora: {rank: 9}", "--resume", "latest", "--output", str(own)).lora.rank == 9
 
 
+@pytest.mark.parametrize("words", [("--resume", "latest", "--output", "nowhere"), ("--resume", "nowhere")])
+def test_a_run_that_is_not_there_is_told(words):
+    with pytest.raises(ValueError, match="there is no folder nowhere"):
+        check(parse(*words, *(() if "--output" in words else ("--output", "run"))))
+
+
 def test_a_new_run_takes_nothing_from_its_folder(own):
     assert parse("--output", str(own)).lora.rank == 64
 
@@ -273,6 +280,10 @@ def test_null_is_none(read, option):
         ("output: 2026-01-01", "output is {'date': '2026-01-01'}: it must be text; put it in quotes."),
         ("optimizer:", "optimizer is None: it must be a section with options of its own."),
         ("optimizer: 3", "optimizer is 3: it must be a section with options of its own."),
+        ("validation: {prompts: [{seed: 1}]}", "validation.prompts.prompt lacks a value."),
+        ("validation: {prompts: [{prompt: a, seeds: 1}]}", "validation.prompts.seeds is not an option."),
+        ("validation: {prompts: a dog}", "validation.prompts is 'a dog': it must be a list."),
+        ("validation: {prompts: [{prompt: a, seed: -1}]}", "validation.prompts.seed is -1: it must be 0 or more."),
         ("data: {source: folder}", "data.source is 'folder': it must be a section with options of its own."),
     ],
 )
@@ -312,6 +323,7 @@ def test_a_word_of_a_wrong_type_is_told(capsys):
 TEXTS = st.text("abz019 ./_:#'\"é-", min_size=1, max_size=8).map(lambda text: f"x{text}")
 FLOATS = st.floats(0, 1e6, allow_nan=False) | st.sampled_from([5e-5, 1e-8, 1e16])
 BETAS = st.floats(0, 1, exclude_max=True)
+PROMPTS = st.builds(PromptOptions, TEXTS, st.lists(TEXTS, max_size=2), st.integers(0, 9))
 VALUES = {
     "steps": st.integers(1, 10**9),
     "seed": st.integers(-(10**6), 10**6),
@@ -333,6 +345,9 @@ VALUES = {
     "alignment.layers": st.lists(st.integers(0, 99), min_size=1, max_size=5).map(tuple),
     "alignment.spatial_norm": st.booleans(),
     "alignment.stop_step": st.none() | st.integers(0, 10**6),
+    "validation.prompts": st.lists(st.builds(PromptOptions, TEXTS, st.lists(TEXTS, max_size=2)), max_size=2).map(
+        tuple
+    ),
     "log.tracker": st.sampled_from(["tensorboard", "none"]),
     "allow_changes": st.booleans(),
     "resume": st.none() | TEXTS,
@@ -376,6 +391,7 @@ def flat(**changes: Any) -> dict[str, Any]:
         ({"seed": 1, "batch__size": 4}, ["batch.size: 8 -> 4", "seed: 0 -> 1"]),
         ({"output": "elsewhere", "resume": "latest", "device": "cpu", "parallel": "ddp", "dry_run": True}, []),
         ({"checkpoints__every": 1, "log__tracker": "none", "data__workers": 0, "validation__every": 1}, []),
+        ({"validation__prompts": [{"prompt": "a", "references": [], "seed": 0}]}, []),
         ({"validation__samples": 1}, ["validation.samples: 16 -> 1"]),
         ({"steps": 20_000}, []),
         ({"new__option": 1}, ["new.option: None -> 1"]),
@@ -423,6 +439,10 @@ def test_the_defaults_pass():
     [
         ({"batch__size": 3, "batch__micro": 2}, "batch.size is 3, which 1 processes with batch.micro 2"),
         ({"optimizer__warmup_steps": 10_001}, "optimizer.warmup_steps is 10001, more than the 10000 steps"),
+        (
+            {"validation__prompts": (PromptOptions("a", "nowhere.png"),)},
+            "validation.prompts, prompt 1: the reference nowhere.png does not exist.",
+        ),
         ({"data__cache": None}, "Pass either data.cache"),
         ({"data__source__data": "folder"}, "are both set"),
         ({"data__teacher": "t"}, "data.teacher goes with a dataset"),

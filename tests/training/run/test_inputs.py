@@ -20,7 +20,7 @@ from refalign_training.method.objective import Batch
 from refalign_training.method.options import ObjectiveOptions
 from refalign_training.run.batches import load_batches
 from refalign_training.run.config import DataOptions, ModelOptions
-from refalign_training.run.inputs import CachedSamples, OnlineSamples, open_samples
+from refalign_training.run.inputs import CachedSamples, Encoders, OnlineSamples, open_samples
 from refalign_training.run.order import Order
 from tests.training.small_cache import FRAMES, HEIGHT, WIDTH, cache_command, item_file, write_clips, write_teacher
 
@@ -228,13 +228,13 @@ def test_encoders_are_made_once_and_the_vae_is_shared(open_online, monkeypatch):
         AutoencoderKLWan, "from_pretrained", lambda *args, **kwargs: loaded.append(args) or theirs(*args, **kwargs)
     )
     online = open_online()
-    assert not online._encoders and not loaded  # not before they are needed
+    assert not online.encoders._made and not loaded  # not before they are needed
     value_of(online, 0)
-    encoders = dict(online._encoders)
+    encoders = dict(online.encoders._made)
     assert encoders["video"].vae is encoders["references"].vae and len(loaded) == 1
     value_of(online, 1)
     online.empty_prompt_embeds()
-    assert {name: online._encoders[name] for name in encoders} == encoders and len(loaded) == 1
+    assert {name: online.encoders._made[name] for name in encoders} == encoders and len(loaded) == 1
 
 
 def test_encoders_compute_in_the_models_precision_but_the_vae(training_world, open_online):
@@ -244,7 +244,7 @@ def test_encoders_compute_in_the_models_precision_but_the_vae(training_world, op
     online = OnlineSamples(options, ModelOptions(base=str(training_world.wan), precision="bfloat16"), True, CPU)
     value, in_float32 = value_of(online, ODD), value_of(open_online(), ODD)
     assert value["prompt_embeds"].dtype == value["teacher_features"].dtype == torch.bfloat16
-    assert online._encoders["video"].vae.dtype == torch.float32
+    assert online.encoders._made["video"].vae.dtype == torch.float32
     assert all(torch.equal(value[name], in_float32[name]) for name in ("latents", "reference_latents"))
 
 
@@ -256,19 +256,19 @@ def test_workers_are_sent_no_encoders(open_online):
     sent = pickle.dumps(online)
     assert len(sent) == before
     theirs = pickle.loads(sent)
-    assert not theirs._encoders and online._encoders
+    assert not theirs.encoders._made and online.encoders._made
     assert torch.equal(theirs.read(ODD, 0, 0)["video"].pixels, online.read(ODD, 0, 0)["video"].pixels)
     assert torch.equal(value_of(theirs, ODD)["latents"], value["latents"])
 
 
 def test_workers_encode_nothing(open_online, monkeypatch):
-    expected, made = load(open_online()), OnlineSamples._encoder
+    expected, made = load(open_online()), Encoders.__call__
 
     def make(self, family):
         assert torch.utils.data.get_worker_info() is None, family
         return made(self, family)
 
-    monkeypatch.setattr(OnlineSamples, "_encoder", make)
+    monkeypatch.setattr(Encoders, "__call__", make)
     for ours, theirs in zip(load(open_online(), workers=2), expected, strict=True):
         assert torch.equal(ours.latents, theirs.latents) and torch.equal(ours.prompt_embeds, theirs.prompt_embeds)
 

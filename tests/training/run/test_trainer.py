@@ -1,6 +1,7 @@
 """What the training loop does: its guard, its numbers, its signals, its folder, and what it starts from."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -530,3 +531,13 @@ def test_compiled_blocks_compute_the_same(training_world, tmp_path):
         assert run(run_command(tmp_path / str(compiles), training_world.wan, training_world.cache, **changes)) == 0
         losses.append([line["loss"] for line in read_metrics(tmp_path / str(compiles) / "metrics.jsonl")])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+# -- The bar ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_bar_counts_steps_and_shows_the_newest_numbers(command, larger_cache, capsys):
+    changes = {"validation.every": 2, "validation.samples": 1, "validation.videos": 0, "log.every": 1}
+    assert run(command(cache=larger_cache, steps=2, **changes)) == 0
+    last = capsys.readouterr().err.splitlines()[-1].rpartition("\r")[2]
+    assert re.search(r"2/2 .*step.* loss=\d\.\d{4}, alignment=\d\.\d{4}, validation=\d\.\d{4}\]", last), last

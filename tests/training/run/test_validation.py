@@ -9,13 +9,17 @@ import pytest
 import torch
 from PIL import Image
 
+from refalign import RefAlignWanPipeline
+from refalign.pipeline_refalign_wan import paper_scheduler
 from refalign.video import read_video
 from refalign_training.cache.reader import Cache
+from refalign_training.run.config import PromptOptions, RunCommand
 from refalign_training.run.inputs import CachedSamples
 from refalign_training.run.order import hold_out
 from refalign_training.run.parallel import Parallel
-from refalign_training.run.trainer import Trainer
-from refalign_training.run.validation import QUANTILES, Validation, beside, strip
+from refalign_training.run.trainer import Trainer, run
+from refalign_training.run.validation import QUANTILES, Validation
+from refalign_training.run.videos import Videos, beside, strip
 from tests.training.small_cache import FRAMES, HEIGHT, WIDTH
 from tests.training.small_run import changed, run_command
 
@@ -151,13 +155,19 @@ def test_without_a_readable_sample_the_run_goes_without_validation(trainer, brok
 # -- Videos -----------------------------------------------------------------------------------------------------------
 
 
+def write(trainer: Trainer, validation: Validation, folder):
+    videos = Videos(validation.options, validation.objective_options.max_sequence_length, Parallel(device="cpu"))
+    model = trainer.command.model.base
+    return videos.write(validation.shown(), trainer.objective, trainer.transformer, model, folder)
+
+
 @pytest.fixture(scope="module")
 def videos(trainer, tmp_path_factory):
     """Pictures of the videos of a sample with one reference and of one with two."""
     folder = tmp_path_factory.mktemp("videos")
     validation = validation_of(trainer, range(3), **{"validation.videos": 2})
     torch.manual_seed(0)
-    pictures = validation.write_videos(trainer.objective, trainer.transformer, trainer.command.model.base, folder)
+    pictures = write(trainer, validation, folder)
     return folder, validation, pictures
 
 
@@ -178,7 +188,7 @@ def test_each_video_has_its_frames_and_the_references_beside_them(videos):
 def test_videos_are_the_same_again(videos, trainer, tmp_path):
     folder, validation, pictures = videos
     torch.manual_seed(7)
-    again = validation.write_videos(trainer.objective, trainer.transformer, trainer.command.model.base, tmp_path)
+    again = write(trainer, validation, tmp_path)
     for name, picture in pictures.items():
         # The decoder's weights lie elsewhere in memory the second time, and x264 does not repeat itself bit for bit
         assert np.abs(np.asarray(picture).astype(int) - np.asarray(again[name])).max() <= 1
@@ -192,14 +202,66 @@ def test_videos_follow_their_references(videos, trainer, tmp_path):
     other = dataclasses.replace(validation.options, videos=1)
     changed_one = Validation(trainer.samples, [], other, validation.objective_options, Parallel(device="cpu"))
     changed_one.values = [(name, value | {"reference_latents": -value["reference_latents"]})]
-    model = trainer.command.model.base
-    picture = changed_one.write_videos(trainer.objective, trainer.transformer, model, tmp_path)[name]
+    picture = write(trainer, changed_one, tmp_path)[name]
     ours, theirs = (np.asarray(p)[:, WIDTH:].astype(int) for p in (pictures[name], picture))
     assert np.abs(ours - theirs).mean() > 0.1
 
 
+# -- One's own prompts ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def own(training_world, tmp_path_factory) -> RunCommand:
+    """A run of two steps on samples too few to hold one out, with two prompts of one's own."""
+    references = sorted(map(str, training_world.clips.glob("clip01.ref*.png")))
+    prompts = (PromptOptions("a cat", references, 3), PromptOptions("a dog"))
+    changes = {"validation.every": 2, "validation.samples": 5, "validation.videos": 2, "validation.prompts": prompts}
+    folder = tmp_path_factory.mktemp("own") / "run"
+    return run_command(folder, training_world.wan, training_world.cache, steps=2, **changes)
+
+
+def test_own_prompts_are_shown_before_the_first_step_and_at_each_validation(own, caplog, capsys):
+    with caplog.at_level("INFO"):
+        assert run(own) == 0
+    samples = own.output / "samples"
+    assert {str(path.relative_to(samples)) for path in samples.glob("*/*.mp4")} == {
+        f"step-{step:08d}/prompt_{number}.mp4" for step in (0, 2) for number in (1, 2)
+    }
+    for step in (0, 2):
+        assert f"Step {step}, videos beside their references: {samples / f'step-{step:08d}'}" in caplog.text
+    assert caplog.text.count("Nothing is held out: of 8 samples, a tenth is none.") == 1
+
+
+def test_the_video_of_a_prompt_is_what_the_pipeline_makes(own, training_world, tmp_path):
+    trainer = Trainer(changed(own, output=tmp_path))
+    ours = trainer.videos.generate(trainer.prompts[0], trainer.objective, trainer.transformer)
+    pipeline = RefAlignWanPipeline.from_pretrained(training_world.wan, scheduler=paper_scheduler())
+    theirs = pipeline(
+        prompt="a cat",
+        reference_images=list(own.validation.prompts[0].references),
+        height=HEIGHT,
+        width=WIDTH,
+        num_frames=FRAMES,
+        num_inference_steps=own.validation.video_steps,
+        generator=torch.Generator().manual_seed(3),
+        output_type="latent",
+    ).frames
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_reference_that_cannot_be_read_is_told_with_its_prompt(own, tmp_path):
+    (tmp_path / "a.png").write_text("not an image")
+    changes = {"validation.prompts": (PromptOptions("a cat", (str(tmp_path / "a.png"),)),)}
+    with pytest.raises(ValueError, match=r"validation\.prompts, prompt 1 \(a cat\): Reference 1"):
+        Trainer(changed(own, output=tmp_path / "run", **changes))
+
+
 def flat(color: str, size: tuple[int, int]) -> Image.Image:
     return Image.new("RGB", size, color)
+
+
+def test_without_references_a_frame_stands_alone():
+    assert beside([], flat("red", (48, 32))).size == (48, 32)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -3,7 +3,6 @@
 A file's keys are the options' names: `optimizer: {lr: 5e-5}` is `--optimizer.lr 5e-5`. Nothing heavy is imported.
 """
 
-import argparse
 import dataclasses
 import difflib
 import json
@@ -12,13 +11,12 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import field
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-import tyro
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, TypeAdapter
 from pydantic.dataclasses import dataclass
+from tyro.conf import Fixed
 
 from refalign_training.bounds import UNKNOWN, InvalidOption, Listed, Many, Options, ShareBelowOne
 from refalign_training.data.recipe import Recipe
@@ -157,6 +155,19 @@ class LogOptions(Options):
 
 
 @dataclass(frozen=True)
+class PromptOptions(Options):
+    """A video of one's own to look at."""
+
+    prompt: str
+    """A description of what happens in the video."""
+    references: Annotated[tuple[str, ...], Many] = ()
+    """The images of the subjects and of the place, as paths or URLs. They are taken as they are: nothing is cut
+    out."""
+    seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
+    """The seed of the noise. The same seed gives the same noise in `refalign generate`."""
+
+
+@dataclass(frozen=True)
 class ValidationOptions(Options):
     """What is measured on samples that are held out. It changes nothing about the run."""
 
@@ -166,6 +177,9 @@ class ValidationOptions(Options):
     """How many samples of the dataset are held out: always the same ones, and a tenth of the dataset at most."""
     cache: Path | None = None
     """A cache whose first samples are validated on. All samples of the dataset are then trained on."""
+    prompts: Annotated[tuple[PromptOptions, ...], Listed, Fixed] = ()
+    """Prompts of your own with references of your own, which are shown as videos before the first step and at each
+    validation. A YAML file lists them: `prompts: [{prompt: A dog runs., references: [dog.png], seed: 0}]`."""
     videos: NonNegativeInt = 2
     """How many of the samples are shown as videos, with the references beside them."""
     video_steps: PositiveInt = 30
@@ -227,71 +241,16 @@ def _sections(options: type, prefix: str = "") -> dict[type, str]:
     return sections
 
 
-SECTIONS = _sections(RunCommand)
+SECTIONS = _sections(RunCommand) | {PromptOptions: "validation.prompts."}
 _TREE = TypeAdapter(RunCommand)
 
 
-def read_command(words: Sequence[str], **told: Any) -> RunCommand:
-    """The options that a command line gives. Those of `--config FILE` are its defaults; without one, `--resume` takes
-    those of the run that goes on.
-
-    Args:
-        told: more arguments of `tyro.cli`, such as the program's name.
-
-    Raises:
-        ValueError: if an option is unknown or cannot be used.
-        SystemExit: if the command line is not understood, or asks for help.
-    """
-    given, _ = _FILES.parse_known_args(words)
-    path = find_config(given.config) if given.config else _options_of_run(given.resume, given.output)
-    defaults = None if path is None else read_config(path)
-    with naming_sections():
-        return tyro.cli(RunCommand, args=words, default=defaults, **told)
-
-
-_FILES = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-"""What of a command line says where other options are; tyro tells what is wrong with it."""
-for _name in ("--config", "--resume", "--output"):
-    _FILES.add_argument(_name, nargs="?")
-
-
-def find_config(name: str) -> Path:
-    """The file of options that is meant: a path, or the name of a recipe that comes with this package. Raises
-    ValueError if there is none."""
-    path = Path(name)
-    if path.is_file():
-        return path
-    recipes = {Path(file.name).stem: file for file in files("refalign_training.configs").iterdir()}
-    if recipe := recipes.get(name.removesuffix(".yaml")):
-        return Path(str(recipe))
-    names = ", ".join(sorted(recipes.keys() - {"__init__", "__pycache__", "accelerate"}))
-    raise ValueError(f"{path} does not exist. Name a YAML file, or one of this package's recipes: {names}.")
-
-
-def _options_of_run(resume: str | None, output: str | None) -> Path | None:
-    """The options of the run that `--resume` goes on with, as its folder holds them."""
-    if resume is None:
-        return None
-    if resume in ("latest", "auto"):
-        folders = [Path(output)] if output else []
-    else:
-        folders = [Path(resume), *Path(resume).parents[1:2]]  # a run, or one of its checkpoints
-    own = (folder / CONFIG_FILE for folder in folders)
-    return next(filter(Path.is_file, own), None)
-
-
-def read_config(path: Path) -> RunCommand:
-    """The options of a YAML file, defaults for what it does not name. Where it names no output, tyro asks for it."""
-    content = read_yaml(path)
-    if "config" in content:
-        raise ValueError(f"{path} names another file as config, but a run has one.")
+def validated(content: Mapping[str, Any]) -> RunCommand:
+    """The options that a file's content gives, defaults for what it does not name. Raises ValueError as
+    [`naming_sections`]."""
     # In JSON, text may be a path, but nothing else is taken for another type. It has no dates: they become sections
-    text = json.dumps({"output": ".", **content}, default=lambda date: {type(date).__name__: str(date)})
-    with naming_sections(f"{path}: "):
-        command = _TREE.validate_json(text)
-    if "output" not in content:
-        vars(command)["output"] = tyro.MISSING
-    return command
+    text = json.dumps(content, default=lambda date: {type(date).__name__: str(date)})
+    return _TREE.validate_json(text)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -376,8 +335,12 @@ def wants_shards(mode: str) -> bool:
 
 def check(command: RunCommand) -> None:
     """Raises ValueError, naming the option, for options that do not fit each other."""
+    folder = command.output if command.resume == "latest" else Path(command.resume or "")
+    if command.resume != "auto" and not folder.exists():  # before what the folder would have told
+        raise ValueError(f"--resume {command.resume}: there is no folder {folder}.")
     accumulation(command, world_size=1)
     _check_data(command)
+    _check_prompts(command.validation.prompts)
     optimizer = command.optimizer
     if optimizer.warmup_steps > command.steps:
         raise ValueError(f"optimizer.warmup_steps is {optimizer.warmup_steps}, more than the {command.steps} steps.")
@@ -398,3 +361,10 @@ def _check_data(command: RunCommand) -> None:
         raise ValueError("Without a cache, data.teacher must name the model to align to; or set alignment.weight 0.")
     if has_dataset and command.validation.cache is not None:
         raise ValueError("validation.cache goes with data.cache.")
+
+
+def _check_prompts(prompts: Sequence[PromptOptions]) -> None:
+    for number, prompt in enumerate(prompts, 1):
+        for reference in prompt.references:
+            if "://" not in reference and not Path(reference).is_file():
+                raise ValueError(f"validation.prompts, prompt {number}: the reference {reference} does not exist.")

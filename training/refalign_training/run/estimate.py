@@ -27,7 +27,7 @@ from refalign_training.run.config import RunCommand, accumulation, wants_shards
 from refalign_training.run.inputs import open_samples
 from refalign_training.run.log import check_tracker
 from refalign_training.run.networks import add_lora, make_alignment, transformer_config
-from refalign_training.run.order import Order, hold_out
+from refalign_training.run.order import Order, hold_out, nothing_held_out
 from refalign_training.run.resume import checkpoint_to_resume, find_start
 
 
@@ -178,6 +178,9 @@ def dry_run(command: RunCommand) -> int:
         print("\n".join(found.lines()))
         if len(rows) < command.batch.size:
             print(f"{len(rows)} samples are fewer than a batch: some come twice per step.")
+        validation = command.validation
+        if validation.every and validation.samples and validation.cache is None and not len(held_out):
+            print(nothing_held_out(len(rows)))
     return 0
 
 

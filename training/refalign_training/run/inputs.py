@@ -1,6 +1,7 @@
 """Where a run's samples come from: a cache, or a dataset whose encoders run along with the training."""
 
 import hashlib
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,56 @@ from refalign_training.run.config import DataOptions, ModelOptions
 
 
 FAMILIES = ("video", "references", "text", "teacher")
+
+
+class Encoders:
+    """Frozen encoders by family, each made when it is first needed: never in a worker. `teacher` is its name and its
+    revision."""
+
+    def __init__(
+        self,
+        families: Sequence[str],
+        model: ModelOptions,
+        device: torch.device,
+        teacher: tuple[str | None, str | None] = (None, None),
+    ) -> None:
+        self.families, self.device = families, device
+        self._names = (model.base, teacher[0], model.revision, teacher[1])
+        self._dtype = getattr(torch, model.precision)
+        self._made: dict[str, Any] = {}
+
+    @cached_property
+    def models(self) -> dict[str, Model]:
+        """Downloaded, if they have to be: a dry run does not ask for them."""
+        return fetch_models(self.families, *self._names)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_made": {}}  # workers that are spawned need none, and each would get 11 GB
+
+    def __call__(self, family: str) -> Any:
+        if family not in self._made:
+            self._made[family] = self._make(family)
+        return self._made[family]
+
+    def _make(self, family: str) -> Any:
+        folder = self.models[family].folder
+        if family == "text":
+            return TextEncoder(folder, self._dtype, self.device)
+        if family == "teacher":
+            return TeacherEncoder(folder, self._dtype, self.device)
+        is_references = family == "references"
+        vae = self("video").vae if is_references and "video" in self.families else None
+        return VaeEncoder(folder, torch.float32, self.device, references=is_references, vae=vae)
+
+    def empty_prompt_embeds(self) -> torch.Tensor:
+        if "empty" not in self._made:
+            self._made["empty"] = self("text")([Decoded(prompts=("",))])[0]["prompt_embeds_0"]
+        return self._made["empty"]
+
+    def latents(self, family: str, decoded: Decoded) -> torch.Tensor:
+        """Normalised latents of a video, or of references."""
+        latents = self(family)([decoded])[0]["latents"]
+        return normalize_latents(latents, vae_config(self.models[family].folder))
 
 
 class CachedSamples:
@@ -66,7 +117,7 @@ class OnlineSamples:
         device: torch.device,
         fetches: bool = True,
     ) -> None:
-        self.recipe, self.device = options.recipe, device
+        self.recipe = options.recipe
         self.samples = [sample for sample in usable(read_source(options.source)) if sample.prompts]
         self.name = str(options.source.data)
         if not self.samples:
@@ -77,20 +128,10 @@ class OnlineSamples:
         for sample in self.samples:
             digest.update(repr(sample).encode("utf-8", "surrogatepass"))
         self.fingerprint = f"sha256:{digest.hexdigest()}"
-        self._families = FAMILIES if needs_teacher else FAMILIES[:-1]
-        self._names = (model.base, options.teacher, model.revision, options.teacher_revision)
-        self._dtype = getattr(torch, model.precision)
-        self._encoders: dict[str, Any] = {}
+        families = FAMILIES if needs_teacher else FAMILIES[:-1]
+        self.encoders = Encoders(families, model, device, (options.teacher, options.teacher_revision))
         if fetches:
-            vae_config(self._models["video"].folder)
-
-    @cached_property
-    def _models(self) -> dict[str, Model]:
-        """Downloaded, if they have to be: a dry run does not ask for them."""
-        return fetch_models(self._families, *self._names)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_encoders": {}}  # workers that are spawned need none, and each would get 11 GB
+            vae_config(self.encoders.models["video"].folder)
 
     def id(self, row: int) -> str:
         return self.samples[row].id
@@ -108,38 +149,17 @@ class OnlineSamples:
         subjects = read["references"].info["subjects"]
         numbers = {subject: number for number, subject in enumerate(dict.fromkeys(subjects))}
         value = {
-            "latents": self._latents("video", read),
-            "reference_latents": self._latents("references", read),
-            "prompt_embeds": self._encoder("text")([read["text"]])[0]["prompt_embeds_0"],
+            "latents": self.encoders.latents("video", read["video"]),
+            "reference_latents": self.encoders.latents("references", read["references"]),
+            "prompt_embeds": self.encoders("text")([read["text"]])[0]["prompt_embeds_0"],
             "subjects": torch.tensor([numbers[subject] for subject in subjects]),
         }
-        if "teacher" in self._models:
-            value["teacher_features"] = self._encoder("teacher")([read["references"]])[0]["features"]
+        if "teacher" in self.encoders.models:
+            value["teacher_features"] = self.encoders("teacher")([read["references"]])[0]["features"]
         return value
 
-    def _latents(self, family: str, read: dict[str, Decoded]) -> torch.Tensor:
-        latents = self._encoder(family)([read[family]])[0]["latents"]
-        return normalize_latents(latents, vae_config(self._models[family].folder))
-
     def empty_prompt_embeds(self) -> torch.Tensor:
-        if "empty" not in self._encoders:
-            self._encoders["empty"] = self._encoder("text")([Decoded(prompts=("",))])[0]["prompt_embeds_0"]
-        return self._encoders["empty"]
-
-    def _encoder(self, family: str) -> Any:
-        """Made when it is first needed: never in a worker."""
-        if family not in self._encoders:
-            folder = self._models[family].folder
-            if family == "text":
-                encoder = TextEncoder(folder, self._dtype, self.device)
-            elif family == "teacher":
-                encoder = TeacherEncoder(folder, self._dtype, self.device)
-            else:
-                is_references = family == "references"
-                vae = self._encoder("video").vae if is_references else None
-                encoder = VaeEncoder(folder, torch.float32, self.device, references=is_references, vae=vae)
-            self._encoders[family] = encoder
-        return self._encoders[family]
+        return self.encoders.empty_prompt_embeds()
 
 
 def open_samples(

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from refalign.files import new_file
 from refalign_training.method.objective import Losses
@@ -98,6 +99,26 @@ class Metrics:
             if blocks:
                 means[name] = math.fsum(blocks) / len(blocks)
         return means
+
+
+# -- The bar ----------------------------------------------------------------------------------------------------------
+
+
+class Bar(tqdm):
+    """Counts a run's steps, and shows the newest of a few numbers."""
+
+    SHOWN = {"loss": "loss", "loss/alignment": "alignment", "validation/mse": "validation"}
+
+    def __init__(self, name: str, steps: int, done: int, is_hidden: bool) -> None:
+        super().__init__(desc=name, total=steps, initial=done, unit="step", smoothing=0.05, disable=is_hidden)
+        self.newest: dict[str, str] = {}
+
+    def tell(self, values: Mapping[str, float]) -> None:
+        """Takes the numbers that a step or a validation has logged."""
+        for name, shown in self.SHOWN.items():
+            if name in values:
+                self.newest[shown] = f"{values[name]:.4f}"
+        self.set_postfix(self.newest, refresh=False)
 
 
 # -- A run's log ------------------------------------------------------------------------------------------------------

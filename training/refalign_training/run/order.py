@@ -109,6 +109,15 @@ def hold_out(num_samples: int, wanted: int) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(rows[wanted:]), np.sort(rows[:wanted])
 
 
+def nothing_held_out(num_samples: int) -> str:
+    """What to tell of a dataset that is too small to hold a sample out."""
+    return (
+        f"Nothing is held out: of {num_samples} samples, a tenth is none. No loss or video of samples that the run "
+        "has not seen tells when to stop; name other clips' cache as validation.cache, or prompts with references of "
+        "your own as validation.prompts."
+    )
+
+
 def draw_quantiles(seed: int, step: int, batch_size: int) -> torch.Tensor:
     """The quantiles of a step's timesteps, float64 `(batch_size,)`: one in each of so many equal parts of [0, 1)."""
     generator = numpy_generator("timesteps", seed, step)

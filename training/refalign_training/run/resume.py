@@ -27,7 +27,7 @@ FREE_OPTIONS = (
     *("checkpoints", "log", "model.compile", "data.workers"),
     "data.cache",  # the dataset's fingerprint is compared
     *("validation.every", "validation.videos", "validation.video_steps"),
-    *("validation.guidance_scale", "validation.image_guidance_scale"),
+    *("validation.guidance_scale", "validation.image_guidance_scale", "validation.prompts"),
 )
 
 

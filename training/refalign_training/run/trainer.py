@@ -11,13 +11,13 @@ import importlib.metadata
 import logging
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from refalign.files import fetch, new_file
@@ -28,14 +28,15 @@ from refalign_training.run.batches import load_batches, read_first
 from refalign_training.run.checkpoint import checkpoint_name, read_state, remove_old_checkpoints, save_checkpoint
 from refalign_training.run.config import CONFIG_FILE, RunCommand, accumulation, check, flatten, to_yaml
 from refalign_training.run.inputs import CachedSamples, open_samples
-from refalign_training.run.log import Metrics, RunLog, append_skipped, check_tracker
+from refalign_training.run.log import Bar, Metrics, RunLog, append_skipped, check_tracker
 from refalign_training.run.networks import load_transformer, make_alignment, take_plain_attention
-from refalign_training.run.order import Order, hold_out
+from refalign_training.run.order import Order, hold_out, nothing_held_out
 from refalign_training.run.parallel import Parallel, gradient_norm
 from refalign_training.run.plots import describe_timesteps, plot_timesteps
 from refalign_training.run.state import TrainState, learning_rate_factor
 from refalign_training.run.stopping import Stopping
 from refalign_training.run.validation import Validation
+from refalign_training.run.videos import Shown, Videos, encode_prompts
 
 
 logger = logging.getLogger(__name__)
@@ -83,7 +84,8 @@ class Trainer:
     def train(self) -> int:
         """The loop."""
         command, parallel = self.command, self.parallel
-        with Stopping() as stopping, self._progress() as bar, logging_redirect_tqdm():
+        with Stopping() as stopping, self._bar() as bar, logging_redirect_tqdm():
+            self._show_untrained()
             for step in range(self.step, command.steps):
                 taken = []
                 for number in range(self.accumulation):
@@ -105,7 +107,7 @@ class Trainer:
                     self._update(step, norm)
                 self.state.optimizer.zero_grad()
                 self.step = step + 1
-                bar.update(command.batch.size)
+                bar.update()
                 is_last = bool(stop_signal) or self.step == command.steps
                 self._log(bar, is_last)
                 if is_last or _is_due(self.step, command.checkpoints.every):
@@ -113,7 +115,7 @@ class Trainer:
                 if stop_signal:
                     return self._finish(stop_signal)
                 if is_last or _is_due(self.step, command.validation.every):
-                    self._validate()
+                    self._validate(bar)
         return self._finish()
 
     # -- Setting up ------------------------------------------------------------------------------------------------
@@ -129,24 +131,37 @@ class Trainer:
         self.order = Order(self.samples.buckets, self.rows, batch.size, batch.micro, command.seed)
 
     def _open_validation(self) -> None:
-        self.validation: Validation | None = None
-        self.vae_folder: Path | None = None  # only the main process decodes
         options, model = self.command.validation, self.command.model
-        samples, rows = self.samples, self.held_out.tolist()
-        if options.every and options.cache is not None:
-            samples = CachedSamples(options.cache, bool(self.command.alignment.weight))
-            rows = range(min(options.samples, len(samples.buckets)))
-        if not options.every or not rows:
+        self.validation: Validation | None = None
+        self.prompts: list[Shown] = []
+        self.vae_folder: Path | None = None  # only the main process decodes
+        if not options.every:
             return
-        validation = Validation(samples, rows, options, self.command.objective, self.parallel)
-        if not validation.values:
-            logger.warning("There is no validation: none of its %d samples can be read.", len(rows))
-            return
-        self.validation = validation
-        if options.videos and self.parallel.is_main:
+        self.validation = self._read_held_out()
+        if options.prompts:
+            self.prompts = encode_prompts(self.command, self.samples, self.parallel)
+        self.videos = Videos(options, self.command.objective.max_sequence_length, self.parallel)
+        shows = bool(self.prompts) or (self.validation is not None and bool(options.videos))
+        if shows and self.parallel.is_main:
             # Now, and not when the first videos are due
             self.vae_folder = fetch(model.base, ["vae/*"], model.revision)
             vae_config(self.vae_folder)
+
+    def _read_held_out(self) -> Validation | None:
+        options = self.command.validation
+        samples, rows = self.samples, self.held_out.tolist()
+        if options.cache is not None:
+            samples = CachedSamples(options.cache, bool(self.command.alignment.weight))
+            rows = range(min(options.samples, len(samples.buckets)))
+        if not rows:
+            if options.samples:
+                logger.warning("%s", nothing_held_out(len(self.rows)))
+            return None
+        validation = Validation(samples, rows, options, self.command.objective, self.parallel)
+        if validation.values:
+            return validation
+        logger.warning("There is no validation: none of its %d samples can be read.", len(rows))
+        return None
 
     def _make_networks(self, resumes: bool) -> None:
         command, parallel = self.command, self.parallel
@@ -284,7 +299,7 @@ class Trainer:
 
     # -- Now and then ----------------------------------------------------------------------------------------------
 
-    def _log(self, bar: tqdm, is_last: bool) -> None:
+    def _log(self, bar: Bar, is_last: bool) -> None:
         if not is_last and not _is_due(self.step, self.command.log.every):
             return
         values = self.metrics.collect(self.parallel.sum)
@@ -295,7 +310,7 @@ class Trainer:
             "speed/data_wait": self._waited / seconds,
             "memory/peak_gib": self.parallel.peak_memory(),
         }
-        bar.set_postfix({"step": self.step, "loss": f"{values.get('loss', math.nan):.4f}"}, refresh=False)
+        bar.tell(values)
         if self.log is not None:
             self.log.log(values, self.step)
         self.extra, self._waited, self._since, self._logged = {}, 0.0, time.perf_counter(), self.step
@@ -325,29 +340,47 @@ class Trainer:
         samples = self.samples
         return {"name": samples.name, "samples": len(samples.buckets), "fingerprint": samples.fingerprint}
 
-    def _validate(self) -> None:
-        """Losses and videos of the held-out samples, by the averaged weights if there are some: what is exported."""
-        if self.validation is None:
+    def _validate(self, bar: Bar) -> None:
+        """Losses and videos, by the averaged weights if there are some: what is exported."""
+        if self.validation is None and not self.prompts:
             return
-        started = time.perf_counter()
+        started, shown = time.perf_counter(), self.prompts
         with self.state.averaged():
-            values = self.validation.losses(self.objective, self.step - 1)
-            values |= self.validation.gains(self.objective, self.step - 1)
-            folder = self.command.output / "samples" / checkpoint_name(self.step)
-            pictures = self.validation.write_videos(self.objective, self.transformer, self.vae_folder, folder)
-        shown = {"validation/mse": "loss", "validation/reference_gain": "gain", "validation/order_gain": "order gain"}
-        told = [f"{name} {values[key]:.4f}" for key, name in shown.items() if key in values]
-        logger.info("Step %d, held out: %s", self.step, ", ".join(told))
-        if self.log is not None:
-            self.log.log(values, self.step)
-            self.log.log_images({f"samples/{name}": picture for name, picture in pictures.items()}, self.step)
-        self.parallel.barrier()
+            if self.validation is not None:
+                values = self.validation.losses(self.objective, self.step - 1)
+                values |= self.validation.gains(self.objective, self.step - 1)
+                self._tell_validation(bar, values)
+                shown = [*self.validation.shown(), *shown]
+            self._show(shown)
         self._since += time.perf_counter() - started
 
-    def _progress(self) -> tqdm:
-        command, size = self.command, self.command.batch.size
-        sizes = {"total": command.steps * size, "initial": self.step * size, "unit": "sample"}
-        return tqdm(desc=command.output.name, disable=not self.parallel.is_main, smoothing=0.05, **sizes)
+    def _tell_validation(self, bar: Bar, values: dict[str, float]) -> None:
+        names = {"validation/mse": "loss", "validation/reference_gain": "gain", "validation/order_gain": "order gain"}
+        told = [f"{name} {values[key]:.4f}" for key, name in names.items() if key in values]
+        logger.info("Step %d, held out: %s", self.step, ", ".join(told))
+        bar.tell(values)
+        if self.log is not None:
+            self.log.log(values, self.step)
+
+    def _show_untrained(self) -> None:
+        """Videos of one's own prompts before the first step, to compare later ones with."""
+        if self.step == 0 and self.prompts:
+            with self.state.averaged():
+                self._show(self.prompts)
+            self._since = time.perf_counter()
+
+    def _show(self, shown: Sequence[Shown]) -> None:
+        folder = self.command.output / "samples" / checkpoint_name(self.step)
+        if shown:
+            pictures = self.videos.write(shown, self.objective, self.transformer, self.vae_folder, folder)
+            logger.info("Step %d, videos beside their references: %s", self.step, folder)
+            if self.log is not None:
+                self.log.log_images({f"samples/{name}": picture for name, picture in pictures.items()}, self.step)
+        self.parallel.barrier()
+
+    def _bar(self) -> Bar:
+        command = self.command
+        return Bar(command.output.name, command.steps, self.step, is_hidden=not self.parallel.is_main)
 
     def _finish(self, stop_signal: int = 0) -> int:
         del self.batches  # ends the workers

@@ -3,18 +3,10 @@
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate.utils import gather_object
-from diffusers import AutoencoderKLWan
-from PIL import Image
 
-from refalign import RefAlignWanPipeline, RefAlignWanTransformer3DModel
-from refalign.pipeline_refalign_wan import denormalize_latents, paper_scheduler
-from refalign.video import write_video
 from refalign_training.data.randomness import seed_of
 from refalign_training.method.losses import sample_timesteps
 from refalign_training.method.objective import Batch, Objective
@@ -22,6 +14,7 @@ from refalign_training.method.options import ObjectiveOptions
 from refalign_training.run.batches import SampleReader, pad_prompt_embeds
 from refalign_training.run.config import ValidationOptions
 from refalign_training.run.parallel import Parallel
+from refalign_training.run.videos import Shown, evaluating
 
 
 logger = logging.getLogger(__name__)
@@ -128,78 +121,12 @@ class Validation:
             teacher_features=value["teacher_features"][None] if "teacher_features" in value else None,
         ).to(self.parallel.device)
 
-    def write_videos(
-        self, objective: Objective, transformer: RefAlignWanTransformer3DModel, model: Path | None, folder: Path
-    ) -> dict[str, Image.Image]:
-        """Writes for the first samples `<id>.mp4`, the video beside its references, and `<id>.png`, frames of it, in
-        place of existing files. All processes compute; the one that gets `model`, a pipeline's folder, decodes by its
-        VAE, writes, and returns the pictures by their samples' ids. `transformer` is the objective's, not wrapped."""
-        count = min(self.options.videos, len(self.values))
-        latents = [self._generate(number, objective, transformer) for number in range(count)]
-        pictures = {}
-        if model is None:
-            return pictures
-        vae = AutoencoderKLWan.from_pretrained(model, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True)
-        vae.to(self.parallel.device)  # pyright: ignore[reportArgumentType]  # diffusers' decorator hides `self`
-        for (sample_id, value), video in zip(self.values, latents, strict=False):
-            references = [_decode(vae, latent[:, None])[0] for latent in value["reference_latents"].unbind(1)]
-            frames = [beside(references, frame) for frame in _decode(vae, video[0])]
-            pictures[sample_id] = strip(frames)
-            path = folder / f"{sample_id}.mp4"
-            write_video(list(map(np.asarray, frames)), path, overwrite=True)
-            pictures[sample_id].save(path.with_suffix(".png"))
-        return pictures
-
-    def _generate(self, number: int, objective: Objective, transformer: RefAlignWanTransformer3DModel) -> torch.Tensor:
-        sample_id, value = self.values[number]
-        pipeline = RefAlignWanPipeline(None, None, None, paper_scheduler(), transformer)
-        pipeline.set_progress_bar_config(disable=True)
-        length = self.objective_options.max_sequence_length
-        generator = torch.Generator().manual_seed(seed_of("video", sample_id))
-        with evaluating(objective), objective.autocast(self.parallel.device):
-            return pipeline(
-                prompt_embeds=pad_prompt_embeds([value["prompt_embeds"]], length),
-                negative_prompt_embeds=pad_prompt_embeds([self._empty_prompt_embeds], length),
-                reference_latents=value["reference_latents"][None],
-                latents=torch.randn(value["latents"][None].shape, generator=generator),
-                num_inference_steps=self.options.video_steps,
-                guidance_scale=self.options.guidance_scale,
-                image_guidance_scale=self.options.image_guidance_scale,
-                output_type="latent",
-            ).frames
-
-
-@contextmanager
-def evaluating(objective: Objective) -> Iterator[None]:
-    """Inside this context, the transformer works without dropout."""
-    objective.transformer.eval()
-    try:
-        yield
-    finally:
-        objective.transformer.train()
-
-
-@torch.no_grad()
-def _decode(vae: AutoencoderKLWan, latents: torch.Tensor) -> list[Image.Image]:
-    """Normalised latents `(16, frames, h, w)` as images."""
-    latents = denormalize_latents(latents.to(vae.device, torch.float32), vae.config)
-    video = vae.decode(latents[None], return_dict=False)[0][0]
-    pixels = ((video.permute(1, 2, 3, 0).clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
-    return [Image.fromarray(frame) for frame in pixels]
-
-
-def beside(references: Sequence[Image.Image], frame: Image.Image) -> Image.Image:
-    """A frame with its references at its left, one below the other, all of a size that fits its height."""
-    height = frame.height // len(references)
-    width = round(frame.width * height / frame.height) // 2 * 2
-    picture = Image.new("RGB", (width + frame.width, frame.height), "white")
-    for number, reference in enumerate(references):
-        picture.paste(reference.resize((width, height)), (0, number * height))
-    picture.paste(frame, (width, 0))
-    return picture
-
-
-def strip(frames: Sequence[Image.Image]) -> Image.Image:
-    """The first, middle and last frame, one below the other."""
-    shown = (frames[0], frames[len(frames) // 2], frames[-1])
-    return Image.fromarray(np.concatenate(list(map(np.asarray, shown))))
+    def shown(self) -> list[Shown]:
+        """The samples that videos are made of: the first ones."""
+        shown = []
+        for sample_id, value in self.values[: self.options.videos]:
+            generator = torch.Generator().manual_seed(seed_of("video", sample_id))
+            noise = torch.randn(value["latents"][None].shape, generator=generator)[0]
+            embeds, references = value["prompt_embeds"], value["reference_latents"]
+            shown.append(Shown(sample_id, embeds, self._empty_prompt_embeds, references, noise))
+        return shown

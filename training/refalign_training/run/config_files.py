@@ -1,0 +1,75 @@
+"""Where the options of a command line come from: a file, a recipe of this package, or the run that goes on.
+
+Nothing heavy is imported.
+"""
+
+import argparse
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from refalign_training.run.config import CONFIG_FILE, RunCommand, naming_sections, read_yaml, validated
+
+
+def read_command(words: Sequence[str], **told: Any) -> RunCommand:
+    """The options that a command line gives. Those of `--config FILE` are its defaults; without one, `--resume` takes
+    those of the run that goes on.
+
+    Args:
+        told: more arguments of `tyro.cli`, such as the program's name.
+
+    Raises:
+        ValueError: if an option is unknown or cannot be used.
+        SystemExit: if the command line is not understood, or asks for help.
+    """
+    given, _ = _FILES.parse_known_args(words)
+    path = find_config(given.config) if given.config else _options_of_run(given.resume, given.output)
+    defaults = None if path is None else read_config(path)
+    with naming_sections():
+        return tyro.cli(RunCommand, args=words, default=defaults, **told)
+
+
+_FILES = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+"""What of a command line says where other options are; tyro tells what is wrong with it."""
+for _name in ("--config", "--resume", "--output"):
+    _FILES.add_argument(_name, nargs="?")
+
+
+def find_config(name: str) -> Path:
+    """The file of options that is meant: a path, or the name of a recipe that comes with this package. Raises
+    ValueError if there is none."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    recipes = {Path(file.name).stem: file for file in files("refalign_training.configs").iterdir()}
+    if recipe := recipes.get(name.removesuffix(".yaml")):
+        return Path(str(recipe))
+    names = ", ".join(sorted(recipes.keys() - {"__init__", "__pycache__", "accelerate"}))
+    raise ValueError(f"{path} does not exist. Name a YAML file, or one of this package's recipes: {names}.")
+
+
+def _options_of_run(resume: str | None, output: str | None) -> Path | None:
+    """The options of the run that `--resume` goes on with, as its folder holds them."""
+    if resume is None:
+        return None
+    if resume in ("latest", "auto"):
+        folders = [Path(output)] if output else []
+    else:
+        folders = [Path(resume), *Path(resume).parents[1:2]]  # a run, or one of its checkpoints
+    own = (folder / CONFIG_FILE for folder in folders)
+    return next(filter(Path.is_file, own), None)
+
+
+def read_config(path: Path) -> RunCommand:
+    """The options of a YAML file, defaults for what it does not name. Where it names no output, tyro asks for it."""
+    content = read_yaml(path)
+    if "config" in content:
+        raise ValueError(f"{path} names another file as config, but a run has one.")
+    with naming_sections(f"{path}: "):
+        command = validated({"output": ".", **content})
+    if "output" not in content:
+        vars(command)["output"] = tyro.MISSING
+    return command
