@@ -14,13 +14,13 @@ from PIL import Image
 from refalign import RefAlignWanPipeline, RefAlignWanTransformer3DModel, prepare_reference_images
 from refalign.loading import read_defaults
 from refalign.pipeline_refalign_wan import FRAMES_PER_LATENT, denormalize_latents, paper_scheduler
+from refalign.transformer_refalign_wan import WAN_CHANNELS
 from refalign.video import write_video
 from refalign_training.data.decoding import Decoded
 from refalign_training.method.objective import Objective
 from refalign_training.run.batches import pad_prompt_embeds
 from refalign_training.run.config import PromptOptions, RunCommand, ValidationOptions
 from refalign_training.run.inputs import CachedSamples, Encoders, OnlineSamples
-from refalign_training.run.networks import CHANNELS
 from refalign_training.run.parallel import Parallel
 
 
@@ -68,7 +68,7 @@ def _encode_prompt(name: str, prompt: PromptOptions, model: str, encoders: Encod
         latents = encoders.latents("references", Decoded(torch.from_numpy(pixels)))
     negative = read_defaults(model)["negative_prompt"]
     embeds = encoders("text")([Decoded(prompts=(prompt.prompt, negative))])[0]
-    shape = (1, CHANNELS, (frames - 1) // FRAMES_PER_LATENT + 1, height // 8, width // 8)
+    shape = (1, WAN_CHANNELS, (frames - 1) // FRAMES_PER_LATENT + 1, height // 8, width // 8)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(prompt.seed))[0]
     return Shown(name, embeds["prompt_embeds_0"], embeds["prompt_embeds_1"], latents, noise)
 
@@ -96,7 +96,7 @@ class Videos:
         pictures = {}
         if model is None:
             return pictures
-        vae = AutoencoderKLWan.from_pretrained(model, subfolder="vae", torch_dtype=torch.float32)
+        vae = AutoencoderKLWan.from_pretrained(model, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True)
         vae.to(self.parallel.device)  # pyright: ignore[reportArgumentType]  # diffusers' decorator hides `self`
         for one, video in zip(shown, latents, strict=True):
             references = [] if one.reference_latents is None else one.reference_latents.unbind(1)
