@@ -10,6 +10,7 @@ from refalign.command_line import Command, Program
 from refalign_training import cache
 from refalign_training.bounds import InvalidOption
 from refalign_training.cache.command import CacheCommand
+from refalign_training.cache.command import read_command as read_cache
 from refalign_training.data import check
 from refalign_training.data.check import Check
 from refalign_training.publish import export
@@ -40,6 +41,7 @@ PROGRAM = Program(
             cache.run,
             "--data folder --videos CLIPS --output cache/mine --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers "
             "--teacher facebook/dinov3-vitb16-pretrain-lvd1689m",
+            read_cache,
         ),
         "run": Command(RunCommand, _train, "--config lora-1.3b --output runs/lora --steps 2000", _read_run),
         "export": Command(ExportCommand, export.run, "runs/lora --output my-lora"),

@@ -19,6 +19,7 @@ from refalign_training.cache.encoders import NOT_FINITE, VaeEncoder, vae_config
 from refalign_training.cache.items import digest, text_key
 from refalign_training.cache.reader import Cache, hold, open_index
 from refalign_training.cache.writer import write_index
+from refalign_training.cli import PROGRAM
 from refalign_training.data import decoding
 from refalign_training.data.decoding import Task
 from refalign_training.data.fields import FAULTS, Unusable
@@ -268,6 +269,17 @@ def test_other_options_than_the_folders_must_be_meant(command, tmp_path):
         run(changed)
     assert stamps(command.output) == before
     assert run(change(command, allow_changes=False, variants=3)) == 0
+
+
+def test_what_a_command_leaves_out_is_the_folders(command, made):
+    words = ["cache", "--output", str(command.output), "--variants", "3"]
+    _, read = PROGRAM.parse(words)
+    of_the_call = {"device": "auto", "workers": 2, "allow_changes": False}
+    assert read == change(command, source=read.source, variants=3, **of_the_call)
+    assert read.source == made.source
+    (command.output / "options.json").write_text('{"dtype": "float23"}', "utf-8")
+    with pytest.raises(ValueError, match=r"options\.json holds no options of a cache"):
+        PROGRAM.parse(words)
 
 
 def test_families_of_different_videos_do_not_go_together(command):

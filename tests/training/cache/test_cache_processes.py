@@ -164,13 +164,13 @@ def test_kill_9_loses_no_finished_item(undisturbed, tmp_path):
 
 
 def test_kill_9_at_the_end_leaves_the_index_whole(undisturbed, tmp_path):
-    """The recipes and the plan are four files; behind the items come the index and the failures."""
+    """The recipes, the options and the plan are five files; behind the items come the index and the failures."""
     command = dataclasses.replace(undisturbed, output=tmp_path / "cache")
-    kill_at(command, undisturbed, (4 + ITEMS, 5, 6))
+    kill_at(command, undisturbed, (5 + ITEMS, 6, 7))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(1, 4 + ITEMS + 3))
+@pytest.mark.parametrize("number", range(1, 5 + ITEMS + 3))
 def test_kill_9_at_any_file(undisturbed, tmp_path, number):
     kill_at(dataclasses.replace(undisturbed, output=tmp_path / "cache"), undisturbed, (number,))
 

@@ -1,11 +1,18 @@
 """The options of `refalign-train cache`. Nothing heavy is imported, so that `--help` answers at once."""
 
+import argparse
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
+import tyro
+from pydantic import TypeAdapter, ValidationError
 from tyro.conf import OmitArgPrefixes
 
+from refalign.files import new_file, read_json
+from refalign_training.bounds import InvalidOption
 from refalign_training.data.recipe import Recipe
 from refalign_training.data.source import Dataset, check_source
 
@@ -20,7 +27,7 @@ class CacheCommand:
     """Compute latents, text embeddings and teacher features once. A command that was killed goes on when repeated."""
 
     output: Path
-    """The cache's folder: a new one, or one to go on with."""
+    """The cache's folder: a new one, or one to go on with, whose options are then the defaults of all others."""
     source: Annotated[Dataset, OmitArgPrefixes] = field(default_factory=Dataset)
     """The dataset."""
     recipe: Annotated[Recipe, OmitArgPrefixes] = field(default_factory=Recipe)
@@ -61,6 +68,32 @@ class CacheCommand:
     """Only read every item. Broken ones are removed, the exit code is 1, and the next run computes them."""
     prune: bool = False
     """Only remove what the last command does not need: other recipes, samples that are gone, unfinished files."""
+
+
+OPTIONS = "options.json"
+_OF_THE_CALL = {"output", "device", "workers", "ray", "allow_changes", "retry_failed", "status", "verify", "prune"}
+
+
+def write_options(command: CacheCommand, path: Path) -> None:
+    """Keeps what a later command on the same folder takes as its defaults."""
+    options = TypeAdapter(CacheCommand).dump_python(command, mode="json", exclude=_OF_THE_CALL)
+    with new_file(path, overwrite=True) as file:
+        file.write_text(json.dumps(options, indent=2), "utf-8")
+
+
+def read_command(_: type, args: Sequence[str], **told: Any) -> CacheCommand:
+    """The options that a command line gives; those that it leaves out are the folder's own, if it is a cache. Raises
+    ValueError if the folder's cannot be read."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--output", nargs="?", type=Path)
+    output, default = parser.parse_known_args(args)[0].output, None
+    if output is not None and (output / OPTIONS).is_file():
+        options = read_json(output / OPTIONS)
+        try:
+            default = TypeAdapter(CacheCommand).validate_json(json.dumps({**options, "output": str(output)}))
+        except (InvalidOption, ValidationError, TypeError) as error:
+            raise ValueError(f"{output / OPTIONS} holds no options of a cache ({error}). Remove that file.") from None
+    return tyro.cli(CacheCommand, args=args, default=default, **told)
 
 
 def check(command: CacheCommand) -> None:

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from refalign.files import new_file, read_json
 from refalign_training.cache import cluster, encoders
-from refalign_training.cache.command import CacheCommand
+from refalign_training.cache.command import OPTIONS, CacheCommand, write_options
 from refalign_training.cache.items import RECIPE, Items, digest, text_key, write_json
 from refalign_training.cache.plan import Plan
 from refalign_training.cache.reader import BUCKET, FAILED, FORMAT, INDEX, PLAN, check_format, open_families, open_index
@@ -62,6 +62,7 @@ def fill(command: CacheCommand) -> int:
         _check_changes(root, recipes.values())
     for folder, recipe in recipes.items():
         write_json(folder / RECIPE, recipe)
+    write_options(command, root / OPTIONS)
     with tempfile.TemporaryFile("w+", encoding="utf-8", dir=root) as file:
         plan = Plan(file, command, families)
         write_json(root / PLAN, plan.header)
