@@ -117,17 +117,31 @@ def owned(output: str | Path) -> Iterator[None]:
         ValueError: if it is another process's.
     """
     output, name = Path(output), _short(Path(output).name)
-    made = [folder for folder in output.parents if not folder.exists()]
-    output.parent.mkdir(parents=True, exist_ok=True)
+    with _made(output.parent), held(output.with_name(f".{name}.lock"), output) as is_first:
+        if is_first:
+            remove_leftovers(output.parent, name)
+        yield
+
+
+@contextmanager
+def owned_folder(folder: Path) -> Iterator[None]:
+    """Within it, a folder that grows, and is made if need be, is this process's alone, as in [`owned`]."""
+    with _made(folder), held(folder / ".lock", folder):
+        remove_leftovers(folder)
+        yield
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Makes a folder and its parents; those that are still empty at the end are removed."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        with held(output.with_name(f".{name}.lock"), output) as is_first:
-            if is_first:
-                remove_leftovers(output.parent, name)
-            yield
+        yield
     finally:
-        for folder in made:
-            with suppress(OSError):  # the output is in it
-                folder.rmdir()
+        for path in missing:
+            with suppress(OSError):  # it is not empty
+                path.rmdir()
 
 
 def remove_leftovers(folder: Path, name: str | None = None) -> None:

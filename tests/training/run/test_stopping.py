@@ -2,7 +2,9 @@
 
 import multiprocessing
 import os
+import select
 import signal
+import threading
 
 import pytest
 
@@ -71,3 +73,33 @@ def test_workers_outlive_a_signal_to_the_whole_job(number, default_handlers):
         os._exit(0)
     os.waitpid(other, 0)
     assert_same([first, *loaded], load(samples, steps=20))
+
+
+class NeverReady(SmallSamples):
+    """Samples whose reading takes for ever, in processes that hold a file open."""
+
+    def __init__(self, started: int) -> None:
+        super().__init__()
+        self.started = started
+
+    def read(self, row: int, seed: int, epoch: int) -> None:
+        os.write(self.started, b"started")
+        threading.Event().wait()
+
+
+def test_workers_end_with_a_trainer_that_is_killed():
+    reading, writing = os.pipe()
+    trainer = os.fork()
+    if trainer == 0:
+        samples = NeverReady(writing)
+        order, options = small_order(samples), ObjectiveOptions()
+        sizes = {"rank": 0, "world_size": 1, "first_step": 0, "steps": 20}
+        next(load_batches(samples, order, options, **sizes, workers=2, encodes=False))
+    os.close(writing)
+    os.read(reading, 7)
+    os.kill(trainer, signal.SIGKILL)
+    os.waitpid(trainer, 0)
+    left = b"started"
+    while left:  # until no process has the file open
+        assert select.select([reading], [], [], 30)[0], "A worker lives on."
+        left = os.read(reading, 7)

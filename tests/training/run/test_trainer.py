@@ -28,7 +28,17 @@ from refalign_training.run.trainer import Trainer, run
 from tests.conftest import GOLDEN_FILES
 from tests.tiny_pipeline import tiny_transformer
 from tests.training.small_cache import item_file
-from tests.training.small_run import World, assert_equal_runs, changed, final_tensors, run_command, start, wait
+from tests.training.small_run import (
+    World,
+    assert_equal_runs,
+    changed,
+    final_tensors,
+    kill,
+    run_command,
+    start,
+    wait,
+    wait_for_a_checkpoint,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -141,6 +151,38 @@ def test_a_good_step_begins_the_count_anew(command, poisoned):
     bad = ["clip03" in names for names in ids_by_step(asked, 6)]
     assert sum(bad) >= 2 and not any(a and b for a, b in pairwise(bad))
     assert run(asked) == 0
+
+
+# -- One owner --------------------------------------------------------------------------------------------------------
+
+
+def test_the_second_run_of_a_folder_is_told_who_has_it(command):
+    asked = command(steps=100_000, **{"checkpoints.every": 1})
+    (first,) = start(asked)
+    wait_for_a_checkpoint(asked.output, [first])
+    before = find_checkpoint(asked.output)
+    try:
+        with pytest.raises(ValueError, match=rf"run is in use by process {first.pid} on .* since .*Wait for it"):
+            run(changed(asked, resume="latest"))
+    finally:
+        kill([first])
+    assert before.parent.is_dir()
+    assert run(changed(asked, resume="latest", steps=read_state(find_checkpoint(asked.output))["step"])) == 0
+
+
+def test_a_run_that_is_refused_leaves_no_folder(command):
+    asked = command(**{"model.base": "nowhere"})
+    with pytest.raises(ValueError, match="nowhere"):
+        run(asked)
+    assert not asked.output.exists()
+
+
+def test_a_run_removes_what_a_killed_one_has_left(command):
+    asked = command(steps=1)
+    (asked.output / ".config.yaml.abcdefgh.partial").mkdir(parents=True)
+    (asked.output / ".lock").write_text("process 1 on another machine")
+    assert run(asked) == 0
+    assert list(asked.output.rglob(".*")) == []
 
 
 # -- Samples that cannot be read --------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from refalign_training.data.fields import Unusable
 from refalign_training.data.pixels import load_references, load_video
 from refalign_training.data.recipe import Recipe
 from refalign_training.data.sample import Sample
+from refalign_training.data.workers import end_with_parent
 
 
 logger = logging.getLogger(__name__)
@@ -105,6 +106,7 @@ def decoding(
         batch_size=None,
         sampler=stream(),
         num_workers=workers,
+        worker_init_fn=end_with_parent,
         multiprocessing_context="spawn" if workers else None,  # a fork would inherit the locks and the GPU
     )
     try:

@@ -6,6 +6,8 @@ import signal
 import threading
 from types import FrameType
 
+from refalign_training.data.workers import end_with_parent
+
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +35,11 @@ class Stopping:
 
 def outlive_signals(worker: int) -> None:
     """Terminals and clusters send a signal to all processes of a job. The trainer answers it, and needs its workers
-    for the rest of its step: only the trainer's own SIGTERM ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for the rest of its step: only the trainer's own SIGTERM, or its death, ends them."""
     if hasattr(signal, "sigwaitinfo"):  # macOS has none
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    end_with_parent(worker)  # last: its thread must not take SIGTERM either
 
 
 def _end_with(trainer: int) -> None:

@@ -10,8 +10,10 @@ Killed, it goes on with `--resume latest` from its last checkpoint to the same n
 import importlib.metadata
 import logging
 import math
+import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import torch
 from accelerate.utils import gather_object
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from refalign.files import fetch, new_file
+from refalign.files import fetch, new_file, owned_folder
 from refalign_training.cache.encoders import vae_config
 from refalign_training.method.objective import Batch, Objective
 from refalign_training.run import resume
@@ -46,15 +48,17 @@ PACKAGES = ("refalign", "torch", "diffusers", "transformers", "peft", "accelerat
 
 def run(command: RunCommand) -> int:
     """Trains, or with `dry_run` says what would be done. Returns the exit code: 143 if it was stopped by SIGTERM, 130
-    by Ctrl-C. Raises ValueError if the options, the data or a checkpoint do not fit."""
+    by Ctrl-C. Raises ValueError if the options, the data or a checkpoint do not fit, or another run has the folder."""
     check(command)
     if command.dry_run:
         from refalign_training.run.estimate import dry_run
 
         return dry_run(command)
-    trainer = Trainer(command)
-    code = trainer.train()
-    trainer.parallel.close()
+    is_main = os.environ.get("RANK", "0") == "0"  # torchrun ends the others if it is refused
+    with owned_folder(command.output) if is_main else nullcontext():
+        trainer = Trainer(command)
+        code = trainer.train()
+        trainer.parallel.close()
     return code
 
 
