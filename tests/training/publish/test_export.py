@@ -314,6 +314,7 @@ def change_state(run: Path, **changes) -> None:
     """`options__NAME` is the option NAME, with `.` for `__`."""
     file = run / f"checkpoints/step-{STEP:08d}/state.json"
     state = json.loads(file.read_text("utf-8"))
+    del state["sha256"]  # as an earlier version wrote it
     for name, value in changes.items():
         section, _, key = name.partition("__")
         if key:

@@ -384,6 +384,93 @@ def test_a_truncated_file_of_tensors_is_named(one, share):
         read_tensors(one, "")
 
 
+def damage(file: Path, share: float) -> None:
+    """Changes one bit of a file."""
+    content = bytearray(file.read_bytes())
+    content[int(share * (len(content) - 1))] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.5, 1.0])
+def test_a_changed_bit_names_the_file_and_the_older_one_to_resume_from(one, share):
+    file = next(one.glob("*.safetensors"))
+    damage(file, share)
+    target = tensors(7)
+    older = one.with_name("step-00000005")
+    told = rf"{re.escape(str(file))} is damaged.* whole: go on from it with --resume {re.escape(str(older))}$"
+    with pytest.raises(ValueError, match=told):
+        load_tensors(one, target)
+    assert all(torch.equal(target[name], tensor) for name, tensor in tensors(7).items())
+    assert read_tensors(older, "")["weights.a"].equal(tensors(1)["weights.a"])
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 0.9])
+def test_a_changed_bit_of_the_state_is_told(one, share):
+    damage(one / STATE, share)
+    with pytest.raises(ValueError, match=rf"^{re.escape(str(one))}.* --resume .*step-00000005$"):
+        read_state(one)
+
+
+def test_a_step_that_was_changed_is_told(one):
+    file = one / STATE
+    file.write_text(file.read_text("utf-8").replace('"step": 10', '"step": 11'), "utf-8")
+    with pytest.raises(ValueError, match=f"{STATE} is damaged: it does not hold what the run wrote"):
+        read_state(one)
+
+
+def test_an_older_one_that_is_damaged_too_is_not_advised(run_folder, one):
+    save(run_folder / "checkpoints", 15, seed=3)
+    newest = find_checkpoint(run_folder)
+    for checkpoint in (one, newest):
+        damage(next(checkpoint.glob("*.safetensors")), 0.9)
+    with pytest.raises(ValueError, match=r"--resume .*step-00000005$"):
+        read_tensors(newest, "")
+
+
+def test_without_an_older_one_another_way_is_told(one):
+    shutil.rmtree(one.with_name("step-00000005"))
+    damage(next(one.glob("*.safetensors")), 0.9)
+    with pytest.raises(ValueError, match=r"is damaged.* Copy the checkpoint again, or go on from another\.$"):
+        read_tensors(one, "")
+
+
+def test_a_file_of_tensors_that_the_run_did_not_write_is_refused(one):
+    shutil.copy(next(one.glob("*.safetensors")), one / "other.safetensors")
+    with pytest.raises(ValueError, match=r"holds other\.safetensors, which is not the run's"):
+        read_tensors(one, "")
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_checksums(one):
+    state = json.loads((one / STATE).read_text("utf-8"))
+    del state["sha256"]
+    (one / STATE).write_text(json.dumps(state), "utf-8")
+    assert read_tensors(one, "")["weights.a"].equal(tensors(2)["weights.a"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"files": {"../../secret": 1}}, r"names a file outside of its folder: '\.\./\.\./secret'"),
+        ({"files": ["a"]}, r"files is \['a'\]"),
+        ({"step": "ten"}, "step is 'ten'"),
+        ({"options": None}, "options is None"),
+        ({"sha256": 3}, "sha256 is 3"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_state_that_no_run_writes_is_refused(one, changes, told):
+    state = json.loads((one / STATE).read_text("utf-8"))
+    (one / STATE).write_text(json.dumps({**state, **changes}), "utf-8")
+    with pytest.raises(ValueError, match=told):
+        read_state(one)
+
+
+def test_a_pointer_to_another_place_is_not_followed(run_folder, tmp_path):
+    save(tmp_path / "elsewhere", 20, seed=3)
+    (run_folder / "checkpoints" / LATEST).write_text("../../elsewhere/step-00000020\n")
+    assert saved(run_folder) == (10, 2)
+
+
 def test_a_missing_file_of_tensors_is_missed(one):
     next(one.glob("*.safetensors")).unlink()
     with pytest.raises(ValueError, match=re.escape(str(one))):

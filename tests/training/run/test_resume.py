@@ -243,6 +243,20 @@ def test_an_earlier_checkpoint_is_gone_on_with_beside_later_ones(training_world,
     assert_equal_runs(train(resumed(command)), undisturbed)
 
 
+def test_a_damaged_latest_checkpoint_names_the_older_one_that_the_run_can_go_on_from(training_world, tmp_path):
+    options = {"steps": 3, "checkpoints.every": 1}
+    command = run_command(tmp_path / "run", training_world.wan, training_world.cache, **options)
+    undisturbed = shutil.copytree(train(command), tmp_path / "undisturbed")
+    file = next(find_checkpoint(command.output).glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{re.escape(str(file))} is damaged") as told:
+        Trainer(changed(command, resume="latest"))
+    older = str(told.value).partition("--resume ")[2]
+    assert_equal_runs(train(changed(command, resume=older)), undisturbed)
+
+
 # -- What a checkpoint holds ------------------------------------------------------------------------------------------
 
 

@@ -146,6 +146,12 @@ def test_a_sample_that_cannot_be_read_is_left_out_and_told(trainer, broken_cache
     assert f"{samples.id(3)} cannot be validated on" in caplog.text
 
 
+def test_an_id_that_would_leave_the_folder_of_videos_is_left_out_and_told(trainer, monkeypatch, caplog):
+    monkeypatch.setattr(trainer.samples, "id", lambda row: "../../../outside" if row == 1 else f"clip{row}")
+    assert [name for name, _ in validation_of(trainer, range(3)).values] == ["clip0", "clip2"]
+    assert "'../../../outside' cannot name a folder" in caplog.text
+
+
 def test_without_a_readable_sample_the_run_goes_without_validation(trainer, broken_cache, tmp_path, caplog):
     changes = {"validation.cache": broken_cache(*range(8)), "output": tmp_path / "run"}
     assert Trainer(changed(trainer.command, **changes)).validation is None

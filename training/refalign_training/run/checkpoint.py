@@ -1,30 +1,34 @@
 """What a run needs to go on, on the disk.
 
-    checkpoints/step-00000500/state.json            step, options, versions, dataset: nothing but what JSON knows
+    checkpoints/step-00000500/state.json            step, options, versions, dataset, and a checksum of every file
     checkpoints/step-00000500/*.safetensors         tensors, each process's own part, by torch.distributed.checkpoint
     checkpoints/latest                              the name of the newest one
 
 A checkpoint is written under a hidden name and renamed when it is on the disk, then `latest` is replaced: whenever the
 process dies, what has the name of a checkpoint is whole. Tensors are `weights.NAME`, `average.NAME` and
 `optimizer.KEY.NAME` of trained parameters alone: of a LoRA, nothing of its base. Any number of processes can read what
-any other number wrote.
+any other number wrote. What is read is compared with its checksum before it is used.
 """
 
+import hashlib
 import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
 
 from refalign.files import new_file, read_json
 from refalign.keys import projector_key
@@ -34,8 +38,10 @@ from refalign_training.run.parallel import Parallel, local
 SCHEMA = 1
 STATE = "state.json"
 LATEST = "latest"
+DIGESTS = "sha256"
 PATTERN = "step-[0-9]*"
 FILE_BYTES = 1 << 28  # torch makes a whole file in memory before it writes it
+STATE_TYPES = {"step": int, "options": dict, "dataset": dict, "files": dict, DIGESTS: dict}
 NAME = re.compile(r"step-\d+|\.step-\d+\.(partial|replaced|removed)")
 
 
@@ -62,9 +68,14 @@ def save_checkpoint(
         numbers = _file_numbers(tensors)
         writer = HuggingFaceStorageWriter(str(partial), fqn_to_index_mapping=numbers, save_distributed=True)
         dcp.save(dict(tensors), storage_writer=writer, no_dist=parallel.world_size == 1)
+    parallel.barrier()
+    files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+    digests = _digests(partial, list(files), parallel.rank, parallel.world_size)
+    if unread := [name for name, digest in digests.items() if not digest]:
+        raise OSError(f"{partial / unread[0]} cannot be read again after it was written. Is the disk all right?")
     if parallel.is_main:
-        files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-        content = {"schema": SCHEMA, **state, "files": files}
+        content = {"schema": SCHEMA, **state, "files": files, DIGESTS: digests}
+        digests[STATE] = _digest_of_state(content)
         (partial / STATE).write_text(json.dumps(content, indent=2, ensure_ascii=False), "utf-8")
         _sync(partial / STATE)
         _sync(partial)
@@ -79,6 +90,30 @@ def save_checkpoint(
         _clear(folder)
     parallel.barrier()
     return target
+
+
+def _digests(folder: Path, names: list[str], rank: int, world_size: int) -> dict[str, str]:
+    """The sha256 of files by name, empty where one cannot be read. All processes call it, each reads a share."""
+    mine = {}
+    for name in names[rank::world_size]:
+        try:
+            with (folder / name).open("rb") as file:
+                mine[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError:  # told by the caller: all processes go on to the same end
+            mine[name] = ""
+    if world_size == 1:
+        return mine
+    together: dict[str, str] = {}
+    for share in gather_object([mine]):
+        together |= share
+    return together
+
+
+def _digest_of_state(state: Mapping[str, Any]) -> str:
+    """The sha256 of what state.json says, without this digest itself."""
+    files = {name: digest for name, digest in state[DIGESTS].items() if name != STATE}
+    text = json.dumps({**state, DIGESTS: files}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _file_numbers(tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
@@ -146,9 +181,9 @@ def find_checkpoint(path: Path) -> Path:
         return path
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     pointer = folder / LATEST
-    if pointer.is_file():
-        named = folder / pointer.read_text("utf-8", errors="replace").strip()
-        for place in (named, _replaced(named)):
+    name = pointer.read_text("utf-8", errors="replace").strip() if pointer.is_file() else ""
+    if NAME.fullmatch(name):  # and not a path to somewhere else
+        for place in (folder / name, _replaced(folder / name)):
             if (place / STATE).is_file():
                 return place
     # The pointer is behind by what was written last if the process died before it, or if a user moved folders
@@ -179,33 +214,117 @@ def _step(checkpoint: Path) -> int:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The content of state.json. ValueError if it is not a checkpoint's, or is of another schema."""
-    if not (checkpoint / STATE).is_file():
+    """The content of state.json. ValueError if it is not a checkpoint's, is damaged, or is of another schema."""
+    try:
+        return _read_state(checkpoint)
+    except ValueError as error:
+        raise ValueError(f"{error} {_advice(checkpoint, '')}".rstrip()) from error
+
+
+def _read_state(checkpoint: Path) -> dict[str, Any]:
+    file = checkpoint / STATE
+    if not file.is_file():
         raise ValueError(f"{checkpoint} is not a checkpoint: it has no {STATE}.")
-    state = read_json(checkpoint / STATE)
+    state = read_json(file)
     if not isinstance(state, dict):
-        raise ValueError(f"{checkpoint / STATE} is not what a run writes: {state!r:.80}")
+        raise ValueError(f"{file} is not what a run writes: {state!r:.80}")
     if state.get("schema") != SCHEMA:
         raise ValueError(f"{checkpoint} is a checkpoint of schema {state.get('schema')}; this version reads {SCHEMA}.")
+    for name, kind in STATE_TYPES.items():
+        if not isinstance(state.get(name, kind()), kind):
+            raise ValueError(f"{file} is not what a run writes: {name} is {state[name]!r:.80}.")
+    if missing := {"step", "files"} - state.keys():
+        raise ValueError(f"{file} is not what a run writes: it has no {', '.join(sorted(missing))}.")
+    for name in state["files"]:
+        if Path(name).name != name:
+            raise ValueError(f"{file} names a file outside of its folder: {name!r:.80}.")
+    # Those of earlier versions have no checksums
+    if DIGESTS in state and state[DIGESTS].get(STATE) != _digest_of_state(state):
+        raise ValueError(f"{file} is damaged: it does not hold what the run wrote.")
     return state
+
+
+def _advice(checkpoint: Path, otherwise: str = "Copy the checkpoint again, or go on from another.") -> str:
+    """What to do about a damaged checkpoint: go on from the newest whole one before it, if there is one."""
+    if not NAME.fullmatch(checkpoint.name):
+        return otherwise
+    for older in reversed(_checkpoints(checkpoint.parent)):
+        if _step(older) < _step(checkpoint) and _is_whole(older):
+            return f"An older one is whole: go on from it with --resume {older}"
+    return otherwise
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        files = _read_state(checkpoint)["files"]
+        _check_sizes(checkpoint, files)
+        _check_files(checkpoint, files)
+    except (ValueError, OSError):
+        return False
+    return True
+
+
+def _check_sizes(checkpoint: Path, files: Mapping[str, int]) -> None:
+    """Raises ValueError, naming it, if a file is missing or too short."""
+    for name, size in files.items():
+        file = checkpoint / name
+        if not file.is_file() or file.stat().st_size != size:
+            raise ValueError(f"{file} is not there or not whole.")
+
+
+def _check_files(checkpoint: Path, names: Iterable[str], rank: int = 0, world_size: int = 1) -> None:
+    """Raises ValueError, naming it, if a file is not what the state says; of many processes, each reads its share."""
+    state = _read_state(checkpoint)
+    expected = state.get(DIGESTS, {})
+    names = [name for name in names if name in expected]
+    found = _digests(checkpoint, names, rank, world_size)
+    for name in names:
+        if found[name] != expected[name]:
+            raise ValueError(f"{checkpoint / name} is damaged: it does not hold what the run wrote.")
+
+
+def _read_metadata(checkpoint: Path) -> Metadata:
+    """What tensors there are and where. Raises ValueError if a file is missing, damaged, or not the run's."""
+    files = read_state(checkpoint)["files"]
+    try:
+        _check_sizes(checkpoint, files)
+    except ValueError as error:
+        raise ValueError(f"{error} {_advice(checkpoint)}") from error
+    if others := sorted({file.name for file in checkpoint.glob("*.safetensors")} - files.keys()):
+        raise ValueError(f"{checkpoint} holds {others[0]}, which is not the run's. Move it away.")
+    with _plain():
+        try:
+            return HuggingFaceStorageReader(str(checkpoint)).read_metadata()
+        except Exception:
+            _check(checkpoint, files)
+            raise
+
+
+def _check(checkpoint: Path, names: Iterable[str], is_parallel: bool = False) -> None:
+    """[`_check_files`], with the advice to go on from an older checkpoint."""
+    share = (PartialState().process_index, PartialState().num_processes) if is_parallel else (0, 1)
+    try:
+        _check_files(checkpoint, names, *share)
+    except ValueError as error:
+        raise ValueError(f"{error} {_advice(checkpoint)}") from error
 
 
 def stored_tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The tensors of a checkpoint by name, on the meta device. Raises ValueError if a file is missing or damaged."""
-    for name, size in read_state(checkpoint)["files"].items():
-        file = checkpoint / name
-        if not file.is_file() or file.stat().st_size != size:
-            raise ValueError(f"{file} is not there or not whole. Copy the checkpoint again, or go on from another.")
-    with _plain():
-        metadata: Any = HuggingFaceStorageReader(str(checkpoint)).read_metadata().state_dict_metadata
+    return _stored(_read_metadata(checkpoint))
+
+
+def _stored(metadata: Metadata) -> dict[str, torch.Tensor]:
+    stored: Any = metadata.state_dict_metadata
     with torch.device("meta"):
-        return {name: torch.empty(tensor.size, dtype=tensor.properties.dtype) for name, tensor in metadata.items()}
+        return {name: torch.empty(tensor.size, dtype=tensor.properties.dtype) for name, tensor in stored.items()}
 
 
 def load_tensors(checkpoint: Path, tensors: Mapping[str, torch.Tensor], is_parallel: bool = False) -> None:
     """Fills tensors, or each process's parts of them, from a checkpoint. Raises ValueError if it lacks one of them or
-    has it in another shape."""
-    stored = stored_tensors(checkpoint)
+    has it in another shape, or a file with one of them is damaged; nothing is filled then."""
+    metadata = _read_metadata(checkpoint)
+    stored = _stored(metadata)
     problems: dict[str, list[str]] = {"missing": [], "of another shape": []}
     for name, tensor in tensors.items():
         if name not in stored:
@@ -216,6 +335,8 @@ def load_tensors(checkpoint: Path, tensors: Mapping[str, torch.Tensor], is_paral
     if told:
         told = "; ".join(told)
         raise ValueError(f"{checkpoint} does not fit this run: {told}. Check model, lora, alignment and ema_decay.")
+    needed = {Path(place.relative_path).name for index, place in metadata.storage_data.items() if index.fqn in tensors}
+    _check(checkpoint, sorted(needed), is_parallel)
     with _plain():
         dcp.load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=not is_parallel)
 

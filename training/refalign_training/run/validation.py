@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from accelerate.utils import gather_object
 
+from refalign_training.data.fields import check_id
 from refalign_training.data.randomness import seed_of
 from refalign_training.method.losses import sample_timesteps
 from refalign_training.method.objective import Batch, Objective
@@ -38,7 +39,8 @@ class Validation:
         self.values: list[tuple[str, dict[str, torch.Tensor]]] = []
         for row in rows:
             try:
-                self.values.append((samples.id(row), samples.encode(samples.read(row, seed=0, epoch=0))))
+                name = check_id(samples.id(row))  # of its videos, and a cache's index says what it likes
+                self.values.append((name, samples.encode(samples.read(row, seed=0, epoch=0))))
             except (ValueError, OSError) as error:
                 logger.warning("%s cannot be validated on: %s", samples.id(row), error)
         # One that a single process could not read is left out by all: they compute together
