@@ -118,17 +118,19 @@ def push(command: Push) -> int:
 
 
 def inspect_lora(command: LoraInspect) -> int:
-    from refalign import lora
+    from refalign.lora_inspect import describe
 
-    print(lora.describe(command.file))
+    print(describe(command.file))
     return 0
 
 
 def convert_lora(command: LoraConvert) -> int:
     from refalign import lora
 
-    layers = lora.read_lora(command.file).layers
-    print(f"Wrote {lora.write_lora(layers, command.output, command.to)}")
+    found = lora.read_lora(command.file)
+    print(f"Wrote {lora.write_lora(found.layers, command.output, command.to, found.differences)}")
+    if found.passed_over:
+        print(lora.passed_over(found).replace("applied", "written"))
     return 0
 
 

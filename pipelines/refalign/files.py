@@ -326,7 +326,7 @@ def fetch(name: str, patterns: Sequence[str], revision: str | None = None, ignor
     # A file's name would be a Hub id too
     if not HUB_ID.fullmatch(name) or Path(name).suffix in (".safetensors", *OTHER_FORMATS):
         raise ValueError(f"{name} is neither a file or folder here nor a Hub id (ORG/NAME).")
-    _tell_of_hub(name)
+    tell_of_hub(name)
     try:
         return Path(
             snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=ignore_patterns)
@@ -336,22 +336,23 @@ def fetch(name: str, patterns: Sequence[str], revision: str | None = None, ignor
             raise ValueError(
                 f"The Hub gives {name} only to those who have access (DINOv3, for one, is gated by Meta's licence). "
                 f"Open https://huggingface.co/{name}, accept its licence, run `hf auth login` and try again; or pass "
-                f"a local folder. If there is no such page, check the name. The Hub says: {_one_line(error)}"
+                f"a local folder. If there is no such page, check the name. The Hub says: {one_line(error)}"
             ) from error
         raise ValueError(
             f"{name} is not a file or folder here, and the Hub does not give it. Check the name and revision, or pass "
-            f"a local folder. The Hub's client says: {_one_line(error)}"
+            f"a local folder. The Hub's client says: {one_line(error)}"
         ) from error
 
 
 @cache
-def _tell_of_hub(name: str) -> None:
+def tell_of_hub(name: str) -> None:
     """Says, once, that what may be meant as a folder is looked for on the Hub."""
     if Path(name).parent.is_dir():
         logger.warning("There is no folder %s here: the Hub is asked for it.", name)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """The text of an error without its line breaks."""
     return " ".join(str(error).split())
 
 

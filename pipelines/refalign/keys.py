@@ -170,12 +170,16 @@ def is_projector_key(key: str) -> bool:
 LORA_STYLES = ("native", "diffusers", "kohya")  # in which LoRAs are written; peft's and unprefixed ones are only read
 LORA_TOP_LAYERS = tuple(_TOP_LAYERS)
 LORA_BLOCK_LAYERS = tuple(layer for layer in _BLOCK_LAYERS if "norm" not in layer)  # norms have no matrix
-_LORA_PREFIXES = {
+_LORA_PREFIXES = {  # the first that fits is taken
     "diffusion_model.": "native",
+    "model.diffusion_model.": "native",
+    "pipe.dit.": "native",  # DiffSynth-Studio's
     "transformer.": "diffusers",
+    "unet.": "unprefixed",
     "base_model.model.": "peft",
     "lora_unet__": "kohya",  # VideoX-Fun's, told from kohya's own by ComfyUI too
     "lora_unet_": "kohya",
+    "lora_transformer_": "kohya",  # OneTrainer's
 }
 _WRITTEN_PREFIX = {"native": "diffusion_model.", "diffusers": "transformer.", "kohya": "lora_unet_"}
 _BLOCK_NUMBER = re.compile(r"(?<=^blocks[._])[0-9]+(?=[._])")
@@ -201,9 +205,11 @@ def parse_lora_name(module: str) -> LoraName | None:
     name = module.removeprefix(prefix)
     number = _BLOCK_NUMBER.search(name)
     in_first_block = _BLOCK_NUMBER.sub("0", name)
-    # peft wraps diffusers' model or the native one; without prefix write save_lora_adapter and DiffSynth-Studio
-    for names in [style] if style in LORA_STYLES else ("native", "diffusers"):
+    # Trainers put any prefix before any names
+    for names in sorted(_STYLED_LAYERS, key=lambda names: names != style):
         layer = _STYLED_LAYERS[names].get(in_first_block)
+        if layer and style == "diffusers" and names != style:
+            style = "unprefixed"  # diffusers itself does not read it
         if layer and number:
             return LoraName(style, name, layer.replace(".0.", f".{number[0]}.", 1))
         if layer:
@@ -223,10 +229,12 @@ def _styled(layer: str, style: str) -> str:
     return layer.replace(".", "_") if style == "kohya" else layer
 
 
-def _styled_layers(style: str) -> dict[str, str]:
+def _styled_layers(style: str, separator: str = ".") -> dict[str, str]:
     """The layers by their names in a style. Kohya's underscores cannot be split again, only looked up."""
     in_first_block = [f"blocks.0.{layer}" for layer in LORA_BLOCK_LAYERS]
-    return {_styled(layer, style): layer for layer in (*LORA_TOP_LAYERS, *in_first_block)}
+    layers = (*LORA_TOP_LAYERS, *in_first_block)
+    return {_styled(layer, style).replace(".", separator): layer for layer in layers}
 
 
 _STYLED_LAYERS = {style: _styled_layers(style) for style in LORA_STYLES}
+_STYLED_LAYERS["kohya of diffusers"] = _styled_layers("diffusers", "_")

@@ -11,6 +11,7 @@ import torch
 from refalign.convert import CONFIGS, check_shapes, check_weights, find_config, read_native
 from refalign.devices import find_device
 from refalign.files import HUB_ID, OTHER_FORMATS, fetch, find_safetensors, read, read_json
+from refalign.lora_loading import prepare_lora
 from refalign.pipeline_refalign_wan import CALL_DEFAULTS, RefAlignWanPipeline, paper_scheduler
 from refalign.transformer_refalign_wan import RefAlignWanTransformer3DModel, check_finite
 
@@ -40,8 +41,10 @@ def load_pipeline(
     weights = torch.float32 if where.type == "cpu" else torch.bfloat16
     if dtype != "auto":
         weights = getattr(torch, dtype)
+    config = find_config(model if base is None else base)
+    prepared = [(source, prepare_lora(source, config), scale) for source, scale in loras]  # before weights are read
     pipeline = _load_parts(model, base, weights)
-    _load_loras(pipeline, loras)
+    _load_loras(pipeline, prepared)
     if offload == "model":
         pipeline.enable_model_cpu_offload(device=where)
     elif offload == "group":
@@ -114,11 +117,12 @@ def parse_lora(lora: str) -> tuple[str, float]:
     return source, scale
 
 
-def _load_loras(pipeline: RefAlignWanPipeline, loras: Sequence[tuple[str, float]]) -> None:
+def _load_loras(pipeline: RefAlignWanPipeline, loras: Sequence[tuple[str, Any, float]]) -> None:
+    """Loads LoRAs: their names, what [`prepare_lora`] made of each, and their scales."""
     scales = {}
-    for number, (source, scale) in enumerate(loras):
+    for number, (source, prepared, scale) in enumerate(loras):
         name = f"lora_{number}"
-        pipeline.load_lora_weights(source, adapter_name=name, use_safetensors=True)
+        pipeline.load_lora_weights(prepared, adapter_name=name)
         if name not in pipeline.get_list_adapters().get("transformer", ()):
             raise ValueError(f"LoRA {source} holds no weights for Wan's transformer.")
         scales[name] = scale

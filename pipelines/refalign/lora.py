@@ -10,8 +10,8 @@ import logging
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,21 +22,39 @@ from refalign.files import find_safetensors, new_file, open_safetensors, read_js
 from refalign.keys import (
     LORA_BLOCK_LAYERS,
     LORA_STYLES,
-    LORA_TOP_LAYERS,
     lora_name,
     native_key,
     parse_lora_name,
     split_layer,
 )
+from refalign.transformer_refalign_wan import check_finite
 
 
 logger = logging.getLogger(__name__)
 
-WIDTHS = {1536: "Wan 2.1 1.3B", 5120: "Wan 2.1 14B"}
+WIDTHS = {1536: "Wan 2.1 1.3B", 5120: "Wan 2.1 14B", 3072: "Wan 2.2 5B"}
 
 _READS_WIDTH = re.compile(r"self_attn|cross_attn|ffn\.0|time_projection|head")  # the other layers write it
-_PART = re.compile(r"(.+)\.(?:lora_(A|B|down|up)(?:\.([^.]+))?\.weight|(alpha))")
+_PART = re.compile(
+    r"(.+)\.(?:lora_(A|B|down|up)(?:\.([^.]+))?\.weight|(alpha|diff|diff_b)|lora_B(?:\.[^.]+)?\.(bias))"
+)
 _SLOTS = {"A": "A", "down": "A", "B": "B", "up": "B"}
+_DIFFERENCES = ("diff", "diff_b")  # of a layer's whole weight, and of its bias
+# What no program but its own applies to Wan, by what its keys hold
+_OTHER_KINDS = {
+    "dora_scale|lora_magnitude_vector": "a DoRA",
+    "lokr_": "a LoKr",
+    "hada_": "a LoHa",
+    "oft_|boft_": "an OFT",
+    "lora_mid": "a LoCon with three matrices",
+    r"(^|[._])(te\d?|text_encoder\w*|t5\w*|umt5\w*)[._]": "one of a text encoder too",
+}
+# What belongs to Wan's LoRAs and is not applied, by what its keys hold
+_PASSED_OVER = {
+    "(k|v)_img|img_emb|add_[kv]_proj|image_embedder": "of image-to-video layers",
+    "diff_m|modulation|scale_shift_table": "of modulation",
+    "norm": "of norms",
+}
 _METADATA = "lora_adapter_metadata"
 _PREFIX = "diffusion_model."
 
@@ -51,11 +69,18 @@ class Lora:
         style (`str`): the style of the file's keys: `native`, `diffusers`, `peft`, `kohya` or `unprefixed`.
         layers (`dict[str, torch.Tensor]`): the pairs under native keys, alpha baked in.
         scales (`dict[str, float]`): what was baked in, by layer, such as `blocks.0.self_attn.q`.
+        differences (`dict[str, torch.Tensor]`): changes of whole weights (`diff`) and biases (`diff_b`), under native
+            keys, as distilled LoRAs have them. No scale applies to them.
+        passed_over (`dict[str, int]`): what the file holds beside that and no layer takes, each with its count.
+        is_plain (`bool`): whether all keys are those that diffusers itself writes.
     """
 
     style: str
     layers: dict[str, torch.Tensor]
     scales: dict[str, float]
+    differences: dict[str, torch.Tensor] = field(default_factory=dict)
+    passed_over: dict[str, int] = field(default_factory=dict)
+    is_plain: bool = False
 
     @property
     def pairs(self) -> dict[str, Pair]:
@@ -82,7 +107,7 @@ def native_lora(layers: Mapping[str, torch.Tensor], scale: float) -> dict[str, t
     pairs = defaultdict(dict)
     for key, tensor in layers.items():
         match = _PART.fullmatch(key)
-        if match is None or match[4]:
+        if match is None or not match[2]:
             raise ValueError(f"{key!r} is not one of peft's LoRA matrices (NAME.lora_A.weight, NAME.lora_B.weight).")
         layer = native_key(f"{match[1]}.weight").removesuffix(".weight")
         _put(pairs[layer], _SLOTS[match[2]], tensor.detach(), key)
@@ -144,8 +169,8 @@ def read_lora(file: str | Path) -> Lora:
     `adapter_config.json` beside the file, else it is 1.
 
     Raises:
-        ValueError: if the file is not whole or not safetensors, of no known style, or holds more than pairs of
-            LoRA matrices of Wan's text-to-video transformer: nothing is dropped silently.
+        ValueError: if the file is not whole or not safetensors, of no known style, damaged, or of another kind (DoRA,
+            LoKr, LoHa, a text encoder's). What is passed over is in `passed_over`: nothing is dropped silently.
     """
     file = Path(file)
     if not file.is_file():
@@ -155,20 +180,48 @@ def read_lora(file: str | Path) -> Lora:
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}
         metadata = opened.metadata() or {}
     try:
-        style, pairs = _gather(tensors)
-        config = _adapter_config(file, style, metadata)
-        scales, baked = {}, {}
-        for layer, pair in pairs.items():
-            scales[layer] = _scale(pair, config)
-            baked[layer] = _baked(pair["A"], pair["B"], scales[layer])
+        stated = json.loads(metadata[_METADATA]) if _METADATA in metadata else None
+    except ValueError as error:
+        raise ValueError(f"{file}: its {_METADATA} is not JSON: {error}") from error
+    return parse_lora(tensors, stated, str(file), file.parent / "adapter_config.json")
+
+
+def parse_lora(
+    tensors: Mapping[str, torch.Tensor], stated: Any = None, source: str = "The LoRA", beside: Path | None = None
+) -> Lora:
+    """
+    A LoRA of tensors under the keys of any style; errors as in [`read_lora`].
+
+    Args:
+        stated (`Mapping`, *optional*): diffusers' metadata, with r, lora_alpha and what else scales it.
+        source (`str`): what errors name.
+        beside (`Path`, *optional*): where peft's `adapter_config.json` may be.
+    """
+    try:
+        style, layers, passed_over = _gather(tensors)
+        check_finite(tensors.items(), "It")
+        config = _adapter_config(source, style, stated, beside)
+        scales, baked, differences = {}, {}, {}
+        for layer, parts in layers.items():
+            if "A" in parts:
+                scales[layer] = _scale(parts, config)
+                baked[layer] = _baked(parts["A"], parts["B"], scales[layer])
+            for kind in _DIFFERENCES:
+                if kind in parts:
+                    differences[f"{_PREFIX}{layer}.{kind}"] = parts[kind]
+            if "bias" in parts:  # of lora_B, which its scale reaches too
+                differences[f"{_PREFIX}{layer}.diff_b"] = parts["bias"].float() * scales.get(layer, 1.0)
     except (ValueError, re.error) as error:  # metadata holds patterns
-        raise ValueError(f"{file}: {error}") from error
-    return Lora(style, _joined(baked), scales)
+        raise ValueError(f"{source}: {error}") from error
+    is_plain = style == "diffusers" and all(key.endswith((".lora_A.weight", ".lora_B.weight")) for key in tensors)
+    if stated is not None and not any(key.endswith("target_modules") for key in stated):
+        is_plain = False  # peft asks for them
+    return Lora(style, _joined(baked), scales, differences, passed_over, is_plain)
 
 
-def _gather(tensors: Mapping[str, torch.Tensor]) -> tuple[str, dict[str, dict[str, Any]]]:
-    """The style, and by layer its A, B, alpha if any, and its name in the file."""
-    pairs, styles, extra = defaultdict(dict), set(), []
+def _gather(tensors: Mapping[str, torch.Tensor]) -> tuple[str, dict[str, dict[str, Any]], dict[str, int]]:
+    """The style; by layer its A, B, alpha, differences and its name in the file; and what is passed over."""
+    layers, styles, extra = defaultdict(dict), set(), []
     for key, tensor in tensors.items():
         match = _PART.fullmatch(key)
         found = parse_lora_name(match[1]) if match else None
@@ -176,45 +229,65 @@ def _gather(tensors: Mapping[str, torch.Tensor]) -> tuple[str, dict[str, dict[st
             extra.append(key)
             continue
         styles.add(found.style)
-        pair = pairs[found.layer]
-        pair["name"] = found.name
-        _put(pair, "alpha" if match[4] else _SLOTS[match[2]], tensor, key)
-    if not pairs:
-        raise ValueError(f"No known style of Wan LoRA. First keys: {', '.join(sorted(extra)[:5]) or 'none'}.")
-    if extra:
-        raise ValueError(_not_convertible(extra))
+        parts = layers[found.layer]
+        parts["name"] = found.name
+        is_of_8_bits = tensor.is_floating_point() and tensor.element_size() == 1
+        value = tensor.bfloat16() if is_of_8_bits else tensor  # which nothing computes in
+        _put(parts, match[4] or match[5] or _SLOTS[match[2]], value, key)
+    passed_over = _passed_over(extra)
+    if not layers:
+        raise ValueError(f"No known style of Wan LoRA. First keys: {', '.join(sorted(tensors)[:5]) or 'none'}.")
     if len(styles) > 1:
         raise ValueError(f"Keys of several styles: {', '.join(sorted(styles))}. Is this two LoRAs in one file?")
-    for layer, pair in pairs.items():
-        _check_pair(layer, pair)
-    return styles.pop(), dict(pairs)
+    for layer, parts in layers.items():
+        if parts.keys() & {"A", "B", "alpha"} or not parts.keys() & {*_DIFFERENCES, "bias"}:
+            _check_pair(layer, parts)
+    return styles.pop(), dict(layers), passed_over
 
 
-def _not_convertible(keys: Iterable[str]) -> str:
-    kinds = Counter(re.sub(r"(blocks[._])[0-9]+", r"\1*", key) for key in keys)
-    named = ", ".join(f"{kind} ({count})" for kind, count in sorted(kinds.items())[:8])
-    return (
-        f"{sum(kinds.values())} tensors are not LoRA matrices of Wan's text-to-video transformer and cannot be "
-        f"converted: {named}{', ...' if len(kinds) > 8 else ''}. Differences of whole weights (diff, diff_b), biases, "
-        "norms, DoRA, LyCORIS and image-to-video layers (k_img, v_img) are such; ask for a plain text-to-video LoRA."
-    )
+def _passed_over(keys: Iterable[str]) -> dict[str, int]:
+    """How many of these keys, which are not a layer's, are of what; ValueError for keys of other kinds of files."""
+    counts, unknown = Counter(), []
+    for key in keys:
+        for pattern, kind in _OTHER_KINDS.items():
+            if re.search(pattern, key):
+                raise ValueError(f"It is {kind} ({key}), which is not applied to Wan. Ask for a plain LoRA.")
+        kinds = (kind for pattern, kind in _PASSED_OVER.items() if re.search(pattern, key))
+        if kind := next(kinds, None):
+            counts[kind] += 1
+        else:
+            unknown.append(re.sub(r"(blocks[._])[0-9]+", r"\1*", key))
+    if unknown:
+        named = ", ".join(f"{kind} ({count})" for kind, count in sorted(Counter(unknown).items())[:8])
+        raise ValueError(
+            f"{len(unknown)} tensors are not of layers of Wan's text-to-video transformer: {named}. Is this a LoRA of "
+            "another model? Ask for one of Wan 2.1."
+        )
+    return dict(counts)
 
 
-def _adapter_config(file: Path, style: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+def passed_over(lora: Lora) -> str:
+    """What of a LoRA is not applied, as a sentence; empty if all of it is."""
+    counts = [f"{count} {kind}" for kind, count in lora.passed_over.items()]
+    return f"Not applied: tensors {', '.join(counts)}." if counts else ""
+
+
+def _adapter_config(source: str, style: str, stated: Any, beside: Path | None) -> dict[str, Any]:
     """What states a scale beside the tensors: r, lora_alpha, their patterns and use_rslora; empty if nothing does."""
     if style in ("native", "kohya"):
-        if _METADATA in metadata:
-            logger.warning("%s: its %s is ignored, as in ComfyUI; diffusers would scale by it.", file, _METADATA)
+        if stated is not None:
+            logger.warning("%s: its %s is ignored, as in ComfyUI; diffusers would scale by it.", source, _METADATA)
         return {}
-    beside = file.parent / "adapter_config.json"
-    if _METADATA in metadata:
-        config = json.loads(metadata[_METADATA])
-    elif style == "peft" and beside.is_file():
+    if stated is not None:
+        config = stated
+    elif style == "peft" and beside is not None and beside.is_file():
         config = read_json(beside)
     else:
         if style == "peft":
-            logger.warning("%s: there is no adapter_config.json beside it; the scale is taken as 1.", file)
+            logger.warning("%s: there is no adapter_config.json beside it; the scale is taken as 1.", source)
         return {}
+    if not isinstance(config, Mapping):
+        raise ValueError(f"Its metadata is {config!r:.40}, but must be an object.")
     config = {key.removeprefix("transformer."): value for key, value in dict(config).items()}
     for key in ("r", "lora_alpha"):
         if not isinstance(config.get(key), int | float):
@@ -247,7 +320,12 @@ def _by_pattern(patterns: Mapping[str, float] | None, name: str, default: float)
     return default
 
 
-def write_lora(layers: Mapping[str, torch.Tensor], output: str | Path, style: str) -> Path:
+def write_lora(
+    layers: Mapping[str, torch.Tensor],
+    output: str | Path,
+    style: str,
+    differences: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
     """
     Writes a native LoRA ([`native_lora`], [`read_lora`]) in a style; each so that every reader's scale is 1.
 
@@ -256,15 +334,21 @@ def write_lora(layers: Mapping[str, torch.Tensor], output: str | Path, style: st
         output (`str` or `Path`): a .safetensors file that does not exist yet.
         style (`str`): `native` (ComfyUI and diffusers), `diffusers`, or `kohya` (musubi-tuner, ComfyUI).
 
+        differences (`Mapping[str, torch.Tensor]`, *optional*): [`Lora.differences`]; native and kohya's style can hold
+            them.
+
     Raises:
-        ValueError: if `output` exists or does not end in .safetensors, or the style is unknown.
+        ValueError: if `output` exists or does not end in .safetensors, or the style is unknown or cannot hold it.
     """
     output = Path(output)
     if output.suffix != ".safetensors":
         raise ValueError(f"`output` is {output}, but must end in .safetensors.")
     if style not in LORA_STYLES:
         raise ValueError(f"`style` is {style!r}, but must be one of {', '.join(LORA_STYLES)}.")
-    if foreign := [key for key in layers if not key.startswith(_PREFIX)] or not layers:
+    differences = differences or {}
+    if differences and style == "diffusers":
+        raise ValueError("diffusers style cannot hold changes of whole weights and biases (diff). Write native style.")
+    if foreign := [key for key in layers if not key.startswith(_PREFIX)] or not (layers or differences):
         raise ValueError(f"`layers` must be a native LoRA, as native_lora makes it, but has the keys {foreign}.")
     pairs = _pairs(layers)
     if not _diffusers_reads(pairs.keys(), style):
@@ -277,6 +361,9 @@ def write_lora(layers: Mapping[str, torch.Tensor], output: str | Path, style: st
         tensors[f"{name}.{up}.weight"] = b.contiguous()
         if style == "kohya":
             tensors[f"{name}.alpha"] = torch.tensor(float(a.shape[0]))
+    for key, tensor in differences.items():
+        layer, _, kind = key.removeprefix(_PREFIX).rpartition(".")
+        tensors[f"{lora_name(layer, style)}.{kind}"] = tensor.contiguous()
     with new_file(output) as partial:
         save_file(tensors, partial, metadata={"format": "pt"})
     return output
@@ -297,58 +384,11 @@ def _diffusers_reads(layers: Iterable[str], style: str) -> bool:
     return are_whole and not top and sorted(blocks) == list(range(len(blocks))) != []
 
 
-def describe(file: str | Path) -> str:
-    """What a LoRA file holds, in some lines: style, size, rank, scale, base, and how strong each kind of layer is."""
-    lora = read_lora(file)
-    with open_safetensors(Path(file)) as opened:
-        dtypes = Counter(opened.get_slice(key).get_dtype() for key in opened.keys())
-    ranks, widths = set(), set()
-    for layer, (a, b) in lora.pairs.items():
-        ranks.add(a.shape[0])
-        widths.add(_width(layer, a, b))
-    base = WIDTHS.get(min(widths), "unknown base") if len(widths) == 1 else "unknown base"
-    stored = ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common())
-    lines = [
-        f"{file}: {lora.style} style, {Path(file).stat().st_size / 1e6:.1f} MB, tensors: {stored}",
-        f"rank: {_listed(ranks)}, scale (alpha / rank): {_listed(set(lora.scales.values()))}",
-        f"fits: {base} (width {_listed(widths)})",
-        f"{'layer':<20}{'blocks':<16}{'change: mean norm':>18}{'largest':>12}",
-        *_kinds(lora),
-    ]
-    return "\n".join(lines)
-
-
-def _listed(numbers: Iterable[float]) -> str:
-    shown = [f"{number:g}" for number in sorted(numbers)]
-    return ", ".join(shown[:6]) + (", ..." if len(shown) > 6 else "")
+def lora_widths(lora: Lora) -> set[int]:
+    """The widths of the transformers that its layers fit: one, unless it is damaged."""
+    return {_width(layer, a, b) for layer, (a, b) in lora.pairs.items()}
 
 
 def _width(layer: str, a: torch.Tensor, b: torch.Tensor) -> int:
     """The transformer's width, from the side of the layer that has it."""
     return a.shape[1] if _READS_WIDTH.search(layer) else b.shape[0]
-
-
-def _kinds(lora: Lora) -> list[str]:
-    """A line for each kind of layer: its blocks, and how strongly the LoRA changes it."""
-    norms, blocks = defaultdict(list), defaultdict(list)
-    for layer, (a, b) in lora.pairs.items():
-        number, kind = split_layer(layer)
-        norms[kind].append(_norm(a, b))
-        if number is not None:
-            blocks[kind].append(number)
-    lines = []
-    for kind in (*LORA_BLOCK_LAYERS, *LORA_TOP_LAYERS):
-        if values := norms[kind]:
-            mean = sum(values) / len(values)
-            lines.append(f"{kind:<20}{_range(blocks[kind]):<16}{mean:>18.4g}{max(values):>12.4g}")
-    return lines
-
-
-def _range(blocks: Sequence[int]) -> str:
-    return f"{len(blocks)} ({min(blocks)}-{max(blocks)})" if blocks else "-"
-
-
-def _norm(a: torch.Tensor, b: torch.Tensor) -> float:
-    """The Frobenius norm of B @ A, from two rank x rank products: the whole matrix is never made."""
-    a, b = a.flatten(1).double(), b.flatten(1).double()
-    return ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt().item()

@@ -3,6 +3,7 @@
 A Hub repo carries this file at its root, with `reference_images.py` and `transformer_refalign_wan.py` beside it.
 """
 
+import importlib
 import inspect
 import logging
 import math
@@ -660,6 +661,26 @@ class RefAlignWanPipeline(WanPipeline):
             if isinstance(part, torch.nn.Module):
                 check_finite(part.named_parameters(), f"The {name} of {args[0] if args else 'the model'}")
         return pipeline
+
+    def load_lora_weights(
+        self,
+        pretrained_model_name_or_path_or_dict: str | os.PathLike | dict[str, torch.Tensor],
+        adapter_name: str | None = None,
+        hotswap: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Loads a LoRA as diffusers' own does, from safetensors alone. With the package `refalign` it takes every style
+        of keys in use for Wan, and changes of whole weights and biases too; a line tells what is not applied.
+
+        Raises:
+            ValueError: if the LoRA is of another kind, damaged, or for a model of another size.
+        """
+        source: Any = pretrained_model_name_or_path_or_dict
+        if _is_installed_package(__name__):
+            lora_loading = importlib.import_module("refalign.lora_loading")
+            source = lora_loading.prepare_lora(source, self.transformer.config, **kwargs)
+        super().load_lora_weights(source, adapter_name, hotswap, **{**kwargs, "use_safetensors": True})
 
     # -- What diffusers 0.42 does not offer; tests/pipelines/test_diffusers.py tells which of it can go ---------------
 

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from diffusers import WanPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
@@ -128,7 +129,7 @@ def test_it_warns_of_what_diffusers_itself_cannot_load(pipeline, tmp_path, caplo
         file = write_lora(layers, tmp_path / "lora.safetensors", style)
     assert ("diffusers cannot load" in caplog.text) is not loads
     try:
-        pipeline.load_lora_weights(file)
+        WanPipeline.load_lora_weights(pipeline, file)
     except (ValueError, KeyError, IndexError):
         loaded = False
     else:
@@ -355,30 +356,54 @@ def test_metadata_on_native_keys_is_told(saved, caplog):
 
 
 @pytest.mark.parametrize(
-    ("key", "named"),
+    ("key", "kind"),
     [
-        (f"diffusion_model.{Q}.diff_b", r"blocks\.\*\.self_attn\.q\.diff_b \(1\)"),
-        ("diffusion_model.blocks.0.norm3.diff", r"blocks\.\*\.norm3\.diff \(1\)"),
-        ("diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight", "k_img.lora_A.weight"),
-        ("diffusion_model.img_emb.proj.1.lora_down.weight", "img_emb.proj.1"),
-        (f"diffusion_model.{Q}.dora_scale", "dora_scale"),
-        (f"diffusion_model.{Q}.lora_B.bias", "lora_B.bias"),
-        (f"diffusion_model.{Q}.lora_mid.weight", "lora_mid"),
-        ("diffusion_model.blocks.0.self_attn.norm_q.lora_A.weight", "norm_q"),
-        ("lora_te_encoder_0.lora_down.weight", "lora_te_encoder_0"),
+        ("diffusion_model.blocks.0.norm3.diff", "of norms"),
+        ("diffusion_model.blocks.0.self_attn.norm_q.diff", "of norms"),
+        ("diffusion_model.blocks.0.self_attn.norm_q.lora_A.weight", "of norms"),
+        ("diffusion_model.blocks.0.diff_m", "of modulation"),
+        ("diffusion_model.head.modulation.diff", "of modulation"),
+        ("diffusion_model.blocks.0.cross_attn.k_img.lora_A.weight", "of image-to-video layers"),
+        ("transformer.blocks.0.attn2.add_k_proj.lora_A.weight", "of image-to-video layers"),
+        ("lora_unet_img_emb_proj_1.lora_down.weight", "of image-to-video layers"),
     ],
 )
-def test_what_is_no_lora_pair_is_named_not_dropped(saved, key, named):
-    with pytest.raises(ValueError, match=f"1 tensors are not LoRA matrices.*{named}"):
-        read_lora(saved({**random_pairs(f"diffusion_model.{Q}"), key: torch.zeros(24)}))
+def test_what_no_layer_takes_is_counted_not_dropped_in_silence(pipeline, saved, caplog, key, kind):
+    file = saved({**random_pairs(f"diffusion_model.{Q}"), key: torch.zeros(24), f"{key}2.diff_m": torch.zeros(1)})
+    counts = read_lora(file).passed_over
+    assert sum(counts.values()) == 2 and kind in counts
+    pipeline.load_lora_weights(file)
+    assert kind in caplog.text and str(file) in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        (f"diffusion_model.{Q}.dora_scale", "It is a DoRA"),
+        (f"diffusion_model.{Q}.lora_magnitude_vector", "It is a DoRA"),
+        (f"diffusion_model.{Q}.lora_mid.weight", "It is a LoCon"),
+        ("lora_unet_blocks_0_ffn_0.lokr_w1", "It is a LoKr"),
+        (f"diffusion_model.{Q}.hada_w1_a", "It is a LoHa"),
+        ("lora_te_encoder_0.lora_down.weight", "It is one of a text encoder too"),
+        ("lora_te1_text_model_encoder.lora_down.weight", "It is one of a text encoder too"),
+        ("text_encoder.layers.0.lora_A.weight", "It is one of a text encoder too"),
+        ("diffusion_model.double_blocks.0.img_attn.proj.lora_A.weight", "not of layers of Wan's"),
+        ("diffusion_model.blocks.0.self_attn.q.weight", "not of layers of Wan's"),
+    ],
+)
+def test_files_of_other_kinds_are_named(pipeline, saved, key, kind):
+    file = saved({**random_pairs(f"diffusion_model.{Q}"), key: torch.zeros(24)})
+    for read in (read_lora, pipeline.load_lora_weights):
+        with pytest.raises(ValueError, match=f"lora.safetensors: .*{kind}.*"):
+            read(file)
 
 
 @pytest.mark.parametrize(
     ("tensors", "metadata", "message"),
     [
         ({}, {}, "First keys: none"),
-        ({"unet.down.lora_A.weight": torch.zeros(2, 2)}, {}, "No known style.*unet.down.lora_A.weight"),
-        ({"blocks.0.self_attn.q.weight": torch.zeros(2, 2)}, {}, "No known style"),
+        ({"unet.down.lora_A.weight": torch.zeros(2, 2)}, {}, "not of layers of Wan's.*unet.down.lora_A.weight"),
+        ({"blocks.0.norm3.diff": torch.zeros(2)}, {}, "No known style"),
         (random_pairs(f"diffusion_model.{Q}", "lora_unet_blocks_1_ffn_0"), {}, "several styles: kohya, native"),
         (random_pairs(f"diffusion_model.{Q}", "lora_unet_blocks_0_self_attn_q"), {}, "twice"),
         (random_pairs(Q, down="lora_A.a", up="lora_B.a") | random_pairs(Q), {}, "twice.*one adapter"),
@@ -417,6 +442,200 @@ def test_broken_files_and_pickles_are_refused(tmp_path, name, content, message):
         read_lora(tmp_path / name)
 
 
+# Applied: what is read, `load_lora_weights` applies
+
+
+def dotted(layer: str) -> str:
+    return layer
+
+
+def named_by_diffusers(layer: str) -> str:
+    return keys.diffusers_key(f"{layer}.weight").removesuffix(".weight")
+
+
+def underscored(layer: str) -> str:
+    return layer.replace(".", "_")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "name"),
+    [
+        ("diffusion_model.", dotted),
+        ("diffusion_model.", named_by_diffusers),
+        ("model.diffusion_model.", dotted),
+        ("pipe.dit.", dotted),
+        ("unet.", named_by_diffusers),
+        ("transformer.", dotted),
+        ("transformer.", named_by_diffusers),
+        ("base_model.model.", dotted),
+        ("base_model.model.", named_by_diffusers),
+        ("lora_unet_", dotted),
+        ("lora_unet_", underscored),
+        ("lora_unet__", underscored),
+        ("lora_transformer_", lambda layer: underscored(named_by_diffusers(layer))),
+        ("", dotted),
+        ("", named_by_diffusers),
+    ],
+)
+@pytest.mark.parametrize("kind", ["lora_A.weight", "lora_A.default.weight", "lora_down.weight"])
+def test_what_is_read_is_applied(pipeline, inputs, saved, prefix, name, kind):
+    """Two layers of a block alone: diffusers itself asks for whole blocks of kohya's."""
+    layers, down = [Q, "blocks.1.cross_attn.o"], kind.replace("lora_", "")
+    pairs = random_pairs(*layers)
+    state = pipeline.transformer.state_dict()
+    for layer in layers:
+        b, a = (pairs[f"{layer}.lora_{side}.weight"] for side in "BA")
+        state[f"{named_by_diffusers(layer)}.weight"] += b @ a
+    pipeline.transformer.load_state_dict(state)
+    expected = velocity(pipeline.transformer, inputs)
+    for layer in layers:
+        b, a = (pairs[f"{layer}.lora_{side}.weight"] for side in "BA")
+        state[f"{named_by_diffusers(layer)}.weight"] -= b @ a
+    pipeline.transformer.load_state_dict(state)
+    up = down.replace("A", "B").replace("down", "up")
+    tensors = {}
+    for layer in layers:
+        tensors[f"{prefix}{name(layer)}.lora_{down}"] = pairs[f"{layer}.lora_A.weight"]
+        tensors[f"{prefix}{name(layer)}.lora_{up}"] = pairs[f"{layer}.lora_B.weight"]
+    pipeline.load_lora_weights(saved(tensors))
+    torch.testing.assert_close(velocity(pipeline.transformer, inputs), expected, atol=1e-3, rtol=1e-3)
+
+
+SHAPES = {Q: (24, 24), "blocks.1.ffn.0": (32, 24), "head.head": (64, 24), "patch_embedding": (24, 16, 1, 2, 2)}
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+@pytest.mark.parametrize("to", [None, "native", "kohya"])
+def test_changes_of_whole_weights_and_biases_are_applied(pipeline, inputs, saved, tmp_path, scale, to):
+    """As distilled LoRAs have them, beside matrices and without, at any scale; and unloading takes them away."""
+    base = velocity(pipeline.transformer, inputs)
+    torch.manual_seed(0)
+    changes = {}
+    for layer, shape in SHAPES.items():
+        changes[f"{layer}.diff"] = torch.randn(shape) * 0.1
+    for layer in (*SHAPES, "time_embedding.0"):  # the last has a bias alone
+        changes[f"{layer}.diff_b"] = torch.randn(SHAPES.get(layer, (24,))[0]) * 0.1
+    pair = {key: 0.1 * tensor for key, tensor in random_pairs(Q).items()}
+    whole = {key: tensor.clone() for key, tensor in pipeline.transformer.state_dict().items()}
+    for name, change in changes.items():
+        layer, _, kind = name.rpartition(".")
+        whole[f"{named_by_diffusers(layer)}.{'weight' if kind == 'diff' else 'bias'}"] += scale * change
+    whole["blocks.0.attn1.to_q.weight"] += scale * (pair[f"{Q}.lora_B.weight"] @ pair[f"{Q}.lora_A.weight"])
+    transformer = type(pipeline.transformer).from_config(pipeline.transformer.config).eval()
+    transformer.load_state_dict(whole)
+    expected = velocity(transformer, inputs)
+    file = saved({f"diffusion_model.{key}": tensor for key, tensor in (changes | pair).items()})
+    if to is not None:
+        assert main(["lora", "convert", str(file), "--output", str(tmp_path / "to.safetensors"), "--to", to]) == 0
+        file = tmp_path / "to.safetensors"
+    pipeline.load_lora_weights(file, adapter_name="distilled")
+    pipeline.set_adapters(["distilled"], [scale])
+    torch.testing.assert_close(velocity(pipeline.transformer, inputs), expected, atol=1e-5, rtol=1e-5)
+    pipeline.unload_lora_weights()
+    assert torch.equal(velocity(pipeline.transformer, inputs), base)
+
+
+def test_diffusers_style_cannot_hold_them(saved, tmp_path, capsys):
+    file = saved({**random_pairs(f"diffusion_model.{Q}"), f"diffusion_model.{Q}.diff_b": torch.zeros(24)})
+    words = ["lora", "convert", str(file), "--output", str(tmp_path / "to.safetensors"), "--to", "diffusers"]
+    assert main(words) == 1
+    assert "Write native style" in capsys.readouterr().err
+
+
+def test_a_lora_of_another_width_is_told_with_both_names(pipeline, saved):
+    pair = {"lora_A": torch.zeros(1, 5120), "lora_B": torch.zeros(5120, 1)}
+    file = saved({f"diffusion_model.{Q}.{name}.weight": tensor for name, tensor in pair.items()})
+    with pytest.raises(ValueError, match=r"lora.safetensors is for Wan 2.1 14B, but this model is .* of width 24"):
+        pipeline.load_lora_weights(file)
+    assert not pipeline.get_list_adapters()
+
+
+def test_blocks_that_the_model_lacks_are_counted(pipeline, saved, caplog):
+    pipeline.load_lora_weights(saved(random_pairs(*(f"diffusion_model.blocks.{n}.self_attn.q" for n in range(5)))))
+    assert "3 of its layers are not in this model, and are not applied (of 3 blocks" in caplog.text
+    assert pipeline.get_list_adapters()
+
+
+def test_a_lora_of_missing_blocks_alone_is_refused(pipeline, saved):
+    with pytest.raises(ValueError, match="changes no layer of this model"):
+        pipeline.load_lora_weights(saved(random_pairs("diffusion_model.blocks.29.self_attn.q")))
+
+
+@pytest.mark.parametrize(
+    ("key", "shape"), [(f"diffusion_model.{Q}.diff_b", 23), ("diffusion_model.blocks.0.ffn.0.diff", (24, 24))]
+)
+def test_differences_of_another_shape_are_named(pipeline, saved, key, shape):
+    with pytest.raises(ValueError, match=f"{key} has shape"):
+        pipeline.load_lora_weights(saved({**random_pairs(f"diffusion_model.{Q}"), key: torch.zeros(shape)}))
+
+
+def test_matrices_of_another_shape_are_named(pipeline, saved):
+    pair = {"lora_A": torch.zeros(2, 24), "lora_B": torch.zeros(31, 2)}
+    file = saved({f"diffusion_model.blocks.0.ffn.0.{name}.weight": tensor for name, tensor in pair.items()})
+    with pytest.raises(ValueError, match=r"blocks.0.ffn.0 has matrices of .*, which do not make \(32, 24\)"):
+        pipeline.load_lora_weights(file)
+
+
+def test_numbers_that_are_not_finite_are_refused(pipeline, saved):
+    file = saved({key: tensor * float("nan") for key, tensor in random_pairs(f"diffusion_model.{Q}").items()})
+    for read in (read_lora, pipeline.load_lora_weights):
+        with pytest.raises(ValueError, match="not finite"):
+            read(file)
+
+
+def test_a_bias_of_lora_b_is_scaled_with_it(saved):
+    tensors = {**random_pairs(Q), f"{Q}.alpha": torch.tensor(2.0), f"{Q}.lora_B.bias": torch.ones(24)}
+    assert torch.equal(read_lora(saved(tensors)).differences[f"diffusion_model.{Q}.diff_b"], torch.full((24,), 0.5))
+
+
+@pytest.mark.parametrize("where", ["folder", "weight_name", "tensors"])
+def test_a_lora_comes_from_a_folder_or_tensors_too(pipeline, saved, tmp_path, where):
+    tensors = random_pairs("pipe.dit." + Q)
+    file = saved(tensors)
+    options = {"weight_name": file.name} if where == "weight_name" else {}
+    if where == "weight_name":
+        saved(tensors, "other.safetensors")
+    pipeline.load_lora_weights(tensors if where == "tensors" else tmp_path, adapter_name="a", **options)
+    assert pipeline.get_list_adapters() == {"transformer": ["a"]}
+
+
+def test_a_mistyped_path_is_told_before_the_hub_is_asked(pipeline, tmp_path, monkeypatch, caplog):
+    (tmp_path / "loras").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="loras/mistyped is not a file or folder here"):
+        pipeline.load_lora_weights("loras/mistyped")
+    assert caplog.text.count("There is no folder loras/mistyped here") == 1
+
+
+def test_a_plain_file_keeps_its_metadata(pipeline, tmp_path):
+    """So that the adapter can be saved again as it was."""
+    layers = add_lora(pipeline.transformer)
+    config = pipeline.transformer.peft_config["default"].to_dict()
+    pipeline.transformer.delete_adapters("default")
+    where = {"transformer_lora_layers": layers, "transformer_lora_adapter_metadata": config}
+    RefAlignWanPipeline.save_lora_weights(tmp_path, **where)
+    pipeline.load_lora_weights(tmp_path, adapter_name="a")
+    assert pipeline.transformer.peft_config["a"].lora_alpha == ALPHA
+
+
+def test_metadata_without_target_modules_scales_too(pipeline, inputs, saved):
+    tensors = random_pairs("transformer.blocks.0.attn1.to_q")
+    metadata = json.dumps({"transformer.r": RANK, "transformer.lora_alpha": 2 * RANK})
+    pipeline.load_lora_weights(saved(tensors, lora_adapter_metadata=metadata), adapter_name="a")
+    found = velocity(pipeline.transformer, inputs)
+    pipeline.load_lora_weights(saved(tensors, "plain.safetensors"), adapter_name="b")
+    pipeline.set_adapters(["b"], [2.0])
+    torch.testing.assert_close(velocity(pipeline.transformer, inputs), found, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lora.bin", "lora.gguf"])
+def test_no_lora_is_unpickled(pipeline, tmp_path, name):
+    torch.save(random_pairs(f"diffusion_model.{Q}"), tmp_path / name)
+    for source, options in ((tmp_path / name, {}), (tmp_path, {"weight_name": name})):
+        with pytest.raises(ValueError, match=name):
+            pipeline.load_lora_weights(source, **options)
+
+
 # The commands
 
 
@@ -439,7 +658,12 @@ def test_inspect_shows_what_there_is(saved, capsys):
 
 @pytest.mark.parametrize(
     ("width", "layer", "base"),
-    [(5120, Q, "Wan 2.1 14B"), (3072, Q, "unknown base"), (1536, "text_embedding.0", "Wan 2.1 1.3B")],
+    [
+        (5120, Q, "Wan 2.1 14B"),
+        (3072, Q, "Wan 2.2 5B"),
+        (2048, Q, "unknown base"),
+        (1536, "text_embedding.0", "Wan 2.1 1.3B"),
+    ],
 )
 def test_inspect_tells_the_base_by_its_width(saved, capsys, width, layer, base):
     narrow = 4096 if layer == "text_embedding.0" else width
