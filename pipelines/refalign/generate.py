@@ -134,27 +134,43 @@ def run(command: Generate) -> int:
 
 
 def _run_batch(command: Generate, jobs: list[Job]) -> int:
-    from refalign.command_line import one_line
-
-    left, failed = [], []
+    left: list[Job] = []
+    failed: list[Job] = []
     for job in jobs:
         if job.output.exists() and not command.overwrite:
             print(f"{job.name}: {job.output} exists, passed over (--overwrite makes it again)")
         else:
             left.append(job)
-    if not left:
-        return 0
-    pipeline = _load_pipeline(command)
     for job in left:
+        try:
+            _read_settings(job.command)  # before the model is loaded, which may be for none
+        except ValueError as error:
+            _tell_failed(job, error, failed)
+    if good := [job for job in left if job not in failed]:
+        failed += _generate_all(_load_pipeline(command), good)
+    if failed:
+        names = ", ".join(job.name for job in failed)
+        print(f"refalign: {len(failed)} of {len(left)} videos failed: {names}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _generate_all(pipeline: "RefAlignWanPipeline", jobs: list[Job]) -> list[Job]:
+    """Makes the videos that can be made, and returns the jobs of the others."""
+    failed: list[Job] = []
+    for job in jobs:
         try:
             with _owned(job):
                 _generate_one(pipeline, job, _prepare(job.command))
         except Exception as error:  # whatever it is, it must not end the others
-            print(f"refalign: {job.name}: {one_line(error)}", file=sys.stderr)
-            failed.append(job.name)
-    if failed:
-        print(f"refalign: {len(failed)} of {len(left)} videos failed: {', '.join(failed)}", file=sys.stderr)
-    return 1 if failed else 0
+            _tell_failed(job, error, failed)
+    return failed
+
+
+def _tell_failed(job: Job, error: Exception, failed: list[Job]) -> None:
+    from refalign.command_line import one_line
+
+    print(f"refalign: {job.name}: {one_line(error)}", file=sys.stderr)
+    failed.append(job)
 
 
 @contextmanager
@@ -284,8 +300,20 @@ def _filled(job: Job, defaults: dict[str, Any]) -> Job:
 
 def _prepare(command: Generate) -> dict[str, Any]:
     """The arguments of the pipeline's call, the references among them as the model sees them."""
-    from refalign.pipeline_refalign_wan import check_size
     from refalign.reference_images import prepare_reference_images
+
+    arguments = _read_settings(command)
+    cut_out: list[CutOut] = [CUT_OUT[word] for word in command.cut_out]
+    if len(cut_out) == 1:
+        cut_out *= len(command.reference)
+    height, width = arguments["height"], arguments["width"]
+    references = prepare_reference_images(list(command.reference), height, width, cut_out)
+    return arguments | {"reference_images": references or None}
+
+
+def _read_settings(command: Generate) -> dict[str, Any]:
+    """The arguments of the pipeline's call without the references, checked."""
+    from refalign.pipeline_refalign_wan import check_settings, check_size
 
     arguments: dict[str, Any] = {
         "prompt": command.prompt,
@@ -297,13 +325,10 @@ def _prepare(command: Generate) -> dict[str, Any]:
         "guidance_scale": command.guidance_scale,
         "image_guidance_scale": command.image_guidance_scale,
     }
-    height, width = arguments["height"], arguments["width"]
-    check_size(height, width, arguments["num_frames"])
-    cut_out: list[CutOut] = [CUT_OUT[word] for word in command.cut_out]
-    if len(cut_out) == 1:
-        cut_out *= len(command.reference)
-    references = prepare_reference_images(list(command.reference), height, width, cut_out)
-    return arguments | {"reference_images": references or None}
+    check_size(arguments["height"], arguments["width"], arguments["num_frames"])
+    scales = (arguments["guidance_scale"], arguments["image_guidance_scale"])
+    check_settings(arguments["num_inference_steps"], *scales)
+    return arguments
 
 
 # -- One video --------------------------------------------------------------------------------------------------------

@@ -280,6 +280,55 @@ def test_mistakes_are_told_in_a_line_and_leave_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.fixture
+def not_loaded(monkeypatch):
+    """Weights must not be read."""
+    monkeypatch.setattr("refalign.pipeline_refalign_wan.RefAlignWanPipeline.from_pretrained", None)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--steps", 0),
+        ("--steps", -1),
+        ("--guidance-scale", "nan"),
+        ("--image-guidance-scale", -1),
+        ("--num-frames", 6),
+        ("--device", "toaster"),
+        ("--lora", "nowhere.safetensors"),
+        ("--lora", "wide.safetensors"),
+    ],
+    ids=lambda words: "-".join(map(str, words)).strip("-"),
+)
+def test_what_can_be_checked_is_checked_before_the_model_is_loaded(
+    generate, tmp_path, monkeypatch, capsys, not_loaded, words
+):
+    pair = {"lora_A": torch.zeros(1, 1536), "lora_B": torch.zeros(1536, 1)}
+    layer = "diffusion_model.blocks.0.self_attn.q"
+    save_file({f"{layer}.{name}.weight": tensor for name, tensor in pair.items()}, tmp_path / "wide.safetensors")
+    monkeypatch.chdir(tmp_path)
+    assert generate(*words) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_batch_of_mistakes_alone_loads_no_model(batch, not_loaded, capsys):
+    assert batch({"prompt": "a", "output": "a.mp4", "steps": 0}, {"prompt": "b", "output": "b.mp4", "height": 33}) == 1
+    error = capsys.readouterr().err
+    assert "jobs.jsonl:1: `num_inference_steps`" in error and "jobs.jsonl:2: `height`" in error
+    assert "2 of 2 videos failed" in error
+
+
+@pytest.mark.parametrize(("name", "is_told"), [("runs/mistyped", True), ("noorg/mistyped", False)])
+def test_a_mistyped_path_is_told_before_the_hub_is_asked(
+    generate, tmp_path, monkeypatch, caplog, capsys, name, is_told
+):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert generate(model=name) == 1
+    assert caplog.text.count(f"There is no folder {name} here") == is_told
+    assert f"{name} is not a file or folder here, and the Hub does not give it" in capsys.readouterr().err
+
+
 def test_a_lora_for_another_model_is_told(generate, tmp_path, capsys):
     save_file({"unet.down.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "other.safetensors")
     assert generate("--lora", tmp_path / "other.safetensors") == 1

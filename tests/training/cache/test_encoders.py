@@ -1,6 +1,7 @@
 """The frozen encoders give what the pipeline computes for inference."""
 
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from refalign.files import identity
 from refalign.pipeline_refalign_wan import normalize_latents
@@ -149,6 +151,45 @@ def test_identity_takes_the_hubs_own_digests_of_large_files(tmp_path):
     (tmp_path / "snapshot/model.safetensors").symlink_to(blob)
     here, hub = tmp_path / "here", tmp_path / "snapshot"
     assert identity(hub, hub.iterdir()) == identity(here, here.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("family", "file", "pickle"),
+    [
+        ("video", "vae/diffusion_pytorch_model", "diffusion_pytorch_model.bin"),
+        ("text", "text_encoder/model", "pytorch_model.bin"),
+    ],
+)
+def test_pickled_parts_are_refused(wan_folder, tmp_path, family, file, pickle):
+    folder = shutil.copytree(wan_folder, tmp_path / "wan")
+    weights = folder / f"{file}.safetensors"
+    torch.save(load_file(weights), weights.with_name(pickle))
+    weights.unlink()
+    with pytest.raises(ValueError, match=f"{pickle} is refused"):
+        fetch_models([family], str(folder), None)
+    encoder = VaeEncoder if family == "video" else TextEncoder
+    with pytest.raises(OSError, match="safetensors"):
+        encoder(folder, torch.float32, CPU)
+
+
+@pytest.mark.parametrize(
+    ("part", "file"), [(VaeEncoder, "vae/diffusion_pytorch_model"), (TextEncoder, "text_encoder/model")]
+)
+def test_weights_that_are_not_finite_are_refused(wan_folder, tmp_path, part, file):
+    folder = shutil.copytree(wan_folder, tmp_path / "wan")
+    tensors = load_file(folder / f"{file}.safetensors")
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    save_file(tensors, folder / f"{file}.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="not finite"):
+        part(folder, torch.float32, CPU)
+
+
+def test_another_model_is_refused_before_its_weights_are_read(wan_folder, tmp_path):
+    folder = shutil.copytree(wan_folder, tmp_path / "wan", ignore=shutil.ignore_patterns("*.safetensors"))
+    index = json.loads((folder / "model_index.json").read_text("utf-8")) | {"boundary_ratio": 0.875}
+    (folder / "model_index.json").write_text(json.dumps(index), "utf-8")
+    with pytest.raises(ValueError, match="which has two transformers"):
+        fetch_models(["video"], str(folder), None)
 
 
 def test_a_model_that_is_not_there(tmp_path):

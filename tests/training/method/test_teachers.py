@@ -321,6 +321,15 @@ def test_an_unknown_model_type_names_the_known(saved, tmp_path):
         load_teacher(folder)
 
 
+def test_weights_that_are_not_finite_are_refused(saved, tmp_path):
+    folder = copy_of(saved("dinov3").folder, tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    weights["norm.weight"][0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"not finite \(NaN or infinite\), first in norm.weight"):
+        load_teacher(folder)
+
+
 def test_incomplete_or_unsafe_folders_are_refused(saved, tmp_path):
     with pytest.raises(ValueError, match=r"has no config\.json"):
         load_teacher(tmp_path)

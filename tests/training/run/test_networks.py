@@ -301,6 +301,14 @@ def test_a_start_of_another_size_is_named(command, tmp_path):
         load(command(**{"model.start": tmp_path / "large.safetensors"}))
 
 
+def test_weights_that_are_not_finite_are_refused(half_folder, command):
+    tensors = load_file(half_folder / WEIGHTS)
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    save_file(tensors, half_folder / WEIGHTS)
+    with pytest.raises(ValueError, match=f"{re.escape(str(half_folder))} holds numbers that are not finite"):
+        load(command(**{"model.base": str(half_folder)}))
+
+
 # -- Bases that are none ----------------------------------------------------------------------------------------------
 
 

@@ -206,11 +206,9 @@ class RefAlignWanPipeline(WanPipeline):
         _, patch_height, patch_width = self.transformer.config.patch_size
         multiples = (self.vae_scale_factor_spatial * patch_height, self.vae_scale_factor_spatial * patch_width)
         check_size(height, width, num_frames, multiples, self.vae_scale_factor_temporal)
-        _check_count("num_inference_steps", num_inference_steps)
+        check_settings(num_inference_steps, guidance_scale, image_guidance_scale)
         _check_count("num_videos_per_prompt", num_videos_per_prompt)
         _check_count("max_sequence_length", max_sequence_length)
-        _check_scale("guidance_scale", guidance_scale)
-        _check_scale("image_guidance_scale", image_guidance_scale)
         if output_type not in ("pil", "np", "pt", "latent"):
             raise ValueError(f"`output_type` must be 'pil', 'np', 'pt' or 'latent', but is {output_type!r}.")
         if attention_kwargs is not None and not isinstance(attention_kwargs, dict):
@@ -808,6 +806,13 @@ def check_size(
     if num_frames < 1 or num_frames % frame_step != 1 % frame_step:
         nearest = max(1, round((num_frames - 1) / frame_step) * frame_step + 1)
         raise ValueError(f"`num_frames` must be {frame_step}k + 1, but is {num_frames}. Nearest: {nearest}.")
+
+
+def check_settings(num_inference_steps: int, guidance_scale: float, image_guidance_scale: float) -> None:
+    """Raises ValueError unless there is a step to make, and the scales are numbers from 0 up."""
+    _check_count("num_inference_steps", num_inference_steps)
+    _check_scale("guidance_scale", guidance_scale)
+    _check_scale("image_guidance_scale", image_guidance_scale)
 
 
 def split_reference_images(reference_images: Any, batch_size: int) -> list[list[Any]]:
