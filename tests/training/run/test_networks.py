@@ -309,6 +309,13 @@ def test_weights_that_are_not_finite_are_refused(half_folder, command):
         load(command(**{"model.base": str(half_folder)}))
 
 
+def test_a_start_of_another_kind_is_refused(half_folder, command):
+    index = json.loads((half_folder / "model_index.json").read_text("utf-8")) | {"boundary_ratio": 0.875}
+    (half_folder / "model_index.json").write_text(json.dumps(index), "utf-8")
+    with pytest.raises(ValueError, match="which has two transformers"):
+        load(command(**{"model.start": half_folder, "training": "full"}))
+
+
 # -- Bases that are none ----------------------------------------------------------------------------------------------
 
 

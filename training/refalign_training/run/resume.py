@@ -7,14 +7,14 @@ import hashlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from refalign.convert import find_config, read_native
 from refalign.files import find_safetensors, read_headers
 from refalign.hub import LORA_WEIGHTS, PROJECTORS
-from refalign.keys import native_to_diffusers
 from refalign_training.run.checkpoint import STATE, find_checkpoint, has_checkpoint, read_state
 from refalign_training.run.config import RunCommand, flatten
 
@@ -96,11 +96,12 @@ def find_start(command: RunCommand, resumes: bool = False) -> Start:
     if (path / LORA_WEIGHTS).is_file():
         raise ValueError(f"{path} holds exported adapters. Name the run, or the checkpoint, that they are of.")
     if (path / "transformer").is_dir():
+        if (path / "transformer/config.json").is_file():
+            find_config(path)
         projectors = read_headers(list(path.glob(PROJECTORS)))
         return Start(None, read_headers(find_safetensors(path / "transformer")), projectors)
     if not path.is_dir() or (any(path.glob("*.safetensors")) and not (path / STATE).is_file()):
-        headers = cast(Mapping[str, Any], read_headers(find_safetensors(path)))
-        return Start(None, *native_to_diffusers(headers))
+        return Start(None, *read_native(path))
     checkpoint = find_checkpoint(path)
     if resumes:
         return Start()
