@@ -87,7 +87,9 @@ def run_convert(command: Convert) -> int:
     from refalign import hub
     from refalign.convert import convert
 
-    card = hub.RELEASES.get(command.checkpoint, "template") if command.card == "auto" else command.card
+    card = command.card
+    if card == "auto":
+        card = hub.find_release(command.checkpoint) or "template"
     convert(command.checkpoint, command.base, command.output, command.max_shard_size, command.keep_scheduler, card)
     print(f"Wrote {command.output}: RefAlignWanPipeline.from_pretrained({str(command.output)!r})")
     return 0
@@ -111,9 +113,7 @@ def export(command: Export) -> int:
 def push(command: Push) -> int:
     from refalign import hub
 
-    names = hub.push(command.folder, command.repo, command.private, command.dry_run)
-    print("\n".join(names))
-    print(f"{'Would push' if command.dry_run else 'Pushed'} {len(names)} files to {command.repo}.")
+    print(hub.push(command.folder, command.repo, command.private, command.dry_run))
     return 0
 
 

@@ -15,13 +15,16 @@ from tqdm.auto import tqdm
 
 from refalign.files import (
     OTHER_FORMATS,
+    WEIGHTS_FILE,
     StoredTensor,
+    copy_plain,
     fetch,
     find_safetensors,
     find_shards,
     new_file,
     new_folder,
     open_safetensors,
+    plain_names,
     read,
     read_headers,
     read_json,
@@ -212,9 +215,13 @@ def _read_object(file: Path) -> dict[str, Any]:
 
 def _copy_component(source: Path, target: Path) -> None:
     target.mkdir(exist_ok=True)
+    names = plain_names(source)
     for pattern in BASE_FILES:
         for file in source.glob(pattern):
-            shutil.copyfile(file, target / file.name)
+            if not WEIGHTS_FILE.fullmatch(file.name):
+                shutil.copyfile(file, target / file.name)
+    for name, plain in names.items():
+        copy_plain(source / name, target / plain, names)
 
 
 def _write_paper_scheduler(folder: Path) -> list[str]:

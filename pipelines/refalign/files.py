@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -35,6 +36,11 @@ SCALED = re.compile(r"(.*\.)?(scaled_fp8|scale_weight|scale_input|weight_scale|i
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}  # torch's names
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # not ./folder
+# Weights as diffusers and transformers name them, with a variant such as fp16 in one of three places
+WEIGHTS_FILE = re.compile(
+    r"(?P<stem>model|diffusion_pytorch_model)(\.(?P<variant>\w+))?(?P<shard>-\d+-of-\d+)?(\.(?P<old_variant>\w+))?"
+    r"\.safetensors(?P<index>\.index(\.(?P<index_variant>\w+))?\.json)?"
+)
 
 
 # -- Written whole or not at all: beside its place, then renamed ------------------------------------------------------
@@ -244,6 +250,44 @@ def find_shards(index: Path) -> list[Path]:
     if missing:
         raise ValueError(f"{index} names shards that are missing: {missing}. Download them again.")
     return [index.parent / name for name in names]
+
+
+def plain_names(folder: Path) -> dict[str, str]:
+    """
+    The files of a component's weights, each with its name without a variant such as fp16. Weights that have no variant
+    are taken alone, otherwise those of the only variant.
+
+    Raises:
+        ValueError: if there are several variants, or a shard is missing.
+    """
+    found: dict[str, dict[str, str]] = defaultdict(dict)
+    for name in _names(folder.iterdir()):
+        if match := WEIGHTS_FILE.fullmatch(name):
+            variant = match["variant"] or match["old_variant"] or match["index_variant"] or ""
+            end = ".safetensors.index.json" if match["index"] else ".safetensors"
+            found[variant][name] = f"{match['stem']}{match['shard'] or ''}{end}"
+    if "" not in found and len(found) > 1:
+        raise ValueError(f"{folder} has weights in the variants {', '.join(found)}, but none without. Keep one.")
+    names = found[""] if "" in found else next(iter(found.values()), {})
+    for name in names:
+        if name.endswith(".json"):
+            find_shards(folder / name)
+    return names
+
+
+def copy_plain(file: Path, target: Path, names: Mapping[str, str]) -> None:
+    """Copies one of [`plain_names`]' files; an index then has the plain names of its shards."""
+    if file.suffix != ".json" or file.name == target.name:
+        shutil.copyfile(file, target)
+        return
+    index = read_json(file)
+    index["weight_map"] = {key: names[shard] for key, shard in index["weight_map"].items()}
+    target.write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Every file in a folder and its folders, sorted."""
+    return sorted(filter(Path.is_file, folder.rglob("*")))
 
 
 def read_json(file: Path) -> Any:

@@ -9,29 +9,37 @@ with that script beside it.
 
 import ast
 import fnmatch
-import json
 import logging
-import re
-import shutil
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from refalign.files import HUB_ID, fetch, new_file, new_folder, open_safetensors, read_json
+from refalign.files import (
+    HUB_ID,
+    WEIGHTS_FILE,
+    copy_plain,
+    fetch,
+    files_below,
+    find_safetensors,
+    new_file,
+    new_folder,
+    plain_names,
+    read_headers,
+    read_json,
+)
+from refalign.privacy import check_links, check_nothing_private
 
 
 logger = logging.getLogger(__name__)
 
-TRANSFORMER_CODE = "transformer_refalign_wan"
-PIPELINE_CODE = "pipeline_refalign_wan"
-CODE = ("reference_images", TRANSFORMER_CODE, PIPELINE_CODE)
-AUTO_MAP = {"AutoModel": f"{TRANSFORMER_CODE}.RefAlignWanTransformer3DModel"}
+CODE = ("reference_images", "transformer_refalign_wan", "pipeline_refalign_wan")
 REPO_PLACEHOLDER = "ORG/NAME"
+UNKNOWN = "FILL-IN"  # what a card leaves to the user: `push` refuses it
 # The authors' releases, for which we have cards with published results
 RELEASES = {"gudaochangsheng/RefAlign-1.3B": "refalign-1.3b", "gudaochangsheng/RefAlign-14B": "refalign-14b"}
 PROJECTORS = "projectors.safetensors"  # of the training
@@ -43,20 +51,18 @@ BASES = {30: "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 40: "Wan-AI/Wan2.1-T2V-14B-Diff
 ROOT_FILES = ("model_index.json", "README.md", "LICENSE*", PROJECTORS, NATIVE, *(f"{name}.py" for name in CODE))
 LORA_FILES = (LORA_WEIGHTS, PROJECTORS, "README.md", "LICENSE*", COMMUNITY_SCRIPT)
 ASSET_FILES = ("*.png", "*.jpg", "*.webp", "*.gif", "*.mp4")
-BINARY_SUFFIXES = (".model", *(pattern[1:] for pattern in ASSET_FILES))
-COMPONENT_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", f"{TRANSFORMER_CODE}.py")
+COMPONENT_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "transformer_refalign_wan.py")
 REPO_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "README.md", "LICENSE*", "assets/*")  # no code
 FILLED_CARDS = ("trained", "trained_lora", "sprites")  # by [`fill_card`], with what a run was
 TRAINING_STATE = ("*optim*", "*ema_state*", "*random_states*", "trainer_state*")
-SECRET = re.compile(
-    r"hf_[A-Za-z0-9]{30,}"
-    r"|(?<![A-Za-z0-9])(github_pat_\w{20,}|gh[pousr]_\w{30,}|sk-[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16})"
-)
-ABSOLUTE_PATH = re.compile(
-    r"((?<![\w.:/])|(?<=file://))/(home|root|Users|mnt|data|workspace|work|tmp|var|scratch|opt)/[^\s\"'`)]+"
-    r"|(?<![\w.:/])[A-Za-z]:(\\\\?|/)\w+"
-)
-WHOLE_PATH = re.compile(r"^/[^/\s]+/\S+$", re.MULTILINE)  # below whatever root; a whole string of a JSON file
+
+
+def find_release(checkpoint: str) -> str | None:
+    """The card of a release of the authors', named by its Hub id or as a folder or file of it in the Hub's cache."""
+    for name, card in RELEASES.items():
+        if checkpoint == name or f"models--{name.replace('/', '--')}" in Path(checkpoint).absolute().parts:
+            return card
+    return None
 
 
 def complete_repo(folder: str | Path, card: str = "template") -> None:
@@ -72,26 +78,14 @@ def complete_repo(folder: str | Path, card: str = "template") -> None:
     Raises:
         ValueError: if it is not a pipeline folder with a Wan transformer.
     """
+    from refalign.pipeline_refalign_wan import write_code  # loads torch
+
     folder = Path(folder)
     index, config = _read_json(folder / "model_index.json"), _read_json(folder / "transformer/config.json")
-    index |= {
-        "_class_name": [PIPELINE_CODE, "RefAlignWanPipeline"],
-        "transformer": [TRANSFORMER_CODE, "RefAlignWanTransformer3DModel"],
-        "auto_map": AUTO_MAP,
-    }
-    for name in ("boundary_ratio", "expand_timesteps", "transformer_2"):  # Wan 2.2's, in every Wan pipeline
-        index.pop(name, None)
-    config |= {"_class_name": "RefAlignWanTransformer3DModel", "auto_map": AUTO_MAP}
-    _write_json(folder / "model_index.json", index)
-    _write_json(folder / "transformer/config.json", config)
     for name in ("transformer", "vae", "text_encoder"):
         if name in index and not any((folder / name).glob("*.safetensors")):
             raise ValueError(f"{folder} has no safetensors weights in {name}/. Other formats are not published.")
-    for name in CODE:
-        (folder / f"{name}.py").write_text(_source(name), "utf-8")
-    (folder / f"transformer/{TRANSFORMER_CODE}.py").write_text(_source(TRANSFORMER_CODE), "utf-8")
-    for file in folder.rglob("*.json"):
-        _forget_local_name(file)
+    write_code(folder)
     if not (folder / "README.md").exists():
         (folder / "README.md").write_text(model_card(config, card), "utf-8")
 
@@ -129,9 +123,26 @@ def complete_lora_repo(folder: str | Path) -> None:
     (folder / COMMUNITY_SCRIPT).write_text(community_script(), "utf-8")
 
 
+@dataclass(frozen=True)
+class Pushed:
+    """What a push sent, or would send."""
+
+    sizes: dict[str, int]
+    """Bytes of each file."""
+    url: str
+    visibility: str
+    is_dry_run: bool
+
+    def __str__(self) -> str:
+        lines = [f"{size / 1e6:12,.3f} MB  {name}" for name, size in self.sizes.items()]
+        done = "Would push" if self.is_dry_run else "Pushed"
+        total = f"{len(self.sizes)} files, {sum(self.sizes.values()) / 1e6:,.3f} MB"
+        return "\n".join([*lines, f"{done} {total}, to {self.url} ({self.visibility})."])
+
+
 def push(
     folder: str | Path, repo_id: str, private: bool = False, dry_run: bool = False, token: str | None = None
-) -> list[str]:
+) -> Pushed:
     """
     Pushes a pipeline folder as a Hub repo with all doors, or the folder of a LoRA. The folder itself is not changed.
 
@@ -145,81 +156,92 @@ def push(
         token (`str`, *optional*): a token of the Hub, instead of the one from `hf auth login`.
 
     Returns:
-        `list[str]`: the files of the repo.
+        [`Pushed`]: the files of the repo with their sizes, and where they are.
 
     Raises:
-        ValueError: if it is neither, a file holds a token or an absolute path, or `private` is asked of a
-            public repo.
+        ValueError: if it is neither, weights do not fit their configuration, the card is not filled in, a file holds
+            what is private ([`refalign.privacy`]), or `private` is asked of a public repo.
     """
     check_repo_id(repo_id)
     folder = Path(folder)
     kind = "LoRA" if _is_lora(folder) else "pipeline"
     with tempfile.TemporaryDirectory() as temporary:
         stage = Path(temporary)
-        left_out = _copy_repo(folder, stage, link_weights=True)
-        complete = complete_lora_repo if kind == "LoRA" else complete_repo
-        complete(stage)
-        card = stage / "README.md"
-        card.write_text(card.read_text("utf-8").replace(REPO_PLACEHOLDER, repo_id), "utf-8")
-        check_nothing_private(stage)
-        names = sorted(file.relative_to(stage).as_posix() for file in _files_below(stage))
-        if left_out:
-            logger.warning("Not part of a %s, left out: %s", kind, ", ".join(left_out))
+        try:
+            _fill_stage(stage, folder, kind, repo_id)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(stage), str(folder))) from error
+        sizes = {file.relative_to(stage).as_posix(): file.stat().st_size for file in files_below(stage)}
+        api = HfApi(token=token)
+        visibility = f"{'private' if private else 'public'}, if it is new"
         if not dry_run:
-            api = HfApi(token=token)
             api.create_repo(repo_id, private=private, exist_ok=True)
-            if private and not api.repo_info(repo_id).private:
+            visibility = "private" if api.repo_info(repo_id).private else "public"
+            if private and visibility == "public":
                 raise ValueError(
                     f"{repo_id} exists and is public. Make it private on the Hub, or push without --private."
                 )
             api.upload_folder(repo_id=repo_id, folder_path=stage, commit_message=f"Upload RefAlign {kind}")
-    return names
+    return Pushed(sizes, f"{api.endpoint}/{repo_id}", visibility, dry_run)
+
+
+def _fill_stage(stage: Path, folder: Path, kind: str, repo_id: str) -> None:
+    """Makes what is to be pushed of a folder; ValueError if it may not."""
+    left_out = _copy_repo(folder, stage, link_weights=True)
+    if kind == "LoRA":
+        complete_lora_repo(stage)
+    else:
+        complete_repo(stage)
+    check_nothing_private(stage)
+    if kind == "pipeline":
+        _check_weights(stage)
+    _fill_in_repo(stage / "README.md", folder, repo_id)
+    if left_out:
+        logger.warning("Not part of a %s, left out: %s", kind, ", ".join(left_out))
+
+
+def _fill_in_repo(card: Path, folder: Path, repo_id: str) -> None:
+    """Puts the repo's name into the card; ValueError if it leaves other things to fill in."""
+    text = card.read_text("utf-8").replace(REPO_PLACEHOLDER, repo_id)
+    lines = [str(number) for number, line in enumerate(text.splitlines(), start=1) if UNKNOWN in line]
+    if lines and not (folder / "README.md").is_file():
+        raise ValueError(
+            f"{folder} has no README.md, and its licence and data are not known here. Write one; `refalign export "
+            f"--model {folder} --output NEW_FOLDER` makes one to fill in."
+        )
+    if lines:
+        raise ValueError(f"README.md says {UNKNOWN} in the lines {', '.join(lines)}: fill in what is true, then push.")
+    card.write_text(text, "utf-8")
+
+
+def _check_weights(folder: Path) -> None:
+    """Raises ValueError unless transformer and VAE have the very tensors that their configurations ask for."""
+    import torch
+    from diffusers import AutoencoderKLWan
+
+    from refalign.transformer_refalign_wan import RefAlignWanTransformer3DModel
+
+    for part, kind in (("transformer", RefAlignWanTransformer3DModel), ("vae", AutoencoderKLWan)):
+        if not (folder / part).is_dir():
+            continue
+        with torch.device("meta"):
+            model: Any = kind.from_config(_read_json(folder / part / "config.json"))
+        wanted = {(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
+        tensors = read_headers(find_safetensors(folder / part))
+        found = {(name, tensor.shape) for name, tensor in tensors.items()}
+        for what, names in (("lacks", wanted - found), ("should not have", found - wanted)):
+            if names:
+                name, shape = min(names)
+                raise ValueError(
+                    f"{folder / part} {what} {len(names)} tensors of its config.json, such as {name} {shape}. Was it "
+                    "saved with a LoRA loaded, or without all shards? Save it anew."
+                )
 
 
 def check_repo_id(repo_id: str) -> None:
     """Raises ValueError unless it is ORG/NAME."""
     if not HUB_ID.fullmatch(repo_id):
         raise ValueError(f"`repo_id` is {repo_id!r}, but must be ORG/NAME.")
-
-
-def check_nothing_private(folder: Path) -> None:
-    """Raises ValueError for a token or an absolute path in a repo's text files or weights' metadata, naming the file
-    and, of a token, only its beginning."""
-    for file in _files_below(folder):
-        if file.suffix in BINARY_SUFFIXES:
-            continue
-        name = file.relative_to(folder).as_posix()
-        if file.suffix == ".safetensors":
-            with open_safetensors(file) as opened:
-                text = "\n".join(_strings(opened.metadata()))
-        elif file.suffix == ".json":
-            text = "\n".join(_strings(read_json(file)))
-        else:
-            text = file.read_text("utf-8", errors="replace")
-        if found := SECRET.search(text):
-            raise ValueError(f"{name} holds what looks like a token ({found[0][:7]}...). Remove it before pushing.")
-        if file.name in ("tokenizer.json", "vocab.json"):  # vocabularies hold slashes of every kind, and no paths
-            continue
-        found = ABSOLUTE_PATH.search(text)
-        if file.suffix in (".json", ".safetensors"):
-            found = found or WHOLE_PATH.search(text)
-        if found:
-            raise ValueError(f"{name} holds a path of this machine ({found[0]}). Remove it before pushing.")
-
-
-def _files_below(folder: Path) -> list[Path]:
-    return sorted(filter(Path.is_file, folder.rglob("*")))
-
-
-def _strings(content: Any) -> Iterator[str]:
-    """All strings in a JSON value, keys too."""
-    if isinstance(content, dict):
-        content = [*content, *content.values()]
-    if isinstance(content, str):
-        yield content
-    elif isinstance(content, list):
-        for part in content:
-            yield from _strings(part)
 
 
 def model_card(config: dict[str, Any], card: str = "template") -> str:
@@ -237,7 +259,7 @@ def model_card(config: dict[str, Any], card: str = "template") -> str:
     if card != "template":
         return _card(card)
     base = BASES.get(config["num_layers"])
-    return fill_card(card, base=base, base_model=base, datasets=["BestWishYsh/OpenS2V-5M"])
+    return fill_card(card, base=base, base_model=base, datasets=None, licence=UNKNOWN, unknown=UNKNOWN)
 
 
 def fill_card(
@@ -331,19 +353,24 @@ def write_community_script(output: str | Path) -> Path:
 
 def _copy_repo(source: Path, target: Path, link_weights: bool = False) -> list[str]:
     """Copies what belongs to a pipeline, or to a LoRA, and returns the names of what does not."""
+    check_links(source)
     allowed, left_out = _allowed_files(source), []
-    for file in _files_below(source):
+    plain = {folder: plain_names(source / folder) for folder in allowed if (source / folder).is_dir()}
+    for file in files_below(source):
         name = file.relative_to(source)
-        patterns = allowed.get(name.parent.as_posix(), ())
-        is_hidden = file.name.startswith(".")
-        if is_hidden or not _matches(file.name, patterns) or _matches(file.name, TRAINING_STATE):
+        place = name.parent.as_posix()
+        names = plain.get(place, {})
+        is_variant = WEIGHTS_FILE.fullmatch(file.name) is not None and file.name not in names
+        is_allowed = _matches(file.name, allowed.get(place, ())) and not _matches(file.name, TRAINING_STATE)
+        if file.name.startswith(".") or is_variant or not is_allowed:
             left_out.append(name.as_posix())
             continue
-        (target / name).parent.mkdir(exist_ok=True)
+        copy = target / place / names.get(file.name, file.name)
+        copy.parent.mkdir(exist_ok=True)
         if link_weights and file.suffix == ".safetensors":
-            (target / name).symlink_to(file.resolve())
+            copy.symlink_to(file.resolve())
         else:
-            shutil.copyfile(file, target / name)
+            copy_plain(file, copy, names)
     return left_out
 
 
@@ -371,20 +398,7 @@ def _source(name: str) -> str:
     return (files("refalign") / f"{name}.py").read_text("utf-8")
 
 
-def _forget_local_name(file: Path) -> None:
-    """Removes where a model was once loaded from: it says nothing to others, and is often a path."""
-    content = _read_json(file)
-    if isinstance(content, dict) and content.keys() & {"_name_or_path", "name_or_path"}:
-        content.pop("_name_or_path", None)
-        content.pop("name_or_path", None)
-        _write_json(file, content)
-
-
 def _read_json(file: Path) -> Any:
     if not file.is_file():
         raise ValueError(f"{file.parent} is not a pipeline folder: it has no {file.name}.")
     return read_json(file)
-
-
-def _write_json(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")

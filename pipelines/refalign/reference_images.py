@@ -188,7 +188,7 @@ def _reading(name: str) -> Iterator[None]:
             raise ValueError(f"{name} has more pixels than are safe to decode: {error} Scale it down.") from error
         reason = error
         if isinstance(error, UnidentifiedImageError):
-            reason = f"its format is none of {', '.join(FORMATS)}"
+            reason = f"the format is unknown, none of {', '.join(FORMATS)}"
         raise ValueError(f"{name} cannot be read: {reason}. Pass an intact image, such as a PNG or JPEG.") from error
 
 

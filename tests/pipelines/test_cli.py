@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -453,8 +454,10 @@ def test_export_without_enough_to_do_says_so(words, capsys):
     assert "--community FILE" in capsys.readouterr().err
 
 
-def test_push_dry_run_lists_files(repo_folder, capsys):
-    assert main(["push", str(repo_folder), "--repo", "org/name", "--dry-run"]) == 0
+def test_push_dry_run_lists_files(repo_folder, tmp_path, capsys):
+    folder = shutil.copytree(repo_folder, tmp_path / "repo")
+    (folder / "README.md").write_text("# Mine\n", "utf-8")
+    assert main(["push", str(folder), "--repo", "org/name", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "transformer/transformer_refalign_wan.py" in out and "Would push" in out
 

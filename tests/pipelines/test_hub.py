@@ -15,15 +15,18 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
+import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from huggingface_hub import ModelCard
-from PIL import Image
+from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
 from refalign import RefAlignWanPipeline, RefAlignWanTransformer3DModel, cli, hub
-from refalign.convert import export_native
+from refalign.convert import convert, export_native
 from tests.mock_hub import MockHub
 from tests.tiny_pipeline import tiny_transformer, tiny_wan_pipeline
 
@@ -100,6 +103,12 @@ for name, repo in (("folder", f"{folder}/repo"), ("Hub", "org/refalign"), ("expo
 model = AutoModel.from_pretrained(f"{folder}/repo/transformer", **trusted)
 results["door 3, the transformer's own folder"] = velocity(model)
 wan = DiffusionPipeline.from_pretrained(str(folder / "wan"), **community)
+for door, pipeline in (("door 1", local), ("door 5", wan)):
+    saved, end = folder / f"saved by {door}", " plain Wan folder" * (door == "door 5")
+    pipeline.save_pretrained(saved)
+    results[f"door 1, saved by {door}{end}"] = from_embeds(DiffusionPipeline.from_pretrained(saved, **trusted))
+    AutoModel.from_pretrained(str(saved), subfolder="transformer", **trusted)
+local.push_to_hub("tester/by-diffusers")
 results["door 5, plain Wan folder"] = from_embeds(wan)
 results["door 5, plain Wan folder, images"] = from_images(wan)
 results["door 5, plain Wan on the Hub"] = from_embeds(DiffusionPipeline.from_pretrained("org/wan", **community))
@@ -119,6 +128,10 @@ from refalign import RefAlignWanPipeline, RefAlignWanTransformer3DModel
     + """
 results["door 2, Hub"] = from_embeds(RefAlignWanPipeline.from_pretrained("org/refalign"))
 results["door 2, pushed"] = from_embeds(RefAlignWanPipeline.from_pretrained("tester/model"))
+results["door 2, pushed by diffusers"] = from_embeds(RefAlignWanPipeline.from_pretrained("tester/by-diffusers"))
+results["door 2, saved by door 1"] = from_embeds(RefAlignWanPipeline.from_pretrained(folder / "saved by door 1"))
+end = "saved by door 5 plain Wan folder"
+results[f"door 2, {end}"] = from_embeds(RefAlignWanPipeline.from_pretrained(folder / "saved by door 5"))
 results["door 2, pushed plain Wan"] = from_embeds(RefAlignWanPipeline.from_pretrained("tester/wan"))
 model = RefAlignWanTransformer3DModel.from_single_file(
     "https://huggingface.co/org/native/blob/main/native.safetensors", config="org/refalign", subfolder="transformer"
@@ -147,6 +160,16 @@ print(json.dumps(notes))
 def digests(folder: Path) -> dict[str, str]:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     return {file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+OWN_CARD = "---\nlicense: mit\n---\n\n# My own card\n"
+
+
+def fill_in_card(folder: Path) -> Path:
+    """Fills in what the template of a card leaves to the user."""
+    card = folder / "README.md"
+    card.write_text(card.read_text("utf-8").replace(hub.UNKNOWN, "mit"), "utf-8")
+    return folder
 
 
 def edit_json(file: Path, **changes) -> None:
@@ -266,14 +289,15 @@ def work(tmp_path_factory, repo_folder, wan_folder, converted, tensors) -> Path:
     """Every folder that the children open."""
     work = tmp_path_factory.mktemp("hub")
     save_file(tensors, work / "inputs.safetensors")
-    shutil.copytree(repo_folder, work / "repo")
+    fill_in_card(shutil.copytree(repo_folder, work / "repo"))
     shutil.copytree(wan_folder, work / "wan")
+    (work / "wan/README.md").write_text(OWN_CARD, "utf-8")
     hub.export_repo(converted, work / "object")
     shutil.copytree(repo_folder, work / "hub/org/refalign")
     shutil.copytree(wan_folder, work / "hub/org/wan")
     export_native(repo_folder, work / "hub/org/native/native.safetensors")
 
-    shutil.copytree(repo_folder, work / "trained")
+    shutil.copytree(work / "repo", work / "trained")
     for name in JUNK:
         (work / "trained" / name).parent.mkdir(parents=True, exist_ok=True)
         (work / "trained" / name).write_text(json.dumps({"secret": SECRET}), "utf-8")
@@ -281,8 +305,7 @@ def work(tmp_path_factory, repo_folder, wan_folder, converted, tensors) -> Path:
     Image.new("RGB", (8, 8)).save(work / "trained/assets/teaser.png")
     edit_json(work / "trained/text_encoder/config.json", _name_or_path="/home/me/umt5")
     edit_json(work / "trained/transformer/config.json", _name_or_path="/home/me/runs/7")
-    shutil.copytree(wan_folder, work / "carded")
-    (work / "carded/README.md").write_text("---\nlicense: mit\n---\n\n# My own card\n", "utf-8")
+    shutil.copytree(work / "wan", work / "carded")
     shutil.copytree(repo_folder, work / "leaking")
     (work / "leaking/README.md").write_text(f"Log in with {SECRET}.\n", "utf-8")
     return work
@@ -370,6 +393,8 @@ def test_nothing_of_the_package_was_imported(without_package):
         "door 1, pushed",
         "door 1, pushed plain Wan",
         "door 1, exported object",
+        "door 1, saved by door 1",
+        "door 1, saved by door 5 plain Wan folder",
         "door 3, folder",
         "door 3, Hub",
         "door 3, exported object",
@@ -487,7 +512,7 @@ def test_a_repo_on_the_hub_is_exported_as_one_native_file(pushes, work):
 
 
 def test_a_plain_wan_repo_on_the_hub_is_exported_as_a_repo_with_all_doors(pushes, work, tmp_path):
-    assert digests(work / "exported") == digests(hub.export_repo(work / "wan", tmp_path / "exported"))
+    assert digests(work / "exported") == digests(hub.export_repo(work / "hub/org/wan", tmp_path / "exported"))
 
 
 # Push
@@ -503,9 +528,12 @@ def test_only_what_belongs_to_a_pipeline_is_pushed(pushes, mock_hub, work):
 
 
 def test_the_command_lists_what_it_pushed(pushes, mock_hub):
-    *names, summary = pushes["public"]["out"].splitlines()
-    assert names == sorted(mock_hub.uploads["tester/model"])
-    assert summary == f"Pushed {len(names)} files to tester/model."
+    *lines, summary = pushes["public"]["out"].splitlines()
+    uploads = mock_hub.uploads["tester/model"]
+    assert lines == [f"{len(uploads[name]) / 1e6:12,.3f} MB  {name}" for name in sorted(uploads)]
+    total = sum(map(len, uploads.values())) / 1e6
+    url = f"{mock_hub.url}/tester/model"
+    assert summary == f"Pushed {len(lines)} files, {total:,.3f} MB, to {url} (public)."
 
 
 def test_a_push_leaves_the_folder_as_it_was(pushes):
@@ -561,16 +589,16 @@ def test_a_dry_run_makes_no_request_and_says_every_file(work, tmp_path):
             capture_output=True,
             text=True,
         )
-    *names, summary = child.stdout.splitlines()
+    *lines, summary = child.stdout.splitlines()
     assert empty_hub.requests == []
-    assert names == sorted([*digests(work / "repo"), "assets/teaser.png"])
-    assert summary == f"Would push {len(names)} files to tester/model."
+    assert [line.split("  ")[-1] for line in lines] == sorted([*digests(work / "repo"), "assets/teaser.png"])
+    assert summary.startswith(f"Would push {len(lines)} files, ") and summary.endswith(" (public, if it is new).")
 
 
 @pytest.fixture
 def folder(repo_folder, tmp_path) -> Path:
     """A repo folder to put something into that must not be pushed. (A push would raise another error: no network.)"""
-    return shutil.copytree(repo_folder, tmp_path / "repo")
+    return fill_in_card(shutil.copytree(repo_folder, tmp_path / "repo"))
 
 
 def put_into_weights(file: Path, text: str) -> None:
@@ -588,7 +616,7 @@ def put_into_text(file: Path, text: str) -> None:
 def test_the_folder_of_the_next_tests_would_be_pushed(folder):
     put_into_config(folder / "vae/config.json", "hf_")
     put_into_text(folder / "README.md", "1/2 and/or https://example.com/home/me/data or reference_images/woman.png")
-    assert "README.md" in hub.push(folder, "tester/model", dry_run=True)
+    assert "README.md" in hub.push(folder, "tester/model", dry_run=True).sizes
 
 
 @pytest.mark.parametrize(
@@ -633,11 +661,234 @@ def test_a_path_of_this_machine_is_refused_by_file(put, name, path, folder):
         hub.push(folder, "tester/model")
 
 
-def test_truncated_weights_are_refused_by_file(folder):
-    file = folder / "vae/diffusion_pytorch_model.safetensors"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match=file.name):
+SECRETS = {
+    "a key": "-----BEGIN OPENSSH PRIVATE KEY-----",
+    "GitLab": "glpat-" + "a1B2" * 5,
+    "Google": "AIza" + "a1B2c" * 7,
+    "Slack": "xoxb-" + "123456789012",
+    "npm": "npm_" + "a1B2c3" * 6,
+    "a web token": "eyJ" + "hbGciOiJIUzI1" + ".eyJ" + "zdWIiOiIxMjM0" + "." + "SflKxwRJSMeKKF2Q",
+    "a URL's user": "https://me:" + "pass@example.com",
+}
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_keys_and_tokens_of_other_services_are_refused(name, folder):
+    put_into_text(folder / "README.md", SECRETS[name])
+    with pytest.raises(ValueError, match=r"^README\.md holds what looks like a token") as error:
         hub.push(folder, "tester/model")
+    assert SECRETS[name] not in str(error.value)
+
+
+def write_picture(file: Path, **options) -> None:
+    file.parent.mkdir(exist_ok=True)
+    Image.new("RGB", (8, 8)).save(file, **options)
+
+
+def write_video(file: Path, **tags: str) -> None:
+    file.parent.mkdir(exist_ok=True)
+    with av.open(str(file), "w") as container:
+        container.metadata.update(tags)
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 16, 16, "yuv420p"
+        frame = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), "rgb24")
+        container.mux([*stream.encode(frame), *stream.encode()])
+
+
+def text_of_png(text: str) -> PngInfo:
+    info = PngInfo()
+    info.add_text("workflow", text)
+    return info
+
+
+def exif_of(tag: int, value: object) -> Image.Exif:
+    exif = Image.Exif()
+    exif[tag] = value
+    return exif
+
+
+def exif_with_place() -> Image.Exif:
+    exif = Image.Exif()
+    exif.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitudeRef] = "N"
+    return exif
+
+
+def test_pictures_and_videos_without_a_trace_are_pushed(folder):
+    write_picture(folder / "assets/a.png", pnginfo=text_of_png("a woman and/or her dog"))
+    write_picture(folder / "assets/b.jpg", exif=exif_of(ExifTags.Base.Software, "an editor"))
+    write_video(folder / "assets/c.mp4", comment="a walk")
+    assert {"assets/a.png", "assets/b.jpg", "assets/c.mp4"} < hub.push(folder, "a/b", dry_run=True).sizes.keys()
+
+
+def test_a_path_in_the_text_of_a_png_is_refused(folder):
+    write_picture(folder / "assets/a.png", pnginfo=text_of_png('{"ckpt": "/home/me/models/x.ckpt"}'))
+    with pytest.raises(ValueError, match=r"^assets/a\.png holds a path of this machine \(/home/me/models/x"):
+        hub.push(folder, "tester/model")
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.webp", "a.png"])
+def test_a_path_in_exif_is_refused(name, folder):
+    write_picture(folder / "assets" / name, exif=exif_of(ExifTags.Base.ImageDescription, "/home/me/woman.png"))
+    with pytest.raises(ValueError, match=f"^assets/{name} holds a path"):
+        hub.push(folder, "tester/model")
+
+
+def test_the_place_where_a_picture_was_taken_is_refused(folder):
+    write_picture(folder / "assets/a.jpg", exif=exif_with_place())
+    with pytest.raises(ValueError, match=r"^assets/a\.jpg says where it was taken"):
+        hub.push(folder, "tester/model")
+
+
+def test_a_path_in_the_metadata_of_a_video_is_refused(folder):
+    write_video(folder / "assets/a.mp4", comment="/home/me/runs/7")
+    with pytest.raises(ValueError, match=r"^assets/a\.mp4 holds a path of this machine \(/home/me/runs/7"):
+        hub.push(folder, "tester/model")
+
+
+def test_half_a_video_is_refused(folder):
+    write_video(folder / "assets/a.mp4")
+    (folder / "assets/a.mp4").write_bytes((folder / "assets/a.mp4").read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"^assets/a\.mp4 cannot be read"):
+        hub.push(folder, "tester/model")
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "assets/a.png", "vae"])
+def test_a_link_out_of_the_folder_is_refused_by_push_and_export(name, folder, tmp_path):
+    target = tmp_path / "elsewhere"
+    if name == "vae":
+        shutil.move(folder / name, target)
+    else:
+        target.write_text("private")
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).symlink_to(target)
+    for write in (hub.push, hub.export_repo):
+        with pytest.raises(ValueError, match=f"{name} is a link to .*elsewhere, outside the folder"):
+            write(folder, str(tmp_path / "new") if write is hub.export_repo else "tester/model")
+
+
+def test_a_snapshot_in_the_hubs_cache_can_be_pushed_and_exported(folder, tmp_path):
+    snapshot, blobs = tmp_path / "models--a--b/snapshots/abc", tmp_path / "models--a--b/blobs"
+    blobs.mkdir(parents=True)
+    for number, name in enumerate(digests(folder)):
+        shutil.copyfile(folder / name, blobs / str(number))
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(blobs / str(number))
+    assert hub.push(snapshot, "tester/model", dry_run=True).sizes.keys() == digests(folder).keys()
+    assert digests(hub.export_repo(snapshot, tmp_path / "copy")) == digests(folder)
+
+
+@pytest.mark.parametrize("part", ["vae", "transformer"])
+def test_truncated_weights_are_refused_by_file(part, folder):
+    file = folder / part / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=re.escape(str(file))):
+        hub.push(folder, "tester/model")
+
+
+@pytest.mark.parametrize("part", ["vae", "transformer"])
+def test_weights_of_other_names_or_shapes_than_the_models_are_refused(part, folder):
+    file = folder / part / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    name = min(tensors)
+    save_file(tensors | {f"{name}.lora_A": tensors[name].clone()}, file)
+    with pytest.raises(ValueError, match=rf"{part} should not have 1 tensors .* such as {name}\.lora_A"):
+        hub.push(folder, "tester/model")
+    save_file(tensors | {name: tensors[name][None].contiguous()}, file)
+    with pytest.raises(ValueError, match=rf"{part} lacks 1 tensors .* such as {name} "):
+        hub.push(folder, "tester/model")
+
+
+def test_a_card_that_is_not_filled_in_is_refused(repo_folder):
+    with pytest.raises(ValueError, match=rf"README\.md says {hub.UNKNOWN} in the lines 3, \d+, \d+: fill in"):
+        hub.push(repo_folder, "tester/model", dry_run=True)
+
+
+def test_a_folder_without_a_card_is_refused(wan_folder):
+    with pytest.raises(ValueError, match=r"wan has no README\.md, .* makes one to fill in"):
+        hub.push(wan_folder, "tester/model", dry_run=True)
+
+
+# Saved by diffusers' own way
+
+
+def test_a_saved_pipeline_is_the_repo_that_export_writes(converted, work, tmp_path):
+    converted.save_pretrained(tmp_path / "saved")
+    assert digests(tmp_path / "saved") == {
+        name: digest for name, digest in digests(work / "object").items() if name != "README.md"
+    }
+
+
+def test_a_pipeline_is_not_saved_as_a_pickle(converted, tmp_path):
+    with pytest.raises(ValueError, match="safe_serialization"):
+        converted.save_pretrained(tmp_path / "saved", safe_serialization=False)
+
+
+STATES = {
+    "active": (),
+    "disabled": ("disable_lora",),
+    "fused": ("fuse_lora",),
+    "deleted": (("delete_adapters", "first"),),
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_pipeline_with_a_lora_is_not_saved_until_it_is_unloaded(state, pipeline, lora_folder, tmp_path):
+    pipeline.load_lora_weights(lora_folder / "first", adapter_name="first")
+    for call in STATES[state]:
+        name, *arguments = (call,) if isinstance(call, str) else call
+        getattr(pipeline, name)(*arguments)
+    with pytest.raises(ValueError, match=r"The transformer has a LoRA's layers.*`unload_lora_weights\(\)`"):
+        pipeline.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    pipeline.unload_lora_weights()
+    pipeline.save_pretrained(tmp_path / "saved")
+    hub.push(fill_in_card(hub.export_repo(tmp_path / "saved", tmp_path / "repo")), "tester/model", dry_run=True)
+
+
+# Variants
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory, plain) -> Path:
+    """Plain Wan saved as fp16 alone, in shards, and in both ways; and without."""
+    folder, wan = tmp_path_factory.mktemp("variants"), tiny_wan_pipeline()
+    wan.save_pretrained(folder / "whole", variant="fp16")
+    wan.save_pretrained(folder / "sharded", variant="fp16", max_shard_size="20KB")
+    wan.save_pretrained(folder / "both")
+    wan.save_pretrained(folder / "both", variant="fp16")
+    return folder
+
+
+@pytest.mark.parametrize("name", ["whole", "sharded", "both"])
+def test_weights_of_a_variant_are_exported_under_plain_names_once(name, variants, plain, tensors, tmp_path):
+    hub.export_repo(variants / name, tmp_path / "repo")
+    files = digests(tmp_path / "repo")
+    assert [file for file in files if "fp16" in file] == []
+    assert len([file for file in files if file.startswith("vae/diffusion")]) == (3 if name == "sharded" else 1)
+    pipeline = RefAlignWanPipeline.from_pretrained(tmp_path / "repo")
+    torch.testing.assert_close(from_embeds(pipeline, tensors), from_embeds(plain, tensors), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["whole", "sharded", "both"])
+def test_weights_of_a_variant_of_the_base_are_converted_under_plain_names_once(name, variants, native_file, tmp_path):
+    convert(native_file, variants / name, tmp_path / "repo")
+    assert [file for file in digests(tmp_path / "repo") if "fp16" in file] == []
+    assert RefAlignWanPipeline.from_pretrained(tmp_path / "repo").vae is not None
+
+
+def test_several_variants_and_none_without_are_refused(variants, tmp_path):
+    folder = shutil.copytree(variants / "whole", tmp_path / "wan")
+    weights = folder / "vae/diffusion_pytorch_model.fp16.safetensors"
+    shutil.copyfile(weights, weights.with_name("diffusion_pytorch_model.bf16.safetensors"))
+    with pytest.raises(ValueError, match="vae has weights in the variants bf16, fp16, but none without"):
+        hub.export_repo(folder, tmp_path / "repo")
+
+
+def test_a_missing_shard_of_a_variant_is_told(variants, tmp_path):
+    folder = shutil.copytree(variants / "sharded", tmp_path / "wan")
+    next((folder / "vae").glob("*-00001-of-*")).unlink()
+    with pytest.raises(ValueError, match="names shards that are missing"):
+        hub.export_repo(folder, tmp_path / "repo")
 
 
 @pytest.mark.parametrize("repo_id", ["model", "a/b/c", "tester/", "https://huggingface.co/tester/model"])
@@ -682,16 +933,35 @@ def python_blocks(card: ModelCard) -> list[str]:
         ("library_name", ["diffusers"]),
         ("base_model", ["Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffusers"]),
         ("base_model_relation", ["finetune"]),
-        ("license", ["mit", "apache-2.0"]),
+        ("license", ["mit", hub.UNKNOWN]),
     ],
 )
 def test_a_cards_front_matter_has(field, values, card):
     assert card.data.to_dict()[field] in values
 
 
-@pytest.mark.parametrize(("field", "value"), [("datasets", "BestWishYsh/OpenS2V-5M"), ("tags", "refalign")])
-def test_a_cards_front_matter_lists(field, value, card):
-    assert value in card.data.to_dict()[field]
+def test_a_cards_front_matter_lists_its_tags(card):
+    assert "refalign" in card.data.to_dict()["tags"]
+
+
+@pytest.mark.parametrize(("name", "known"), [("refalign-1.3b", True), ("refalign-14b", True), ("template", False)])
+def test_a_card_names_the_data_and_the_licence_of_known_weights_alone(name, known):
+    card = ModelCard(hub.model_card({"num_layers": 30}, name))
+    assert ("BestWishYsh/OpenS2V-5M" in (card.data.to_dict().get("datasets") or ())) is known
+    assert (hub.UNKNOWN not in card.content) is known
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "card"),
+    [
+        ("gudaochangsheng/RefAlign-14B", "refalign-14b"),
+        ("/cache/models--gudaochangsheng--RefAlign-1.3B/snapshots/abc/model.safetensors", "refalign-1.3b"),
+        ("someone/RefAlign-14B", None),
+        ("RefAlign-14B", None),
+    ],
+)
+def test_a_release_is_recognised_by_its_name_on_the_hub(checkpoint, card):
+    assert hub.find_release(checkpoint) == card
 
 
 @pytest.mark.parametrize(

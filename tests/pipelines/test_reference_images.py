@@ -422,7 +422,7 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage
 
 def test_a_format_for_which_pil_starts_a_program_is_refused(tmp_path):
     (tmp_path / "photo.png").write_bytes(EPS)
-    with pytest.raises(ValueError, match=r"photo\.png cannot be read: its format is none of PNG, JPEG"):
+    with pytest.raises(ValueError, match=r"photo\.png cannot be read: the format is unknown, none of PNG, JPEG"):
         load_reference_image(tmp_path / "photo.png")
 
 

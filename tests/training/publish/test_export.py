@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import tyro
@@ -18,7 +19,7 @@ from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from refalign import RefAlignWanPipeline, RefAlignWanTransformer3DModel, hub
+from refalign import RefAlignWanPipeline, RefAlignWanTransformer3DModel, hub, write_video
 from refalign.generate import Generate
 from refalign_training.method.alignment import ReferenceAlignment
 from refalign_training.publish import export
@@ -81,8 +82,11 @@ def write_run(folder: Path, tensors: dict, options: RunCommand, **changes) -> Pa
     for step in (400, 600):
         sample = folder / f"samples/step-{step:08d}/clip.mp4"
         sample.parent.mkdir(parents=True)
-        sample.write_bytes(f"video of {step}".encode())
+        write_video(np.full((5, 16, 16, 3), step % 256, np.uint8), sample)
         Image.new("RGB", (8, 8)).save(sample.with_suffix(".png"))
+        half = sample.with_name(".clip.mp4.x1") / "clip.mp4"  # as a killed validation leaves it
+        half.parent.mkdir()
+        half.write_bytes(sample.read_bytes()[:100])
     return folder
 
 
@@ -126,14 +130,14 @@ def full_run(tmp_path_factory, wan_folder, full_model) -> Path:
 @pytest.fixture(scope="session")
 def lora_export(tmp_path_factory, lora_run) -> Path:
     output = tmp_path_factory.mktemp("exports") / "lora"
-    assert export.run(ExportCommand(lora_run, output)) == 0
+    assert export.run(ExportCommand(lora_run, output, sample=True)) == 0
     return output
 
 
 @pytest.fixture(scope="session")
 def full_export(tmp_path_factory, full_run) -> Path:
     output = tmp_path_factory.mktemp("exports") / "full"
-    assert export.run(ExportCommand(full_run, output, dtype="float32")) == 0
+    assert export.run(ExportCommand(full_run, output, dtype="float32", sample=True)) == 0
     return output
 
 
@@ -154,6 +158,7 @@ def read_card(folder: Path) -> ModelCard:
 
 ASSETS = {"assets/loss.png", "assets/sample.mp4", "assets/sample.png"}
 LORA_FILES = {"README.md", "pipeline.py", "projectors.safetensors", "pytorch_lora_weights.safetensors", *ASSETS}
+PUSHED_FILES = LORA_FILES - {"assets/sample.mp4", "assets/sample.png"}
 
 
 def test_a_lora_folder_holds_exactly_this(lora_export):
@@ -243,7 +248,7 @@ def test_mixed_weights_load_in_bfloat16_as_they_are(half_export, full_model):
 
 
 def test_without_native_there_is_none(half_export, full_export):
-    assert names(full_export) - names(half_export) == {"refalign-native.safetensors"}
+    assert names(full_export) - names(half_export) - ASSETS == {"refalign-native.safetensors"}
     assert "ComfyUI" in read_card(full_export).text and "ComfyUI" not in read_card(half_export).text
 
 
@@ -395,8 +400,21 @@ def test_a_card_that_a_run_fills_is_none_to_choose():
         hub.model_card({"num_layers": 30}, "trained")
 
 
-def test_the_sample_is_the_last_one_up_to_the_checkpoint(lora_export):
-    assert (lora_export / "assets/sample.mp4").read_bytes() == b"video of 400"
+def test_the_sample_is_the_last_whole_one_up_to_the_checkpoint(lora_export, lora_run):
+    sample = (lora_run / "samples/step-00000400/clip.mp4").read_bytes()
+    assert (lora_export / "assets/sample.mp4").read_bytes() == sample
+
+
+def test_a_sample_is_published_only_if_it_is_asked_for(run_copy):
+    card = exported_card(run_copy)
+    assert "assets/loss.png" in card.text and "assets/sample" not in card.text
+
+
+def test_a_damaged_sample_is_not_published(run_copy):
+    sample = run_copy / "samples/step-00000400/clip.mp4"
+    sample.write_bytes(sample.read_bytes()[:300])
+    with pytest.raises(ValueError, match=r"^assets/sample\.mp4 cannot be read"):
+        exported_card(run_copy, sample=True)
 
 
 @pytest.mark.parametrize("export_folder", ["lora_export", "full_export"])
@@ -416,7 +434,7 @@ def test_a_checkpoint_without_its_run_is_exported_without_pictures(lora_run, tmp
 def test_the_front_matter_of_a_local_base(export_folder, relation, request):
     tags = ["refalign", "reference-to-video", "subject-to-video", "wan", *(["lora"] if relation == "adapter" else [])]
     assert read_card(request.getfixturevalue(export_folder)).data.to_dict() == {
-        "license": "apache-2.0",
+        "license": hub.UNKNOWN,
         "library_name": "diffusers",
         "pipeline_tag": "image-to-video",
         "datasets": ["BestWishYsh/OpenS2V-5M"],
@@ -428,6 +446,7 @@ def test_the_front_matter_names_a_base_of_the_hub(run_copy):
     card = exported_card(run_copy, base="Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
     assert card.data.base_model == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     assert card.data.to_dict()["base_model_relation"] == "adapter"
+    assert card.data.license == "apache-2.0"
 
 
 def test_the_front_matter_names_only_datasets_of_the_hub(run_copy):
@@ -438,6 +457,38 @@ def test_the_front_matter_names_only_datasets_of_the_hub(run_copy):
 
 def test_the_licence_can_be_told(run_copy):
     assert exported_card(run_copy, licence="cc-by-nc-4.0").data.license == "cc-by-nc-4.0"
+
+
+def test_a_card_without_a_licence_is_not_pushed(run_copy, tmp_path):
+    export.run(ExportCommand(run_copy, tmp_path / "out"))
+    with pytest.raises(ValueError, match=rf"README\.md says {hub.UNKNOWN} in the lines"):
+        hub.push(tmp_path / "out", "tester/lora", dry_run=True)
+
+
+NASTY = 'my `<img src=x>` | "$(touch x)"'
+
+
+@pytest.mark.parametrize("option", ["model.start", "model.revision", "data.teacher", "dataset.name", "model.base"])
+def test_names_of_a_run_cannot_write_into_its_card(option, run_copy):
+    changes = {"dataset__name": NASTY} if option == "dataset.name" else {f"options__{option}": NASTY}
+    change_state(run_copy, **changes)
+    text = exported_card(run_copy).text
+    words = re.sub(r"```.+?```|`[^`\n]*`", "", text, flags=re.DOTALL)  # code says nothing to Markdown
+    assert "`my '<img src=x>' " in text and "<img" not in words
+
+
+def test_versions_of_a_run_cannot_write_into_its_card(run_copy):
+    change_state(run_copy, versions__torch="1.0 <script>[x](http://example.com)`")
+    assert row(exported_card(run_copy), "Made with").endswith(r"torch 1.0 \<script\>\[x\](http://example.com)\`")
+
+
+@pytest.mark.parametrize("name", ['it"s', "a$(touch x)b", "a\nb"])
+def test_code_in_a_card_names_a_base_of_any_name_and_does_nothing_else(name, run_copy, wan_folder, tmp_path):
+    base = shutil.copytree(wan_folder, tmp_path / name)
+    card = exported_card(run_copy, base=str(base))
+    assert f"from_pretrained({name!r}, " in " ".join(map(ast.unparse, calls(card)))
+    (command,) = re.findall(r"```bash\n(.+?)```", card.text, re.DOTALL)
+    assert shlex.split(command.replace("\\\n", ""))[3] == name.replace("\n", r"\n")
 
 
 def test_the_licence_is_the_bases(run_copy, wan_folder, tmp_path):
@@ -561,9 +612,9 @@ def pushed(mock_hub, lora_run, full_run, wan_folder, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pushed")
     shutil.copytree(wan_folder, mock_hub.root / "org/wan")
     commands = [
-        ExportCommand(lora_run, folder / "dry", push="tester/dry", dry_run=True),
-        ExportCommand(lora_run, folder / "lora", push="tester/lora", private=True),
-        ExportCommand(full_run, folder / "full", push="tester/full", base="org/wan"),
+        ExportCommand(lora_run, folder / "dry", push="tester/dry", dry_run=True, licence="mit"),
+        ExportCommand(lora_run, folder / "lora", push="tester/lora", private=True, licence="mit"),
+        ExportCommand(full_run, folder / "full", push="tester/full", base="org/wan", licence="mit"),
     ]
     commands = [{k: str(v) if isinstance(v, Path) else v for k, v in vars(command).items()} for command in commands]
     (folder / "told.txt").write_text(run_child(mock_hub, folder / "home", CHILD, json.dumps(commands)), "utf-8")
@@ -571,7 +622,7 @@ def pushed(mock_hub, lora_run, full_run, wan_folder, tmp_path_factory) -> Path:
 
 
 def test_a_lora_is_pushed_with_exactly_its_files(pushed, mock_hub):
-    assert mock_hub.uploads["tester/lora"].keys() == LORA_FILES
+    assert mock_hub.uploads["tester/lora"].keys() == PUSHED_FILES
 
 
 def test_a_pipeline_is_pushed_with_its_native_file(pushed, mock_hub):
@@ -596,8 +647,10 @@ def test_a_pushed_card_names_its_repo(repo, pushed, mock_hub):
 
 def test_a_dry_run_tells_the_files_and_pushes_nothing(pushed, mock_hub):
     told = (pushed / "told.txt").read_text("utf-8").splitlines()
-    end = told.index(f"Would push {len(LORA_FILES)} files to tester/dry.")
-    assert set(told[1:end]) == LORA_FILES and not (mock_hub.root / "tester/dry").exists()
+    (end,) = [number for number, line in enumerate(told) if line.startswith("Would push ") and "tester/dry" in line]
+    assert {line.split("  ")[-1] for line in told[1:end]} == PUSHED_FILES and not (
+        mock_hub.root / "tester/dry"
+    ).exists()
 
 
 def test_a_pushed_lora_works_without_the_package(pushed, mock_hub, wan_folder, inputs, tmp_path):
@@ -612,7 +665,9 @@ def test_only_what_belongs_to_a_lora_is_pushed(lora_export, tmp_path):
     folder = shutil.copytree(lora_export, tmp_path / "lora")
     for name in ("optimizer.safetensors", "notes.txt", "run.py", ".env", "adapter_model.bin"):
         (folder / name).write_text("mine", "utf-8")
-    assert set(hub.push(folder, "tester/lora", dry_run=True)) == LORA_FILES
+    card = folder / "README.md"
+    card.write_text(card.read_text("utf-8").replace(hub.UNKNOWN, "mit"), "utf-8")
+    assert hub.push(folder, "tester/lora", dry_run=True).sizes.keys() == LORA_FILES
 
 
 def test_a_lora_without_a_card_is_not_pushed(lora_export, tmp_path):

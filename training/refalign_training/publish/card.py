@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +14,8 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from refalign.files import HUB_ID
-from refalign.hub import NATIVE, PROJECTORS, fill_card
+from refalign.hub import NATIVE, PROJECTORS, UNKNOWN, fill_card
+from refalign.privacy import shown
 from refalign_training.run.log import METRICS_FILE, read_metrics
 
 
@@ -22,7 +24,7 @@ logger = logging.getLogger(__name__)
 # Formats of datasets that are on the Hub
 DATASETS = {"opens2v": "BestWishYsh/OpenS2V-5M", "phantom": "ZhuoweiChen/phantom-data-Koala36M"}
 CURVE, SAMPLE, SAMPLE_PICTURE = "assets/loss.png", "assets/sample.mp4", "assets/sample.png"
-SHOWN = re.compile(r"(loss|validation)(/[^/]+)?")  # metrics in the card's table
+SHOWN = re.compile(r"(loss|validation)(/[\w.-]+)?")  # metrics in the card's table
 
 
 def write_card(
@@ -35,6 +37,7 @@ def write_card(
     weights: str,
     licence: str | None = None,
     datasets: Sequence[str] = (),
+    shows_sample: bool = False,
 ) -> None:
     """
     Writes `README.md` and `assets/` into a folder that holds exported weights.
@@ -47,6 +50,7 @@ def write_card(
         weights (`str`): which of the run's weights these are, in words.
         licence (`str`, *optional*): the Hub's name for it; by default the base's.
         datasets (`Sequence[str]`): Hub ids; by default what the run knows.
+        shows_sample (`bool`): whether to publish the last validation sample, with the references it was made from.
     """
     options, name = state["options"], state["dataset"]["name"]
     is_lora = options["training"] == "lora"
@@ -55,8 +59,10 @@ def write_card(
     if not datasets and name in DATASETS and options["data.cache"] is None:
         datasets = [DATASETS[name]]
     named = ", ".join(f"[{dataset}](https://huggingface.co/datasets/{dataset})" for dataset in datasets)
+    dataset = named or code(public_name(name))
     losses = write_curve(run / METRICS_FILE, state["step"], folder / CURVE)
     num_frames, height, width = _sizes(state)[0]
+    rows = training_facts(state, _linked(base), dataset, weights)
     text = fill_card(
         "trained_lora" if is_lora else "trained",
         base_model=base if is_hub_id(base) else None,
@@ -65,14 +71,15 @@ def write_card(
         relation="adapter" if is_lora else "finetune",
         tags=("lora",) if is_lora else (),
         base=_linked(base),
-        base_source=public_name(base),
-        start=options["model.start"] and public_name(options["model.start"]),
-        steps=state["step"],
-        rows=training_facts(state, _linked(base), named or f"`{public_name(name)}`", weights),
+        base_in_python=json.dumps(public_name(base), ensure_ascii=False),
+        base_in_shell=shlex.quote(shown(public_name(base))),
+        start=options["model.start"] and code(public_name(options["model.start"])),
+        steps=int(state["step"]),
+        rows=rows,
         aligned=options["alignment.weight"] > 0,
         losses=losses,
         curve=CURVE if (folder / CURVE).is_file() else None,
-        sample=write_sample(run / "samples", state["step"], folder),
+        sample=write_sample(run / "samples", state["step"], folder) if shows_sample else None,
         native=NATIVE if (folder / NATIVE).is_file() else None,
         projectors=PROJECTORS if (folder / PROJECTORS).is_file() else None,
         height=height,
@@ -97,21 +104,32 @@ def public_name(name: str) -> str:
 
 def _linked(name: str) -> str:
     name = public_name(name)
-    return f"[{name}](https://huggingface.co/{name})" if is_hub_id(name) else f"`{name}`"
+    return f"[{name}](https://huggingface.co/{name})" if is_hub_id(name) else code(name)
+
+
+def code(text: str) -> str:
+    """A text as a code span of Markdown, in which nothing means anything."""
+    return "`" + shown(text).replace("`", "'") + "`"
+
+
+def plain(text: str) -> str:
+    """A text in which nothing of Markdown or HTML means anything."""
+    return re.sub(r"([\\`<>\[\]])", r"\\\1", shown(text))
 
 
 def _base_licence(base: str, folder: Path | None) -> str:
-    """What the base's own card says, else Wan's."""
+    """What the base's own card says, or Wan's; else it is left to the user."""
     file = folder and folder / "README.md"
     if file and file.is_file():
-        licence = ModelCard(file.read_text("utf-8"), ignore_metadata_errors=True).data.get("license")
+        licence = ModelCard(file.read_text("utf-8"), ignore_metadata_errors=True).data.to_dict().get("license")
         if isinstance(licence, str):
             return licence
     if not is_hub_id(base):
         logger.warning("The card names the base %s, a folder here. Pass --base ORG/NAME.", public_name(base))
-    if not base.startswith("Wan-AI/"):
-        logger.warning("The licence of %s is not known: the card says Wan's, apache-2.0. Else pass --licence.", base)
-    return "apache-2.0"
+    if is_hub_id(base) and base.startswith("Wan-AI/"):
+        return "apache-2.0"
+    logger.warning("The licence of %s is not known: the card says %s. Pass --licence.", public_name(base), UNKNOWN)
+    return UNKNOWN
 
 
 # -- What the run was ---------------------------------------------------------------------------------------------
@@ -119,13 +137,16 @@ def _base_licence(base: str, folder: Path | None) -> str:
 
 def training_facts(state: Mapping[str, Any], base: str, dataset: str, weights: str) -> list[tuple[str, str]]:
     """The rows of the card's table: names and values in Markdown."""
-    o = state["options"]
+    given = state["options"]
+    o = {name: plain(value) if isinstance(value, str) else value for name, value in given.items()}
+    revision, start = given["model.revision"], given["model.start"]
+    versions = [f"{plain(name)} {plain(version)}" for name, version in state["versions"].items()]
     seen, count = state["samples"], state["dataset"]["samples"]
     videos = [f"{width}x{height}, {frames} frames" for frames, height, width in _sizes(state)]
     dropped = (o["objective.no_text"], o["objective.no_references"], o["objective.neither"])
     rows = [
-        ("Base", f"{base}, revision `{o['model.revision']}`" if o["model.revision"] else base),
-        ("Started from", f"`{public_name(o['model.start'])}`" if o["model.start"] else ""),
+        ("Base", f"{base}, revision {code(revision)}" if revision else base),
+        ("Started from", code(public_name(start)) if start else ""),
         ("Trained", _trained(o)),
         ("Weights", weights),
         ("Dataset", f"{dataset}, {count:,} samples"),
@@ -134,10 +155,10 @@ def training_facts(state: Mapping[str, Any], base: str, dataset: str, weights: s
         ("Optimiser", _optimiser(o)),
         ("Timesteps", f"`{o['objective.timesteps']}`"),
         ("Dropped", "{:.0%} text, {:.0%} references, {:.0%} both".format(*dropped)),
-        ("Reference alignment", _alignment(o, state["dataset"].get("teacher") or o["data.teacher"])),
+        ("Reference alignment", _alignment(o, state["dataset"].get("teacher") or given["data.teacher"])),
         ("Precision", f"{o['model.precision']}; trained weights float32"),
         ("Seed", str(o["seed"])),
-        ("Made with", ", ".join(f"{name} {version}" for name, version in state["versions"].items())),
+        ("Made with", ", ".join(versions)),
     ]
     return [(name, " ".join(value.split()).replace("|", r"\|")) for name, value in rows if value]
 
@@ -194,7 +215,7 @@ def _sizes(state: Mapping[str, Any]) -> list[list[int]]:
     """Frames, height and width of the videos."""
     o = state["options"]
     of_recipe = [o["data.recipe.num_frames"], o["data.recipe.height"], o["data.recipe.width"]]
-    return state["dataset"].get("sizes", [of_recipe])
+    return [list(map(int, size)) for size in state["dataset"].get("sizes", [of_recipe])]
 
 
 # -- Pictures -----------------------------------------------------------------------------------------------------
@@ -222,7 +243,8 @@ def write_sample(samples: Path, step: int, folder: Path) -> str | None:
     videos: list[Path] = []
     for path in sorted(samples.glob("step-[0-9]*")):
         if int(path.name[5:]) <= step:
-            videos += sorted(path.rglob("*.mp4"))[:1]
+            whole = (file for file in path.rglob("*.mp4") if "/." not in file.as_posix().removeprefix(path.as_posix()))
+            videos += sorted(whole)[:1]
     if not videos:
         return None
     (folder / "assets").mkdir(exist_ok=True)

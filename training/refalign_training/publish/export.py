@@ -46,6 +46,8 @@ class ExportCommand:
     """The licence, as the Hub names it, such as cc-by-nc-4.0. By default it is the base's."""
     datasets: tuple[str, ...] = ()
     """The Hub ids of the datasets that were trained on, if the run does not know them."""
+    sample: bool = False
+    """Show the last validation sample in the model card: others then see it, and the references it was made from."""
     push: str | None = None
     """Push the folder to this repo on the Hub, ORG/NAME. It is made if it does not exist."""
     private: bool = False
@@ -71,15 +73,14 @@ def run(command: ExportCommand) -> int:
     export(command)
     print(f"Wrote {command.output}. Read its README.md before you publish it.")
     if command.push is not None:
-        names = hub.push(command.output, command.push, command.private, command.dry_run)
-        print("\n".join(names))
-        print(f"{'Would push' if command.dry_run else 'Pushed'} {len(names)} files to {command.push}.")
+        print(hub.push(command.output, command.push, command.private, command.dry_run))
     return 0
 
 
 def export(command: ExportCommand) -> None:
     """Writes the folder; ValueError as in [`run`]."""
-    from refalign.hub import PROJECTORS, check_nothing_private
+    from refalign.hub import PROJECTORS
+    from refalign.privacy import check_nothing_private
     from refalign_training.publish.card import write_card
     from refalign_training.run.checkpoint import find_checkpoint, read_projectors, read_state, read_weights
 
@@ -99,15 +100,18 @@ def export(command: ExportCommand) -> None:
             _write_pipeline(folder, read_weights(checkpoint, average), base_folder, command)
         if projectors := read_projectors(checkpoint):
             _save(projectors, folder / PROJECTORS)
+        weights = f"moving average, decay {options['optimizer.ema_decay']:g}" if average else "of the last step"
+        run_folder = checkpoint.parent.parent
         write_card(
             folder,
-            checkpoint.parent.parent,
+            run_folder,
             state,
             base=base,
             base_folder=base_folder,
-            weights=f"moving average, decay {options['optimizer.ema_decay']:g}" if average else "of the last step",
+            weights=weights,
             licence=command.licence,
             datasets=command.datasets,
+            shows_sample=command.sample,
         )
         check_nothing_private(folder)
 

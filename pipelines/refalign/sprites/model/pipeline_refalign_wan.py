@@ -5,12 +5,15 @@ A Hub repo carries this file at its root, with `reference_images.py` and `transf
 
 import importlib
 import inspect
+import json
 import logging
 import math
 import numbers
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -722,6 +725,43 @@ class RefAlignWanPipeline(WanPipeline):
             kwargs.setdefault("transformer", transformer)
         return super().from_pipe(pipeline, **kwargs)  # pyright: ignore[reportReturnType] (typed as any pipeline)
 
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Saves the pipeline as diffusers' own does, with the code and entries by which it opens again, with and without
+        the package `refalign`. `push_to_hub` pushes what is so saved.
+
+        Raises:
+            ValueError: if a LoRA is loaded, or another format than safetensors is asked for.
+        """
+        # diffusers/pipelines/pipeline_utils.py: writes no code, and a LoRA's layers as if they were the model's own
+        if not safe_serialization:
+            raise ValueError("`safe_serialization=False` writes files that run code when opened. Leave it out.")
+        self._check_part("transformer")
+        self._check_no_lora()
+        names = ("repo_id", "commit_message", "private", "token", "create_pr")
+        hub = {name: kwargs.pop(name) for name in names if name in kwargs}
+        super().save_pretrained(save_directory, variant=variant, max_shard_size=max_shard_size, **kwargs)
+        write_code(Path(save_directory))
+        if push_to_hub:
+            self.push_to_hub(**{"repo_id": Path(save_directory).name, "variant": variant, **hub})
+
+    def _check_no_lora(self) -> None:
+        for name, part in self.components.items():
+            modules = part.named_modules() if isinstance(part, torch.nn.Module) else ()
+            if any(module.endswith(".base_layer") for module, _ in modules):
+                raise ValueError(
+                    f"The {name} has a LoRA's layers, which would be saved as its own. Call `unload_lora_weights()` "
+                    "to save it without, or `fuse_lora()` and then `unload_lora_weights()` to save it with the LoRA."
+                )
+
     def _forget_broken_call(self) -> None:
         # diffusers/models/cache_utils.py: a call that was broken off leaves its cache behind, and only this removes it
         if hasattr(self.transformer, "_reset_stateful_cache"):
@@ -736,6 +776,48 @@ def _is_installed_package(module: str) -> bool:
 if _is_installed_package(__name__):
     # diffusers/pipelines/pipeline_loading_utils.py: a Hub repo may name parts of a package only if it is entered here
     LOADABLE_CLASSES["refalign"] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}
+
+
+# -- A saved pipeline as a Hub repo -----------------------------------------------------------------------------------
+
+
+def write_code(folder: Path) -> None:
+    """
+    Makes a folder as diffusers saves it one that opens with and without the package `refalign`: this code goes in, and
+    entries that name it. Where its parts were once loaded from is forgotten.
+    """
+    auto_map = {"AutoModel": "transformer_refalign_wan.RefAlignWanTransformer3DModel"}
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    for name in ("boundary_ratio", "expand_timesteps", "transformer_2"):  # Wan 2.2's, in every Wan pipeline
+        index.pop(name, None)
+    index["_class_name"] = ["pipeline_refalign_wan", "RefAlignWanPipeline"]
+    index["transformer"] = ["transformer_refalign_wan", "RefAlignWanTransformer3DModel"]
+    _write_json(folder / "model_index.json", index | {"auto_map": auto_map})
+    config = json.loads((folder / "transformer/config.json").read_text("utf-8"))
+    config["_class_name"] = "RefAlignWanTransformer3DModel"
+    _write_json(folder / "transformer/config.json", config | {"auto_map": auto_map})
+    # Of the community script, which is one file, each of the three is a copy
+    for name, part in _CODE.items():
+        source = Path(str(sys.modules[part.__module__].__file__)).read_text("utf-8")
+        (folder / f"{name}.py").write_text(source, "utf-8")
+        if name == "transformer_refalign_wan":
+            (folder / f"transformer/{name}.py").write_text(source, "utf-8")
+    for file in folder.rglob("*.json"):
+        content = json.loads(file.read_text("utf-8"))
+        if isinstance(content, dict) and content.keys() & {"_name_or_path", "name_or_path"}:
+            kept = {key: value for key, value in content.items() if key not in ("_name_or_path", "name_or_path")}
+            _write_json(file, kept)
+
+
+_CODE = {
+    "reference_images": prepare_reference_image,
+    "transformer_refalign_wan": RefAlignWanTransformer3DModel,
+    "pipeline_refalign_wan": RefAlignWanPipeline,
+}
+
+
+def _write_json(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 # -- Checks, and what belongs together --------------------------------------------------------------------------------
