@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import arg
 
 from refalign.sprites import FOLDER
 
@@ -30,13 +32,13 @@ class Generate:
     folder of shards or a Hub id. Without --model, the tiny one of drawn figures in this package is taken."""
     prompt: str | None = None
     """A description of what happens in the video."""
-    reference: tuple[str, ...] = ()
+    reference: Annotated[tuple[str, ...], arg(aliases=["--references"])] = ()
     """The images of the subjects and of the place, as paths or URLs. Without any, the prompt alone makes the video."""
     output: Path | None = None
     """The mp4 file to write."""
     batch: Path | None = None
-    """A JSONL file that describes many videos. Each line is an object with prompt, reference, output and any of the
-    settings from height to cut_out."""
+    """A JSONL file that describes many videos. Each line is an object with prompt, references, output and any of
+    the settings from height to cut_out."""
     base: str | None = None
     """The Wan 2.1 pipeline, as a folder or a Hub id, whose VAE, text encoder and tokenizer complete a native
     checkpoint."""
@@ -82,7 +84,8 @@ class Generate:
 # What a line of a batch may set, each with its type
 JOB_SETTINGS: dict[str, type | tuple[type, ...]] = {
     "prompt": str,
-    "reference": (str, list),
+    "references": (str, list),
+    "reference": (str, list),  # the same
     "output": str,
     "height": int,
     "width": int,
@@ -157,10 +160,10 @@ def _run_batch(command: Generate, jobs: list[Job]) -> int:
 def _generate_all(pipeline: "RefAlignWanPipeline", jobs: list[Job]) -> list[Job]:
     """Makes the videos that can be made, and returns the jobs of the others."""
     failed: list[Job] = []
-    for job in jobs:
+    for number, job in enumerate(jobs, 1):
         try:
             with _owned(job):
-                _generate_one(pipeline, job, _prepare(job.command))
+                _generate_one(pipeline, job, _prepare(job.command), place=f"{number} of {len(jobs)}: ")
         except Exception as error:  # whatever it is, it must not end the others
             _tell_failed(job, error, failed)
     return failed
@@ -239,8 +242,10 @@ def _read_line(name: str, line: str) -> dict[str, Any]:
         is_bool = isinstance(value, bool) and key != "cut_out"  # which Python takes for a number
         if is_bool or not isinstance(value, JOB_SETTINGS[key]):
             raise ValueError(f"{name}: {key} is {json.dumps(value)}, of a wrong type.")
-    if "reference" in job:
-        job["reference"] = _as_tuple(job["reference"])
+    if "references" in job and "reference" in job:
+        raise ValueError(f"{name} has both references and reference, which are the same. Leave one out.")
+    if references := job.keys() & {"references", "reference"}:
+        job["reference"] = _as_tuple(job.pop(references.pop()))
     if "cut_out" in job:
         job["cut_out"] = tuple(str(word).lower() for word in _as_tuple(job["cut_out"]))  # JSON's true is True
     if "output" in job:
@@ -334,22 +339,28 @@ def _read_settings(command: Generate) -> dict[str, Any]:
 # -- One video --------------------------------------------------------------------------------------------------------
 
 
-def _generate_one(pipeline: "RefAlignWanPipeline", job: Job, arguments: dict[str, Any]) -> None:
+def _generate_one(pipeline: "RefAlignWanPipeline", job: Job, arguments: dict[str, Any], place: str = "") -> None:
+    """`place` says which one of a batch it is."""
     import torch
+    from tqdm import tqdm
 
     from refalign.files import new_file
+    from refalign.progress import showing_stages
     from refalign.video import write_video
 
     pipeline.check_inputs(**arguments)
-    print(f"{job.output}: {_plan(arguments)}", flush=True)
+    print(f"{place}{job.output}: {_plan(arguments)}", flush=True)
     command = job.command
     may_replace = command.overwrite or command.batch is not None
     for path, image in zip(job.previews, arguments["reference_images"] or (), strict=False):
         with new_file(path, overwrite=may_replace) as file:
             image.save(file)
     generator = torch.Generator().manual_seed(command.seed)
-    frames = pipeline(**arguments, generator=generator, output_type="pil", return_dict=False)[0][0]
-    write_video(frames, job.output, settings=_settings(command), overwrite=command.overwrite)
+    pipeline.set_progress_bar_config(desc="Denoising")
+    with showing_stages(pipeline, arguments):
+        frames = pipeline(**arguments, generator=generator, output_type="pil", return_dict=False)[0][0]
+    with tqdm(frames, desc="Writing") as written:
+        write_video(written, job.output, settings=_settings(command), overwrite=command.overwrite)
     print(f"Wrote {job.output}", flush=True)
 
 

@@ -479,7 +479,8 @@ class RefAlignWanPipeline(WanPipeline):
             >>> import torch
             >>> from refalign import RefAlignWanPipeline, write_video
 
-            >>> pipe = RefAlignWanPipeline.from_pretrained("ORG/NAME", dtype=torch.bfloat16).to("cuda")
+            >>> dtypes = {"default": torch.bfloat16, "vae": torch.float32}
+            >>> pipe = RefAlignWanPipeline.from_pretrained("ORG/NAME", dtype=dtypes).to("cuda")
             >>> video = pipe("A woman walks her dog on a beach.", reference_images=["woman.png", "dog.png"]).frames[0]
             >>> write_video(video, "walk.mp4")
             ```

@@ -1,5 +1,6 @@
 """Videos in and out of mp4 files, by PyAV."""
 
+import itertools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -27,7 +28,7 @@ def write_video(
 
     Args:
         frames (`Iterable`): frames of one even size: PIL images, or arrays `(height, width, 3)` as uint8 or as floats
-            in 0..1.
+            in 0..1. They are taken one by one, as they are written.
         output (`str` or `Path`): where to write.
         fps (`int`, defaults to 16): frames per second.
         settings (`Mapping`, *optional*): kept as JSON in the file's `comment`; [`read_settings`] reads them.
@@ -37,16 +38,17 @@ def write_video(
         ValueError: if there are no frames, their sizes differ or are odd, `fps` is not positive, or `output` exists
             and `overwrite` is false.
     """
-    frames = [_to_uint8(frame) for frame in frames]
-    if not frames or fps < 1:
-        raise ValueError(
-            f"There are {len(frames)} frames at {fps} per second to write to {output}; both must be 1 or more."
-        )
-    height, width = frames[0].shape[:2]
+    output = Path(output)
+    if output.exists() and not overwrite:
+        raise ValueError(f"{output} exists already. Name another output, or call write_video(..., overwrite=True).")
+    arrays = map(_to_uint8, frames)
+    first = next(arrays, None)
+    if first is None or fps < 1:
+        count = 0 if first is None else "some"
+        raise ValueError(f"There are {count} frames at {fps} per second to write to {output}; both must be 1 or more.")
+    height, width, _ = first.shape
     if height % 2 or width % 2:
         raise ValueError(f"Frames are {width}x{height}, but H.264 needs even sides.")
-    if different := {frame.shape for frame in frames if frame.shape != (height, width, 3)}:
-        raise ValueError(f"All frames must be ({height}, {width}, 3), but there are {sorted(different)}.")
     to_mp4 = {"format": "mp4", "options": {"movflags": "+faststart"}}
     with new_file(output, overwrite=overwrite) as file, av.open(str(file), "w", **to_mp4) as container:
         if settings is not None:
@@ -54,17 +56,19 @@ def write_video(
         # With more threads, equal frames give other files more often
         stream = container.add_stream("libx264", rate=fps, options={"crf": "17", "threads": "1"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for frame in frames:
+        for number, frame in enumerate(itertools.chain([first], arrays)):
+            if frame.shape != first.shape:
+                raise ValueError(f"All frames must be {first.shape}, but frame {number} is {frame.shape}.")
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-    return Path(output)
+    return output
 
 
 def _to_uint8(frame: Image.Image | np.ndarray) -> np.ndarray:
     values = np.asarray(frame.convert("RGB") if isinstance(frame, Image.Image) else frame)
     if values.dtype.kind == "f":
         values = np.rint(values.clip(0, 1) * 255).astype(np.uint8)
-    if values.dtype != np.uint8 or values.ndim != 3:
+    if values.dtype != np.uint8 or values.ndim != 3 or values.shape[2] != 3:
         raise ValueError(f"A frame is {values.dtype} of shape {values.shape}; it must be uint8 (height, width, 3).")
     return values
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -63,6 +64,7 @@ def frames(monkeypatch) -> list[np.ndarray]:
     write = video.write_video
 
     def keep(images, *args, **kwargs):
+        images = list(images)
         seen.append(np.stack(images).astype(int))
         return write(images, *args, **kwargs)
 
@@ -365,6 +367,33 @@ def batch(repo_folder, tmp_path):
     return run
 
 
+def test_references_may_be_called_reference_and_the_other_way_round(batch, generate, frames, tmp_path, images):
+    lines = [
+        {"prompt": "a", key: images[0], "output": str(tmp_path / f"{key}.mp4")} for key in ("reference", "references")
+    ]
+    assert batch(*lines) == 0
+    assert generate("--references", images[0], prompt="a", reference=[]) == 0
+    assert_same(frames[0], frames[1])
+    assert_same(frames[0], frames[2])
+
+
+def test_a_batch_tells_which_of_how_many_it_makes(batch, tmp_path, capsys):
+    lines = [{"prompt": "a", "output": str(tmp_path / f"{i}.mp4")} for i in range(2)]
+    assert batch(*lines) == 0
+    told = capsys.readouterr().out
+    assert f"1 of 2: {tmp_path / '0.mp4'}: " in told and f"2 of 2: {tmp_path / '1.mp4'}: " in told
+
+
+def test_each_stage_of_a_video_is_shown_as_progress(generate, capsys, images):
+    assert generate(reference=images[:2]) == 0
+    told = capsys.readouterr().err
+    stages = {"Encoding references": 2, "Encoding text": 2, "Denoising": 1, "Decoding": 2, "Writing": 5}
+    counts = {name: re.findall(rf"{name}: 100%\|[^|]*\| (\d+)/\d+ ", told) for name in stages}
+    assert counts == {name: [str(count)] for name, count in stages.items()}
+    places = [told.index(f"{name}: 100%") for name in stages]
+    assert places == sorted(places)
+
+
 def test_a_batch_makes_each_line_with_its_own_settings(batch, tmp_path, images):
     first = {"prompt": "a", "reference": images[0], "output": str(tmp_path / "a.mp4"), "num_frames": 9, "seed": 4}
     second = {"prompt": "b", "reference": images, "output": str(tmp_path / "b.mp4"), "cut_out": [False, "auto", False]}
@@ -414,13 +443,14 @@ def test_a_batch_run_again_passes_over_what_exists(batch, tmp_path, capsys):
         ([{"prompt": "a", "output": "a.mp4", "seed": True}], "seed is true"),
         ([{"prompt": "a", "output": "a.mp4", "seed": 1.5}], "seed is 1.5"),
         ([{"prompt": "a", "output": "a.mp4", "reference": None}], "reference is null"),
+        ([{"prompt": "a", "output": "a.mp4", "reference": "b", "references": "b"}], "both references and reference"),
         ([{"prompt": "a", "output": "a.mp4", "reference": [1]}], "references are paths or URLs"),
         (["[" * 100_000], "jobs.jsonl:1 is not JSON"),
         ([{"prompt": "a", "output": "a.mp4"}] * 2, "same output more than once: a.mp4"),
         ([{"prompt": "a", "output": "a.mp4", "cut_out": "maybe"}], "cut_out is maybe"),
         ([""], "has no lines"),
     ],
-    ids=range(15),
+    ids=range(16),
 )
 def test_a_batch_is_checked_before_a_model_is_loaded(batch, capsys, monkeypatch, lines, message):
     monkeypatch.setattr(RefAlignWanPipeline, "from_pretrained", None)

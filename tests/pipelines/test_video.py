@@ -1,5 +1,7 @@
 """mp4 files: what was written is what is read, and a file is whole or not there."""
 
+import weakref
+
 import av
 import numpy as np
 import pytest
@@ -35,6 +37,22 @@ def test_the_pipelines_floats_and_images_are_taken(tmp_path):
     floats = read_video(write_video(video.astype(np.float32) / 255, tmp_path / "floats.mp4"))
     images = read_video(write_video(map(Image.fromarray, video), tmp_path / "images.mp4"))
     assert np.abs(floats.astype(int) - video).mean() < 3 and np.abs(images.astype(int) - video).mean() < 3
+
+
+def test_frames_are_taken_one_by_one(tmp_path):
+    """So that a bar around them shows how far the writing is."""
+    taken, most = [], 0
+
+    def frames():
+        nonlocal most
+        for array in moving_square(20):
+            frame = Image.fromarray(array)
+            taken.append(weakref.ref(frame))
+            most = max(most, sum(reference() is not None for reference in taken))
+            yield frame
+
+    write_video(frames(), tmp_path / "a.mp4")
+    assert most < 5
 
 
 def test_settings_come_back(tmp_path):
@@ -74,7 +92,7 @@ def test_what_cannot_be_written_is_said(tmp_path, video, message):
 def test_an_existing_file_is_kept_unless_told(tmp_path):
     output = write_video(moving_square(), tmp_path / "a.mp4")
     before = output.read_bytes()
-    with pytest.raises(ValueError, match="exists already"):
+    with pytest.raises(ValueError, match=r"exists already\..* write_video\(\.\.\., overwrite=True\)"):
         write_video(moving_square(5), output)
     assert output.read_bytes() == before
     assert len(read_video(write_video(moving_square(5), output, overwrite=True))) == 5

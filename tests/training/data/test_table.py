@@ -49,6 +49,16 @@ def test_json_lines(tmp_path):
     assert sample.clip.stride == 25 / 16  # real time
 
 
+def test_the_column_may_be_called_reference(tmp_path):
+    row = {"reference" if name == "references" else name: value for name, value in ROW.items()}
+    expected, _ = parts(read_table([jsonl(tmp_path, ROW)]))
+    assert parts(read_table([jsonl(tmp_path, row)]))[0] == expected
+    written = table(tmp_path, "video,prompt,reference\nclips/a.mp4,A cat.,refs/a.png|refs/b.jpg\n")
+    assert views(*parts(read_table([written]))[0]) == views(*expected)
+    _, (fault,) = parts(read_table([jsonl(tmp_path, ROW | row)]))
+    assert "both references and reference" in fault.detail
+
+
 def test_paths_start_from_the_root(tmp_path):
     (sample,), _ = parts(read_table([jsonl(tmp_path, ROW)], root=Path("/data")))
     assert sample.clip.path == Path("/data/clips/a.mp4") and views(sample)[0] == Path("/data/refs/a.png")

@@ -58,7 +58,7 @@ def _connect(address: str) -> tuple[Any, dict[str, Any]]:
         import ray
         import ray.data
     except ImportError as error:
-        raise ValueError(f"--ray needs Ray ({error}). Install it: pip install 'refalign[train,ray]'.") from None
+        raise ValueError(f'--ray needs Ray ({error}). Install it: pip install "ray[data]".') from None
     try:
         where = None if address == "auto" else address
         ray.init(where, ignore_reinit_error=True, logging_level=logging.WARNING, log_to_driver=False)

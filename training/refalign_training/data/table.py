@@ -1,8 +1,9 @@
 """Your own data: tables (JSON lines, CSV, parquet), and a plain folder.
 
-A table has the columns `video`, `prompt` and `references` (the images' paths), and may have `id`, `subjects` (a text
-for each reference), `start` and `end` (frames of the video; the end is one behind the last). Other columns of numbers
-become scores. In CSV, `references` and `subjects` are written with `|` between their items, or as a JSON list.
+A table has the columns `video`, `prompt` and `references` (or `reference`: the images' paths), and may have `id`,
+`subjects` (a text for each reference), `start` and `end` (frames of the video; the end is one behind the last). Other
+columns of numbers become scores. In CSV, `references` and `subjects` are written with `|` between their items, or as a
+JSON list.
 
 A folder has `clip.mp4` with `clip.txt` and `clip.ref0.png`, `clip.ref1.jpg`, ... beside it.
 """
@@ -21,7 +22,7 @@ from refalign_training.data.sample import Clip, Fault, Place, Reference, Sample,
 
 
 _COLUMNS = ("video", "prompt", "references")
-_LISTS = ("references", "subjects")
+_LISTS = ("references", "reference", "subjects")
 _TEXTS = ("video", "prompt", "id")
 _OWN = (*_LISTS, *_TEXTS, "start", "end")
 _VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
@@ -66,6 +67,8 @@ def _sample(record: Record, place: Place, root: Path | None, rule: SelectionRule
     row = fields.mapping(decode(value) if isinstance(value, str) else value, "a row")
     video = fields.path_inside(root, fields.required(row, "video", fields.text))
     place.sample_id = _id(row, video.relative_to(root))
+    if "reference" in row:
+        row = _with_references(row)
     start = 0 if row.get("start") is None else fields.integer(row["start"], "start")
     end = None if row.get("end") is None else fields.integer(row["end"], "end")
     if end is not None and start >= end:
@@ -80,6 +83,13 @@ def _sample(record: Record, place: Place, root: Path | None, rule: SelectionRule
     scores = _scores(row, place) | {"references": float(len(references))}
     clip = Clip(video, start, end, stride=REAL_TIME)
     return Sample(place.sample_id, prompts, clip, references, place.source, place.row, scores)
+
+
+def _with_references(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with its `reference` named as the others are."""
+    if row.get("references"):
+        raise Unusable("field", "there are both references and reference, which are the same")
+    return {**row, "references": row["reference"]}
 
 
 def _id(row: Mapping[str, Any], video: Path) -> str:
@@ -131,7 +141,8 @@ def _check_table(path: Path) -> None:
         columns = _csv_header(_csv_lines(path))
     elif suffix == ".parquet":
         columns = parquet_columns(path)  # None: a Fault when it is read
-    if columns is not None and not set(_COLUMNS) <= set(columns):
+    named = {"references" if column == "reference" else column for column in columns or ()}
+    if columns is not None and not set(_COLUMNS) <= named:
         raise ValueError(f"{path} has the columns {shorten(columns)}; it must have {', '.join(_COLUMNS)}.")
 
 

@@ -433,7 +433,7 @@ def _background_session() -> tuple[Any, Any]:
         rembg = importlib.import_module("rembg")  # not `import`: diffusers takes those for requirements of the repo
     except (ImportError, SystemExit) as error:  # rembg exits the interpreter when onnxruntime is missing
         raise ImportError(
-            'Cutting out a reference that has no transparency needs rembg: `pip install "refalign[background]"`, '
+            'Cutting out a reference that has no transparency needs rembg: `pip install "rembg[cpu]"`, '
             "pass an image with an alpha channel, or pass `cut_out=False`."
         ) from error
     return rembg, rembg.new_session(BACKGROUND_MODEL)
@@ -460,7 +460,7 @@ def _has_background_model() -> bool:
 def _say_background_is_kept() -> None:
     logger.info(
         "References without transparency keep their background: BiRefNet is not on this machine. To have it cut "
-        'out: `pip install "refalign[background]"`, and say so of each reference (`cut_out`).'
+        'out: `pip install "rembg[cpu]"`, and say so of each reference (`cut_out`).'
     )
 
 
@@ -500,7 +500,7 @@ def prepare_reference_image(image: ReferenceImage, height: int, width: int, cut_
         cut_out (`bool` or `"auto"`, *optional*, defaults to `"auto"`):
             Whether to put the subject on white. Where some pixel is transparent, the image's own alpha is the mask,
             whatever is chosen. Otherwise `True` removes the background with BiRefNet (`pip install
-            "refalign[background]"`; rembg downloads the model, 1 GB, at its first use); `False` leaves the image
+            "rembg[cpu]"`; rembg downloads the model, 1 GB, at its first use); `False` leaves the image
             whole, as a place wants it; `"auto"` removes the background only if BiRefNet is already on this machine,
             downloading nothing, and finds a subject on 2% to 85% of the image.
 
