@@ -1,10 +1,12 @@
-"""`refalign-train check | cache | run | export | sprites`: training from the command line.
+"""`refalign-train init | check | cache | run | export | sprites`: training from the command line.
 
 Nothing heavy is imported before the command line is understood, so that `--help` answers at once.
 """
 
 import sys
 from typing import Any
+
+import tyro
 
 from refalign.command_line import Command, Program
 from refalign_training import cache
@@ -15,8 +17,10 @@ from refalign_training.data import check
 from refalign_training.data.check import Check
 from refalign_training.publish import export
 from refalign_training.publish.export import ExportCommand
+from refalign_training.run import init
 from refalign_training.run.config import RunCommand
-from refalign_training.run.config_files import read_command
+from refalign_training.run.config_files import cache_of, check_of, read_command, taking
+from refalign_training.run.init import InitCommand
 from refalign_training.sprites import command as sprites
 from refalign_training.sprites.recipe import SpritesCommand
 
@@ -31,20 +35,25 @@ def _read_run(_: type, args: list[str], **told: Any) -> RunCommand:
     return read_command(args, **told)
 
 
+def _export_of(command: RunCommand) -> ExportCommand:
+    return ExportCommand(checkpoint=command.output, output=tyro.MISSING)
+
+
 PROGRAM = Program(
     "refalign-train",
     "Train RefAlign, or adapters of it: check a dataset, cache what is computed once, train, export.",
     {
-        "check": Command(Check, check.run, "--data folder --videos CLIPS --preview preview"),
+        "init": Command(InitCommand, init.run, "CLIPS --gpu-memory 24"),
+        "check": Command(Check, check.run, "--data folder --videos CLIPS --preview preview", taking(check_of)),
         "cache": Command(
             CacheCommand,
             cache.run,
             "--data folder --videos CLIPS --output cache/mine --model Wan-AI/Wan2.1-T2V-1.3B-Diffusers "
             "--teacher facebook/dinov3-vitb16-pretrain-lvd1689m",
-            read_cache,
+            taking(cache_of, otherwise=read_cache),
         ),
         "run": Command(RunCommand, _train, "--config lora-1.3b --output runs/lora --steps 2000", _read_run),
-        "export": Command(ExportCommand, export.run, "runs/lora --output my-lora"),
+        "export": Command(ExportCommand, export.run, "runs/lora --output my-lora", taking(_export_of)),
         "sprites": Command(SpritesCommand, sprites.run, "--output sprites"),
     },
     errors=(InvalidOption, ValueError, OSError, ImportError),

@@ -444,7 +444,6 @@ def test_the_defaults_pass():
             "validation.prompts, prompt 1: the reference nowhere.png does not exist.",
         ),
         ({"data__cache": None}, "Pass either data.cache"),
-        ({"data__source__data": "folder"}, "are both set"),
         ({"data__teacher": "t"}, "data.teacher goes with a dataset"),
         ({"data__cache": None, "data__source__data": "folder"}, "data.teacher must name"),
         (
@@ -492,6 +491,10 @@ def test_values_that_cannot_be_meant_are_refused(changes, told):
     assert told in str(error.value)
 
 
+def test_a_cache_may_stand_beside_what_it_is_made_of():
+    check(cached(data__source__data="folder", data__teacher="t", validation__cache=Path("other")))
+
+
 def test_without_alignment_no_teacher_is_needed():
     check(cached(data__cache=None, data__source__data="folder", alignment__weight=0.0))
 
@@ -507,7 +510,8 @@ def comments(path: Path) -> str:
 
 def test_all_recipes_are_there():
     sizes, kinds = ("1.3b", "14b"), ("refalign-{}-stage1", "refalign-{}-stage2", "lora-{}")
-    assert {path.stem for path in RECIPES} == {kind.format(size) for size in sizes for kind in kinds}
+    both = {kind.format(size) for size in sizes for kind in kinds}
+    assert {path.stem for path in RECIPES} == both | {"lora-1.3b-few-clips"}
 
 
 def test_the_recipe_of_the_small_world_is_understood_and_passes_the_checks():

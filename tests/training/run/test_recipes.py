@@ -30,8 +30,8 @@ def first_stage(training_world, tmp_path_factory) -> Path:
     return output
 
 
-def test_all_six_are_there():
-    assert len(RECIPES) == 6
+def test_all_seven_are_there():
+    assert len(RECIPES) == 7
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

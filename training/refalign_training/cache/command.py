@@ -19,7 +19,7 @@ from refalign_training.data.source import Dataset, check_source
 
 Family = Literal["video", "references", "text", "teacher"]
 Dtype = Literal["float32", "bfloat16", "float16"]
-FAMILIES: tuple[str, ...] = get_args(Family)
+FAMILIES: tuple[Family, ...] = get_args(Family)
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,9 @@ class CacheCommand:
     """The dataset."""
     recipe: Annotated[Recipe, OmitArgPrefixes] = field(default_factory=Recipe)
     """How pixels are made of the dataset."""
+    config: Path | None = None
+    """A YAML file of `refalign-train run`, or the name of a recipe, for the dataset, the models and the output. The
+    command line overrides it."""
     model: str | None = None
     """The Wan 2.1 or RefAlign pipeline, a folder or Hub id, whose VAE and text encoder are used."""
     revision: str | None = None
@@ -71,7 +74,18 @@ class CacheCommand:
 
 
 OPTIONS = "options.json"
-_OF_THE_CALL = {"output", "device", "workers", "ray", "allow_changes", "retry_failed", "status", "verify", "prune"}
+_OF_THE_CALL = {
+    "config",
+    "output",
+    "device",
+    "workers",
+    "ray",
+    "allow_changes",
+    "retry_failed",
+    "status",
+    "verify",
+    "prune",
+}
 
 
 def write_options(command: CacheCommand, path: Path) -> None:

@@ -60,6 +60,9 @@ class Check:
     """The dataset. Without --videos, opens2v and phantom are read, but no video is opened."""
     recipe: Annotated[Recipe, OmitArgPrefixes] = field(default_factory=Recipe)
     """How pixels are made of the dataset."""
+    config: Path | None = None
+    """A YAML file of `refalign-train run`, or the name of a recipe, for the dataset. The command line
+    overrides it."""
     limit: int | None = None
     """Stop after this number of samples, usable or not."""
     preview: Path | None = None

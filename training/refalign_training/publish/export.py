@@ -31,6 +31,9 @@ class ExportCommand:
     """The folder of a run, whose latest checkpoint is taken, or of a checkpoint."""
     output: Path
     """The folder to write. It must not exist."""
+    config: Path | None = None
+    """A YAML file of `refalign-train run`, or the name of a recipe, whose run is meant. The command line
+    overrides it."""
     weights: Literal["auto", "average", "last"] = "auto"
     """Which weights to write: the moving average, or those of the last step. auto is the average, if the run has
     one."""

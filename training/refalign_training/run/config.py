@@ -69,16 +69,17 @@ class LoraOptions(Options):
 @dataclass(frozen=True)
 class DataOptions(Options):
     """What is trained on: a cache, or a dataset whose encoders run along with the training. A dataset is slower, but
-    is augmented anew in each epoch."""
+    is augmented anew in each epoch. With both, the cache is trained on; `refalign-train cache` makes it of the
+    dataset."""
 
     cache: Path | None = None
-    """The folder that `refalign-train cache` made."""
+    """The folder that `refalign-train cache` made, or with --config is to make."""
     source: Dataset = field(default_factory=Dataset)
-    """The dataset, if there is no cache."""
+    """The dataset, if there is no cache, or what `refalign-train cache --config` makes it of."""
     recipe: Recipe = field(default_factory=Recipe)
-    """How pixels are made of the dataset, if there is no cache."""
+    """How pixels are made of the dataset."""
     teacher: str | None = None
-    """The vision model whose features references are aligned to, if there is no cache, as a folder or a Hub id."""
+    """The vision model whose features references are aligned to, as a folder or a Hub id. It goes with the dataset."""
     teacher_revision: str | None = None
     """The revision of the teacher on the Hub."""
     workers: NonNegativeInt = 4
@@ -351,15 +352,13 @@ def check(command: RunCommand) -> None:
 def _check_data(command: RunCommand) -> None:
     data = command.data
     has_cache, has_dataset = data.cache is not None, data.source.data is not None
-    if has_cache and has_dataset:
-        raise ValueError("data.cache and data.source.data are both set. --data.cache None leaves the cache out.")
     if not has_cache and not has_dataset:
         raise ValueError("Pass either data.cache, made by `refalign-train cache`, or a dataset as data.source.data.")
-    if has_cache and data.teacher is not None:
+    if has_cache and not has_dataset and data.teacher is not None:
         raise ValueError("data.teacher goes with a dataset: a cache has its teacher's features. Leave it out.")
-    if has_dataset and data.teacher is None and command.alignment.weight:
+    if not has_cache and data.teacher is None and command.alignment.weight:
         raise ValueError("Without a cache, data.teacher must name the model to align to; or set alignment.weight 0.")
-    if has_dataset and command.validation.cache is not None:
+    if not has_cache and command.validation.cache is not None:
         raise ValueError("validation.cache goes with data.cache.")
 
 

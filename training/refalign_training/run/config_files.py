@@ -4,13 +4,16 @@ Nothing heavy is imported.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import tyro
 
+from refalign_training.cache.command import FAMILIES, CacheCommand
+from refalign_training.data.check import Check
+from refalign_training.data.source import Source
 from refalign_training.run.config import CONFIG_FILE, RunCommand, naming_sections, read_yaml, validated
 
 
@@ -27,7 +30,7 @@ def read_command(words: Sequence[str], **told: Any) -> RunCommand:
     """
     given, _ = _FILES.parse_known_args(words)
     path = find_config(given.config) if given.config else _options_of_run(given.resume, given.output)
-    defaults = None if path is None else read_config(path)
+    defaults = tyro.MISSING_NONPROP if path is None else read_config(path)
     with naming_sections():
         return tyro.cli(RunCommand, args=words, default=defaults, **told)
 
@@ -73,3 +76,43 @@ def read_config(path: Path) -> RunCommand:
     if "output" not in content:
         vars(command)["output"] = tyro.MISSING
     return command
+
+
+# -- Other commands, which take from a run's file what is theirs ------------------------------------------------------
+
+
+def taking(defaults: Callable[[RunCommand], Any], otherwise: Callable[..., Any] = tyro.cli) -> Callable[..., Any]:
+    """What reads a command that has `--config` too: `defaults` makes it of a run's options. Without `--config`,
+    `otherwise` reads it."""
+
+    def read(command: type, args: Sequence[str], **told: Any) -> Any:
+        given, _ = _FILES.parse_known_args(args)
+        if not given.config:
+            return otherwise(command, args=args, **told)
+        default = defaults(read_config(find_config(given.config)))
+        return tyro.cli(command, args=args, default=default, **told)
+
+    return read
+
+
+def check_of(command: RunCommand) -> Check:
+    """The check of a run's dataset."""
+    source = command.data.source
+    known = tyro.MISSING_NONPROP if source.data is None else Source(**vars(source))
+    return Check(known, command.data.recipe)
+
+
+def cache_of(command: RunCommand) -> CacheCommand:
+    """The cache that a run reads, of its dataset."""
+    data, model = command.data, command.model
+    return CacheCommand(
+        output=tyro.MISSING if data.cache is None else data.cache,
+        source=data.source,
+        recipe=data.recipe,
+        model=model.base,
+        revision=model.revision,
+        teacher=data.teacher,
+        teacher_revision=data.teacher_revision,
+        families=FAMILIES if command.alignment.weight else FAMILIES[:-1],
+        device=command.device,
+    )
