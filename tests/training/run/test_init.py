@@ -95,9 +95,10 @@ def test_a_folder_without_a_usable_clip_is_told_with_its_first_fault(tmp_path):
     assert not (tmp_path / "a.yaml").exists()
 
 
-def test_a_memory_that_cannot_be_meant_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="--gpu-memory is -1"):
-        run(InitCommand(tmp_path, tmp_path / "a.yaml", -1))
+@pytest.mark.parametrize("memory", [-1.0, 0.0, float("nan")])
+def test_a_memory_that_cannot_be_meant_is_refused(tmp_path, memory):
+    with pytest.raises(ValueError, match=f"--gpu-memory is {memory:g}"):
+        run(InitCommand(tmp_path, tmp_path / "a.yaml", memory))
 
 
 def test_a_file_that_exists_is_kept(made, tmp_path):

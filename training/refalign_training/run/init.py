@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 LOOKED_AT = 100  # clips are opened, spread over the folder
 FPS = 16  # the model's frames per second
-GIB = 2**30 / 1e9
+GB_PER_GIB = 2**30 / 1e9
 FRAMES = (81, 65, 49, 33, 17)
 SHARE = 0.95  # of a GPU's memory that a run may take by arithmetic
 SIZES = ((480, 832), (320, 544))
@@ -90,7 +90,7 @@ class Clips:
 def run(command: InitCommand) -> int:
     """Writes the file and returns the exit code. Raises ValueError if there is no usable clip, the output exists, or
     an option is wrong."""
-    memory = command.gpu_memory or _memory_of_gpu()
+    memory = _memory_of_gpu() if command.gpu_memory is None else command.gpu_memory
     if not 0 < memory < math.inf:
         raise ValueError(f"--gpu-memory is {memory:g}: pass the GB of your GPU, such as 24.")
     clips = _look(command.clips)
@@ -100,9 +100,9 @@ def run(command: InitCommand) -> int:
             settings |= {"height": height, "width": width, "num_frames": frames}
             file.write_text(_TEMPLATE.substitute(settings, memory=""), "utf-8")
             found = _estimate(read_config(file), command.model, clips.references)
-            if found.memory.total * GIB <= memory * SHARE:
+            if found.memory.total * GB_PER_GIB <= memory * SHARE:
                 break
-        needed = found.memory.total * GIB
+        needed = found.memory.total * GB_PER_GIB
         fits = f"it fits into {memory:g} GB" if needed <= memory * SHARE else f"MORE than your {memory:g} GB"
         told = f"{needed:.0f} GB by arithmetic, not measured: {fits}"
         file.write_text(_TEMPLATE.substitute(settings, memory=told), "utf-8")
