@@ -326,7 +326,7 @@ def test_what_cannot_be_had_is_told_at_once(open_online, changes, message):
 
 def test_a_base_without_encoders_is_told_at_once(open_online, training_world, tmp_path):
     options = DataOptions(source=Dataset(data="folder", videos=training_world.clips), recipe=RECIPE)
-    with pytest.raises(ValueError, match="holds no model in"):
+    with pytest.raises(ValueError, match="is not a pipeline in diffusers"):
         OnlineSamples(options, ModelOptions(base=str(tmp_path)), False, CPU)
 
 
