@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import logging
 import os
 import re
 import shlex
@@ -106,6 +107,46 @@ def test_an_option_out_of_its_bounds_is_told_in_one_line(capsys):
     assert capsys.readouterr().err == "refalign-train: num_frames is 80: it must be 4k + 1, such as 81.\n"
     with pytest.raises(InvalidOption, match="num_frames is 80"):
         Recipe(num_frames=80)
+
+
+NASTY = "cat\x1b[2J\x9b2J\nrefalign: all is well\r\u202e\ud800 https://me:pass@example.com/x"
+SHOWN = r"cat\x1b[2J\x9b2J\nrefalign: all is well\r\u202e\ud800 https://example.com/x"
+
+
+@dataclasses.dataclass(frozen=True)
+class Say:
+    """Say a thing."""
+
+    where: str
+    """Where to say it."""
+
+
+def say(command: Say) -> int:
+    if command.where == "error":
+        raise ValueError(NASTY)
+    if command.where == "log":
+        logging.getLogger("refalign.test").warning("%s is here", NASTY)
+    else:
+        print(NASTY.replace("\n", ""), "is here\nand done")
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("where", "code", "out", "err"),
+    [
+        ("error", 1, "", f"refalign: {SHOWN}\n"),
+        ("log", 0, "", f"{SHOWN} is here\n"),
+        ("output", 0, SHOWN.replace(r"\n", "") + " is here\nand done\n", ""),
+    ],
+)
+def test_names_and_texts_of_others_command_no_terminal_and_tell_no_password(where, code, out, err):
+    script = "import tests.test_command_lines as t; raise SystemExit(t.Program('refalign', '', t.SAY).main())"
+    command = [sys.executable, "-c", script, "say", "--where", where]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (code, out, err)
+
+
+SAY = {"say": Command(Say, say, "--where log")}
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.__name__)

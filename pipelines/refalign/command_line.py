@@ -4,9 +4,11 @@ Nothing heavy is imported, so that `--help` answers at once.
 """
 
 import ast
+import contextlib
 import difflib
 import errno
 import inspect
+import io
 import itertools
 import logging
 import os
@@ -28,6 +30,7 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 
 from refalign import __version__
 from refalign.files import os_error_number
+from refalign.privacy import shown
 
 
 def _tell_interruption(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -98,15 +101,18 @@ class Program:
         is_debugged = DEBUG in words
         try:
             command, options = self.parse([word for word in words if word != DEBUG])
-            logging.basicConfig(level=logging.INFO, format="%(message)s")
+            handler = logging.StreamHandler()
+            handler.setFormatter(_Formatter())
+            logging.basicConfig(level=logging.INFO, handlers=[handler])
             for client in ("httpx", "httpx2"):  # the Hub's, which log each request
                 logging.getLogger(client).setLevel(logging.WARNING)
-            return command.run(options)
+            with contextlib.redirect_stdout(_Shown(sys.stdout)):
+                return command.run(options)
         except Exception as error:
             if is_debugged:
                 traceback.print_exc()
             if not (isinstance(error, BrokenPipeError) and _has_lost_reader("\n")):
-                print(f"{self.name}: {one_line(error, self.errors)}", file=sys.stderr)
+                print(f"{self.name}: {shown(one_line(error, self.errors))}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             print(f"{self.name}: interrupted; no unfinished file is left.", file=sys.stderr)
@@ -180,6 +186,30 @@ def one_line(error: Exception, expected: tuple[type[Exception], ...] = (ValueErr
     where = "".join(f", {Path(frame.filename).name} line {frame.lineno}" for frame in place)
     text = f"{text[:LONGEST]} ..." if len(text) > LONGEST else text
     return f"{text} ({type(error).__name__}{where}). This was not expected: {DEBUG} shows the traceback."
+
+
+class _Formatter(logging.Formatter):
+    """Names and texts of others, in a log, command no terminal and begin no line."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        return shown(super().formatMessage(record))
+
+
+class _Shown(io.TextIOBase):
+    """A stream on which they command no terminal either; its lines are the program's own."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str, /) -> int:
+        self.stream.write("\n".join(map(shown, text.split("\n"))))
+        return len(text)
+
+    def flush(self) -> None:
+        self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def _has_lost_reader(text: str = "") -> bool:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
+from refalign.privacy import shown
 from refalign.sprites import FOLDER
 
 
@@ -152,7 +153,7 @@ def _run_batch(command: Generate, jobs: list[Job]) -> int:
     if good := [job for job in left if job not in failed]:
         failed += _generate_all(_load_pipeline(command), good)
     if failed:
-        names = ", ".join(job.name for job in failed)
+        names = ", ".join(shown(job.name) for job in failed)
         print(f"refalign: {len(failed)} of {len(left)} videos failed: {names}", file=sys.stderr)
     return 1 if failed else 0
 
@@ -172,7 +173,7 @@ def _generate_all(pipeline: "RefAlignWanPipeline", jobs: list[Job]) -> list[Job]
 def _tell_failed(job: Job, error: Exception, failed: list[Job]) -> None:
     from refalign.command_line import one_line
 
-    print(f"refalign: {job.name}: {one_line(error)}", file=sys.stderr)
+    print(f"refalign: {shown(job.name)}: {shown(one_line(error))}", file=sys.stderr)
     failed.append(job)
 
 

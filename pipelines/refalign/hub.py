@@ -32,7 +32,7 @@ from refalign.files import (
     read_headers,
     read_json,
 )
-from refalign.privacy import check_links, check_nothing_private
+from refalign.privacy import check_links, check_nothing_private, shown
 
 
 logger = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ class Pushed:
     is_dry_run: bool
 
     def __str__(self) -> str:
-        lines = [f"{size / 1e6:12,.3f} MB  {name}" for name, size in self.sizes.items()]
+        lines = [f"{size / 1e6:12,.3f} MB  {shown(name)}" for name, size in self.sizes.items()]
         done = "Would push" if self.is_dry_run else "Pushed"
         total = f"{len(self.sizes)} files, {sum(self.sizes.values()) / 1e6:,.3f} MB"
         return "\n".join([*lines, f"{done} {total}, to {self.url} ({self.visibility})."])
@@ -205,10 +205,7 @@ def _fill_in_repo(card: Path, folder: Path, repo_id: str) -> None:
     text = card.read_text("utf-8").replace(REPO_PLACEHOLDER, repo_id)
     lines = [str(number) for number, line in enumerate(text.splitlines(), start=1) if UNKNOWN in line]
     if lines and not (folder / "README.md").is_file():
-        raise ValueError(
-            f"{folder} has no README.md, and its licence and data are not known here. Write one; `refalign export "
-            f"--model {folder} --output NEW_FOLDER` makes one to fill in."
-        )
+        raise ValueError(f"{folder} has no README.md. Write one, or fill in the one that `refalign export` makes.")
     if lines:
         raise ValueError(f"README.md says {UNKNOWN} in the lines {', '.join(lines)}: fill in what is true, then push.")
     card.write_text(text, "utf-8")
@@ -227,8 +224,7 @@ def _check_weights(folder: Path) -> None:
         with torch.device("meta"):
             model: Any = kind.from_config(_read_json(folder / part / "config.json"))
         wanted = {(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
-        tensors = read_headers(find_safetensors(folder / part))
-        found = {(name, tensor.shape) for name, tensor in tensors.items()}
+        found = {(name, tensor.shape) for name, tensor in read_headers(find_safetensors(folder / part)).items()}
         for what, names in (("lacks", wanted - found), ("should not have", found - wanted)):
             if names:
                 name, shape = min(names)

@@ -804,7 +804,7 @@ def test_a_card_that_is_not_filled_in_is_refused(repo_folder):
 
 
 def test_a_folder_without_a_card_is_refused(wan_folder):
-    with pytest.raises(ValueError, match=r"wan has no README\.md, .* makes one to fill in"):
+    with pytest.raises(ValueError, match=r"wan has no README\.md\. Write one, or fill in"):
         hub.push(wan_folder, "tester/model", dry_run=True)
 
 

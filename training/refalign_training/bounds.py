@@ -75,6 +75,6 @@ def _problem(error: Any) -> str:
     if kind == "missing":
         return "lacks a value."
     if kind == "value_error":
-        return f"is {error['input']!r}: {context['error']}"
+        return f"is {error['input']!r:.80}: {context['error']}"
     remedy = REMEDIES[kind].format(**context) if kind in REMEDIES else error["msg"]
     return f"is {error['input']!r:.80}: it must be {remedy}."

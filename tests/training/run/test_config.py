@@ -25,6 +25,7 @@ from refalign_training.run import resume
 from refalign_training.run.config import PromptOptions, RunCommand, check, flatten, to_yaml
 from refalign_training.run.config_files import read_command
 from refalign_training.run.resume import changed_options
+from refalign_training.run.yaml_file import read_yaml
 
 
 CONFIGS = Path(__file__).parents[3] / "training/configs"
@@ -603,3 +604,30 @@ def test_a_machine_of_many_names_its_rank_on_the_line():
     prepare_multi_gpu_env(made)
     assert (made.node_rank, made.nnodes, made.rdzv_backend) == (3, "14", "static")
     assert made.rdzv_endpoint == "10.1.1.1:29500"
+
+
+# -- Hostile files ----------------------------------------------------------------------------------------------------
+
+LAUGHS = "\n".join([f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9) if n else 'ha'}]" for n in range(9)])
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("steps: " + "[" * 21 + "]" * 21, "has more than 10,000 values or 20 levels"),
+        ("steps: " + "[" * 100_000, "has more than 10,000 values or 20 levels"),
+        (LAUGHS, "has more than 10,000 values or 20 levels"),
+        ("steps: &a [*a]", r"has a value that holds itself \(\*a\)"),
+        ("# " + "x" * 1_000_000, "has more than 1,000,000 bytes"),
+    ],
+    ids=["deep", "deeper", "aliases", "circle", "long"],
+)
+def test_a_hostile_yaml_file_is_refused_before_it_is_built(text, told, tmp_path):
+    (tmp_path / "run.yaml").write_text(text, "utf-8")
+    with pytest.raises(ValueError, match=rf"run\.yaml {told}"):
+        read_yaml(tmp_path / "run.yaml")
+
+
+def test_an_alias_is_understood(tmp_path):
+    (tmp_path / "run.yaml").write_text("one: &a {lr: 1e-5}\ntwo: *a\n", "utf-8")
+    assert read_yaml(tmp_path / "run.yaml")["two"] == {"lr": 1e-5}

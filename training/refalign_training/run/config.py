@@ -7,7 +7,6 @@ import dataclasses
 import difflib
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import field
@@ -22,6 +21,7 @@ from refalign_training.bounds import UNKNOWN, InvalidOption, Listed, Many, Optio
 from refalign_training.data.recipe import Recipe
 from refalign_training.data.source import Dataset
 from refalign_training.method.options import AlignmentOptions, ObjectiveOptions
+from refalign_training.run.yaml_file import with_exponents
 
 
 CONFIG_FILE = "config.yaml"  # of a run's folder
@@ -254,28 +254,6 @@ def validated(content: Mapping[str, Any]) -> RunCommand:
     return _TREE.validate_json(text)
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """The content of a YAML file of options. Raises ValueError, naming the file, if it cannot be read."""
-    import yaml
-
-    try:
-        content = yaml.load(path.read_text("utf-8"), _with_exponents(yaml.SafeLoader))
-    except FileNotFoundError:
-        raise ValueError(f"{path} does not exist.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read as YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold options such as `steps: 1000`, but holds {content!r:.80}.")
-    return content
-
-
-def _with_exponents(kind: Any) -> Any:
-    """A loader or dumper of YAML to which 1e-5 is a number, as in YAML 1.2."""
-    kind = type(kind.__name__, (kind,), {})
-    kind.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), None)
-    return kind
-
-
 @contextmanager
 def naming_sections(place: str = "") -> Iterator[None]:
     """Inside this context, an option that cannot be used raises a ValueError with the option's dotted name."""
@@ -314,7 +292,7 @@ def to_yaml(command: RunCommand) -> str:
 
     of_the_call = {"config", "resume", "allow_changes", "dry_run"}
     tree = _TREE.dump_python(command, mode="json", exclude=of_the_call)
-    return yaml.dump(tree, Dumper=_with_exponents(yaml.SafeDumper), sort_keys=False, allow_unicode=True)
+    return yaml.dump(tree, Dumper=with_exponents(yaml.SafeDumper), sort_keys=False, allow_unicode=True)
 
 
 def accumulation(command: RunCommand, world_size: int) -> int:

@@ -14,7 +14,8 @@ import tyro
 from refalign_training.cache.command import FAMILIES, CacheCommand
 from refalign_training.data.check import Check
 from refalign_training.data.source import Source
-from refalign_training.run.config import CONFIG_FILE, RunCommand, naming_sections, read_yaml, validated
+from refalign_training.run.config import CONFIG_FILE, RunCommand, naming_sections, validated
+from refalign_training.run.yaml_file import read_yaml
 
 
 def read_command(words: Sequence[str], **told: Any) -> RunCommand:

@@ -230,7 +230,8 @@ class Trainer:
             picture = command.output / "timesteps.png"
             plot_timesteps(command.objective.timesteps, picture, command.alignment.gate_power)
             self.log = RunLog(command.output, command.log, flatten(command), self.step)
-            logger.info("%s", self._summary())
+            for line in self._summary().splitlines():
+                logger.info("%s", line)
         self.parallel.barrier()
 
     def _summary(self) -> str:
