@@ -8,7 +8,6 @@ import contextlib
 import difflib
 import errno
 import inspect
-import io
 import itertools
 import logging
 import os
@@ -106,7 +105,8 @@ class Program:
             logging.basicConfig(level=logging.INFO, handlers=[handler])
             for client in ("httpx", "httpx2"):  # the Hub's, which log each request
                 logging.getLogger(client).setLevel(logging.WARNING)
-            with contextlib.redirect_stdout(_Shown(sys.stdout)):
+            output: Any = _Shown(sys.stdout)
+            with contextlib.redirect_stdout(output):
                 return command.run(options)
         except Exception as error:
             if is_debugged:
@@ -195,18 +195,15 @@ class _Formatter(logging.Formatter):
         return shown(super().formatMessage(record))
 
 
-class _Shown(io.TextIOBase):
+class _Shown:
     """A stream on which they command no terminal either; its lines are the program's own."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
 
-    def write(self, text: str, /) -> int:
+    def write(self, text: str) -> int:
         self.stream.write("\n".join(map(shown, text.split("\n"))))
         return len(text)
-
-    def flush(self) -> None:
-        self.stream.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
