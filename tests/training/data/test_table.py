@@ -1,5 +1,6 @@
 import json
 import os
+import unicodedata
 from pathlib import Path
 
 import pyarrow as pa
@@ -8,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from refalign_training.data.folder import read_folder
 from refalign_training.data.recipe import SelectionRule
 from refalign_training.data.sample import Fault, Sample
 from refalign_training.data.sample_files import read_samples_file, write_sample
-from refalign_training.data.table import read_folder, read_table
+from refalign_training.data.table import read_table
 
 
 ROW = {"video": "clips/a.mp4", "prompt": "A cat.", "references": ["refs/a.png", "refs/b.jpg"]}
@@ -153,6 +155,45 @@ def test_csv(tmp_path):
     assert second.clip.end is None and second.scores == {"references": 2}
 
 
+HEADER = "video,prompt,references"
+ROW_OF_CSV = "clips/a.mp4,A cat.,x.png"
+TABLES = {
+    "semicolons": "video;prompt;references;quality\nclips/a.mp4;A cat.;x.png;0,5\n",
+    "tabs": f"{HEADER}\n{ROW_OF_CSV}\n".replace(",", "\t"),
+    "bars": f"{HEADER}\n{ROW_OF_CSV}\n".replace(",", "|"),
+    "excel's first line": f"sep=,\r\n{HEADER}\r\n{ROW_OF_CSV}\r\n",
+    "capitals and blanks": f"Video, Prompt, REFERENCES\n{ROW_OF_CSV}\n",
+    "blank columns and rows": f"{HEADER},,\r\n{ROW_OF_CSV},,\r\n,,,,\r\n",
+    "short rows": f"{HEADER},quality\n{ROW_OF_CSV}\n",
+    "backslashes": f"{HEADER}\nclips\\a.mp4,A cat.,.\\x.png\n",
+    "utf-16": f"{HEADER}\r\n{ROW_OF_CSV}\r\n".encode("utf-16"),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_csv_as_programs_write_it(tmp_path, name):
+    (sample,), faults = parts(read_table([table(tmp_path, TABLES[name])]))
+    assert not faults and (sample.id, sample.prompts) == ("clips/a", ("A cat.",))
+    assert views(sample) == [tmp_path / "x.png"]
+    assert sample.scores.get("quality") == (0.5 if name == "semicolons" else None)
+
+
+def test_a_json_list_is_a_table(tmp_path):
+    for name in ("a.json", "a.jsonl"):
+        (tmp_path / name).write_text(json.dumps([ROW | {"id": "x"}, ROW], indent=1))
+        samples, faults = parts(read_table([tmp_path / name]))
+        assert not faults and [sample.id for sample in samples] == ["x", "clips/a"]
+
+
+def test_what_pandas_and_windows_write(tmp_path):
+    nothing = json.dumps(ROW | {"id": None, "start": None}).replace("null", "NaN").encode()
+    drive = ROW | {"video": "C:\\clips\\a.mp4"}
+    (sample,), faults = parts(read_table([jsonl(tmp_path, nothing, drive, ROW | {"start": 0.5})]))
+    assert sample.id == "clips/a" and sample.clip.start == 0
+    assert [fault.kind for fault in faults] == ["path", "field"]
+    assert "a path of Windows' own" in faults[0].detail and "a frame and not a second" in faults[1].detail
+
+
 def test_csv_lines_that_are_broken_are_reported(tmp_path):
     lines = [
         b"video,prompt,references",
@@ -192,7 +233,7 @@ def test_wrong_tables_say_what_to_pass(tmp_path):
         read_table([tmp_path / "none.csv"])
     with pytest.raises(ValueError, match=r"\.jsonl"):
         read_table([jsonl(tmp_path, ROW, name="data.json")])
-    for text in ("path,prompt,references\n", "", "video;prompt;references\n", "video,prompt\n".encode("utf-16")):
+    for text in ("path,prompt,references\n", "", "video;prompt;images\n", "video,prompt\n".encode("utf-16")):
         with pytest.raises(ValueError, match="must have video, prompt, references"):
             read_table([table(tmp_path, text)])
     pq.write_table(pa.table({"video": ["a"]}), tmp_path / "a.parquet")
@@ -229,7 +270,7 @@ def test_whatever_a_csv_holds_it_is_read_to_the_end(tmp_path_factory, text):
 def write_folder(folder: Path, *names: str) -> Path:
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(f"About {Path(name).stem}.\n" if name.endswith(".txt") else "")
+        (folder / name).write_text(f"About {Path(name).stem}.\n" if name.lower().endswith(".txt") else "")
     return folder
 
 
@@ -237,7 +278,7 @@ def test_a_folder(tmp_path):
     write_folder(
         tmp_path, "b.mp4", "b.txt", "b.ref10.png", "b.ref2.JPG", "a/c.v2.MOV", "a/c.v2.txt", "a/c.v2.ref0.webp"
     )
-    write_folder(tmp_path, ".hidden.mp4", "README.md", "other.png", "b.png")
+    write_folder(tmp_path, ".hidden.mp4", "README.md", "README.txt", "other.png", "Thumbs.db")
     (second, first), faults = parts(read_folder(tmp_path))
     assert not faults
     assert (first.id, first.prompts, first.clip.path) == ("b", ("About b.",), tmp_path / "b.mp4")
@@ -256,6 +297,73 @@ def test_what_a_folder_lacks_is_a_fault(tmp_path):
         ("not readable", "d"),
         ("missing file", ""),
     ]
+
+
+@pytest.mark.parametrize("video", ["MP4", "MTS", "ts", "mpg", "3GP", "wmv", "flv", "gif", "vob", "m2ts", "ogv"])
+def test_suffixes_of_all_that_is_read_in_any_case(tmp_path, video):
+    write_folder(tmp_path, f"A.{video}", "A.TXT", "A.REF0.JPG", "A.ref1.avif", "A.ref2.tiff", "a.Ref3.gif")
+    (sample,), faults = parts(read_folder(tmp_path, SelectionRule(max_references=4)))
+    assert not faults and sample.clip.path.name == f"A.{video}" and sample.prompts == ("About A.",)
+    assert [path.name for path in views(sample)] == ["A.REF0.JPG", "A.ref1.avif", "A.ref2.tiff", "a.Ref3.gif"]
+
+
+def test_names_that_differ_by_more_than_case_stay_apart(tmp_path):
+    """As macOS and Linux spell an accent; two videos that only case tells apart have their own files."""
+    composed, taken_apart = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    write_folder(tmp_path, f"{taken_apart}.mp4", f"{composed}.txt", f"{composed}.ref0.png")
+    for name in ("a", "A"):
+        write_folder(tmp_path, f"{name}.mp4", f"{name}.txt", f"{name}.ref0.png")
+    samples, faults = parts(read_folder(tmp_path))
+    assert not faults and len(samples) == 3
+    assert {(sample.prompts, views(sample)[0].name) for sample in samples[:2]} == {
+        (("About A.",), "A.ref0.png"),
+        (("About a.",), "a.ref0.png"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "says", "lost"),
+    [
+        ("a.ref.png", "a reference is called a.ref0.png", "reference"),
+        ("a_ref1.png", "a reference is called a.ref0.png", "reference"),
+        ("a.ref1 (1).png", "a reference is called a.ref0.png", "reference"),
+        ("a.ref1.HEIC", "a reference is called a.ref0.png, in a format that is read", "reference"),
+        ("a.png", "a reference is called a.ref0.png", "nothing"),
+        ("a.ref0.jpg", "reference 0 is a.ref0.jpg; name it, say, a.ref1.png", "reference"),
+        ("a.caption", "the caption is called a.txt", "nothing"),
+        ("a.mp4.txt", "the caption is called a.txt", "nothing"),
+        ("a.TXT", "a.mp4 has the caption a.TXT", "nothing"),
+        ("b.txt", "there is no video b, whose caption it would be", "nothing"),
+        ("b.m2v", "a video is called, say, clip.mp4", "sample"),
+        ("b.mp4.part", "a video is called, say, clip.mp4", "sample"),
+    ],
+)
+def test_a_file_that_is_nearly_named_right_is_told(tmp_path, name, says, lost):
+    write_folder(tmp_path, "a.mp4", "a.txt", "a.ref0.png", name)
+    (sample,), (fault,) = parts(read_folder(tmp_path))
+    assert sample.prompts == ("About a.",) and len(views(sample)) == 1
+    assert fault.kind == "name" and says in fault.detail and fault.lost == lost
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there are no such pipes")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    write_folder(tmp_path, "a.mp4", "a.ref0.png", "b.txt", "b.ref0.png")
+    os.mkfifo(tmp_path / "a.txt")
+    os.mkfifo(tmp_path / "b.mp4")
+    os.mkfifo(tmp_path / "t.csv")
+    samples, faults = parts(read_folder(tmp_path))
+    assert not samples
+    assert [fault.kind for fault in faults] == ["missing file", "missing file"]
+    assert all("is not a file but a named pipe" in fault.detail for fault in faults)
+    with pytest.raises(ValueError, match=r"The table .*t\.csv is not a file but a named pipe\."):
+        read_table([tmp_path / "t.csv"])
+
+
+def test_captions_of_notepad(tmp_path):
+    write_folder(tmp_path, "a.mp4", "a.ref0.png")
+    (tmp_path / "a.txt").write_bytes("Ein Café.\r\n".encode("utf-16"))
+    (sample,), _ = parts(read_folder(tmp_path))
+    assert sample.prompts == ("Ein Café.",)
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):

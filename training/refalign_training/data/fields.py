@@ -1,9 +1,12 @@
 """The fields of records, which anyone may have written: each is of the right type, or [`Unusable`] is raised and never
 another error."""
 
+import codecs
 import math
+import os
 import re
 import reprlib
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -19,7 +22,8 @@ FAULTS: dict[str, str] = {
     "duplicate id": "an id that came before; a table may give ids in a column `id`",
     "id": "an id that cannot name a folder",
     "path": "a path that leaves the folder of videos or images",
-    "missing file": "a video or image that does not exist",
+    "missing file": "a video or image that does not exist, or is no file",
+    "name": "a file that looks like a video, reference or caption, but is not named like one",
     "video": "a video that cannot be decoded",
     "no frames": "a video, or a range of one, without frames",
     "image": "an image that cannot be decoded",
@@ -101,6 +105,33 @@ def path_inside(root: Path, path: Any) -> Path:
     if ".." in relative.parts or not relative.parts:
         raise Unusable("path", f"{path!r} leaves {root}")
     return root / relative
+
+
+def check_file(path: Path) -> None:
+    """Raises [`Unusable`] unless it is a file: a pipe or a device could be read for ever."""
+    try:
+        mode = os.stat(path).st_mode  # noqa: PTH116  (it raises for a name that is too long)
+    except (OSError, ValueError):
+        raise Unusable("missing file", f"{path} is not a file: there is nothing of this name") from None
+    if not stat.S_ISREG(mode):
+        kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}
+        raise Unusable("missing file", f"{path} is not a file but a {kinds.get(stat.S_IFMT(mode), 'device')}")
+
+
+def check_given(path: Path, what: str) -> None:
+    """Raises ValueError unless a file that the user named is one; `what` says what it should be."""
+    if not path.exists():
+        raise ValueError(f"{what} {path} does not exist.")
+    try:
+        check_file(path)
+    except Unusable as error:
+        raise ValueError(f"{what} {error.detail}.") from None
+
+
+def encoding_of(path: Path) -> str:
+    """UTF-16 where a text file begins with its byte order mark, as Windows writes it; else UTF-8."""
+    with path.open("rb") as file:
+        return "utf-16" if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
 
 
 def mapping(value: Any, name: str) -> Mapping[str, Any]:

@@ -43,8 +43,7 @@ def read_opens2v(
         ValueError: if a file does not exist, an annotation file holds a list, or one of `cross_pairs` does not.
     """
     for path in annotations:
-        if not path.is_file():
-            raise ValueError(f"The annotation file {path} does not exist.")
+        fields.check_given(path, "The annotation file")
         if first_character(path) == "[":
             raise ValueError(f"{path} holds a list; an annotation file of OpenS2V-5M holds one object of all clips.")
     check_pair_files(cross_pairs)

@@ -41,8 +41,7 @@ def read_phantom(
 
 
 def _check_columns(path: Path) -> None:
-    if not path.is_file():
-        raise ValueError(f"The annotation file {path} does not exist.")
+    fields.check_given(path, "The annotation file")
     columns = parquet_columns(path)
     if columns is None:  # a Fault when it is read
         return

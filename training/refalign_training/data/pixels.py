@@ -13,14 +13,14 @@ from PIL import Image, ImageOps
 
 from refalign.reference_images import load_reference_image, prepare_reference_image
 from refalign_training.data.augmentation import jitter_colours, warp
-from refalign_training.data.fields import Unusable
+from refalign_training.data.fields import Unusable, check_file
 from refalign_training.data.masks import check_box, decode_mask
 from refalign_training.data.played import Played, fit_of
 from refalign_training.data.randomness import numpy_generator
 from refalign_training.data.recipe import PAPER_STRIDE, REAL_TIME, Recipe
 from refalign_training.data.sample import Reference, Sample, View
 from refalign_training.data.shown import square
-from refalign_training.data.video import check_file, open_video
+from refalign_training.data.video import open_video
 
 
 logger = logging.getLogger(__name__)

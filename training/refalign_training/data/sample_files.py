@@ -5,6 +5,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from refalign_training.data.fields import check_given
 from refalign_training.data.records import Record, decode, read_lines, read_samples
 from refalign_training.data.sample import Fault, Place, Sample, check_sample
 
@@ -26,8 +27,7 @@ def read_samples_file(files: Sequence[Path], root: Path | None = None) -> Iterat
     file's own folder. Raises ValueError if a file does not exist.
     """
     for path in files:
-        if not path.is_file():
-            raise ValueError(f"The file of samples {path} does not exist.")
+        check_given(path, "The file of samples")
     return read_samples(files, read_lines, _read_sample, root)
 
 

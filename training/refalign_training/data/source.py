@@ -30,8 +30,8 @@ class Source(Options):
     `refalign-train check --write` wrote."""
     annotations: Paths = ()
     """The annotation files. For opens2v they are Jsons/mask_and_bbox/total_part*.json, full or high quality; for
-    phantom .parquet files; for table .jsonl, .csv or .parquet files with the columns video, prompt and references;
-    for samples JSONL files. A folder has none."""
+    phantom .parquet files; for table .jsonl, .json, .csv, .tsv or .parquet files with the columns video, prompt and
+    references; for samples JSONL files. A folder has none."""
     videos: Path | None = None
     """The folder that all paths of the annotations start from. For opens2v it holds total_part1, total_part2, ...;
     for phantom the mp4 files of Koala-36M; for folder it is the dataset itself. For table and samples it is each
@@ -77,10 +77,11 @@ def check_source(source: Source) -> None:
 
 
 def _read(source: Source) -> Iterator[Sample | Fault]:
+    from refalign_training.data.folder import read_folder
     from refalign_training.data.opens2v import read_opens2v
     from refalign_training.data.phantom import read_phantom
     from refalign_training.data.sample_files import read_samples_file
-    from refalign_training.data.table import read_folder, read_table
+    from refalign_training.data.table import read_table
 
     match source.data, source.videos:
         case "opens2v", Path() as videos:

@@ -3,8 +3,6 @@
 import bisect
 import errno
 import itertools
-import os
-import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +16,7 @@ from av.stream import Disposition
 from av.video.stream import VideoStream
 from PIL import Image
 
-from refalign_training.data.fields import Unusable
+from refalign_training.data.fields import Unusable, check_file
 from refalign_training.data.shown import HLG, PQ, show, square
 
 
@@ -232,22 +230,6 @@ def _open(path: Path) -> InputContainer:
         except ArgumentError:
             names = FORMATS.replace(",", ", ")
             raise Unusable("video", f"{path} is not of a format that is read. These are: {names}") from None
-
-
-def check_file(path: Path) -> None:
-    """Raises [`Unusable`] unless it is a file: a pipe or a device could be read for ever."""
-    try:
-        mode = os.stat(path).st_mode  # noqa: PTH116  (as isfile: a name that is too long is missing)
-    except (OSError, ValueError):
-        raise Unusable("missing file", f"{path} is not a file: there is nothing of this name") from None
-    if not stat.S_ISREG(mode):
-        raise Unusable("missing file", f"{path} is not a file but a {kind_of_file(mode)}")
-
-
-def kind_of_file(mode: int) -> str:
-    """What is no regular file, in words."""
-    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}
-    return kinds.get(stat.S_IFMT(mode), "device")
 
 
 @contextmanager
