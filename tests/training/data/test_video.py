@@ -157,6 +157,31 @@ def test_the_film_is_taken_and_not_its_cover_or_preview(tmp_path, other, suffix)
         assert len(video) == 9 and image.size == (64, 48)
 
 
+def boxes(data, start, end):
+    """The boxes of a part of an mp4 file, by name."""
+    found = {}
+    while start < end:
+        size = int.from_bytes(data[start : start + 4], "big")
+        found[data[start + 4 : start + 8]] = (start, start + size)
+        start += size
+    return found
+
+
+def test_a_cover_that_stands_before_the_film(tmp_path):
+    """As taggers write it: the pictures' box comes first, and with it FFmpeg's first stream is the cover."""
+    path = write_two(tmp_path / "a.mp4", OTHERS["cover"], FILM)
+    data = path.read_bytes()
+    start, end = boxes(data, 0, len(data))[b"moov"]
+    inner = boxes(data, start + 8, end)
+    order = sorted(inner, key=lambda name: {b"mvhd": 0, b"udta": 1}.get(name, 2))
+    path.write_bytes(data[: start + 8] + b"".join(data[slice(*inner[name])] for name in order) + data[end:])
+    with av.open(str(path)) as container:
+        assert [stream.width for stream in container.streams.video] == [800, 64]
+    with open_video(path) as video:
+        assert len(video) == 9 and video.notes == []
+        assert next(video.read([8]))[1].size == (64, 48)
+
+
 COUNTED = {
     "b_frames.avi": ("libx264", {"bf": "3", "g": "12"}),
     "packed.avi": ("mpeg4", {"bf": "2", "g": "12"}),
