@@ -10,7 +10,7 @@ from PIL import Image
 
 from refalign.video import write_video
 from refalign_training.data.sample import Unusable
-from refalign_training.data.shown import TO_709, colours
+from refalign_training.data.shown import TO_709, colours, show
 from refalign_training.data.video import open_video
 
 
@@ -121,6 +121,24 @@ def test_a_phones_video_is_upright(tmp_path, name):
     expected = turn(Image.fromarray(frame))
     assert image.size == expected.size
     assert np.abs(np.asarray(image).astype(int) - expected).mean() < 12
+
+
+def test_what_pyav_does_not_know_beside_a_frame_does_no_harm():
+    class Frame:
+        """As of an iPhone's spatial video."""
+
+        colorspace, height, rotation = 1, 48, -90
+
+        @property
+        def side_data(self):
+            raise ValueError("31 is not a valid Type")
+
+        def to_image(self, src_colorspace):
+            return Image.fromarray(np.arange(48 * 64 * 3, dtype=np.uint8).reshape(48, 64, 3))
+
+    shown = show(Frame(), 1, 1, 1)
+    expected = Frame().to_image(None).transpose(Image.Transpose.ROTATE_270)
+    np.testing.assert_array_equal(np.asarray(shown), np.asarray(expected))
 
 
 def write_two(path, first, second):

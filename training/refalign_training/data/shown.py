@@ -35,10 +35,8 @@ def show(frame: av.VideoFrame, pixel_aspect: float, transfer: int, primaries: in
     image = frame.to_image(src_colorspace=Colorspace.ITU709 if is_untold_hd else None)
     if transfer in (PQ, HLG) or primaries == BT2020:
         image = image.filter(colours(transfer, primaries))
-    matrix = frame.side_data.get("DISPLAYMATRIX")
-    if matrix is not None:
-        image, turns = _turn(image, struct.unpack("=9i", bytes(matrix)))
-        pixel_aspect = 1 / pixel_aspect if turns else pixel_aspect
+    image, turns = _turn(image, _matrix(frame))
+    pixel_aspect = 1 / pixel_aspect if turns else pixel_aspect
     if pixel_aspect != 1:
         image.info[ASPECT] = pixel_aspect
     return image
@@ -51,6 +49,16 @@ def square(image: Image.Image) -> Image.Image:
     image = image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
     image.info.pop(ASPECT, None)
     return image
+
+
+def _matrix(frame: av.VideoFrame) -> tuple[int, ...]:
+    """A frame's display matrix."""
+    try:
+        matrix = frame.side_data.get("DISPLAYMATRIX")
+    except ValueError:  # PyAV up to 18 does not know all that FFmpeg keeps beside frames: the turn is told apart
+        cosine, sine = math.cos(math.radians(frame.rotation)), math.sin(math.radians(frame.rotation))
+        return tuple(round((1 << 16) * value) for value in (cosine, -sine, 0, sine, cosine))
+    return (1, 0, 0, 0, 1) if matrix is None else struct.unpack("=9i", bytes(matrix))
 
 
 def _turn(image: Image.Image, matrix: tuple[int, ...]) -> tuple[Image.Image, bool]:

@@ -191,7 +191,7 @@ def _has_good_times(container: InputContainer, stream: VideoStream) -> bool:
     return is_timed and container.format.name.split(",")[0] in _TIMED_FORMATS
 
 
-@lru_cache
+@lru_cache(maxsize=8)
 def _count(path: Path, place: int, size: int, changed: int) -> tuple[int, list[int]]:
     """How many frames a stream has, by decoding it, and when each is shown; no times if these are not all known."""
     with _open(path) as container, _decoding(path):
