@@ -118,6 +118,11 @@ def test_a_phones_video_is_upright(tmp_path, name):
     path.write_bytes(data)
     with open_video(path) as video:
         ((_, image),) = video.read([1])
+    if "clockwise" in name:  # with pixels that are shown three times as wide as high, too
+        with open_video(path) as video:
+            video._look = (3.0, *video._look[1:])
+            assert next(video.read([1]))[1].size == (48, 3 * 64)
+            assert next(video.read([1], squares=False))[1].size == (48, 64)
     expected = turn(Image.fromarray(frame))
     assert image.size == expected.size
     assert np.abs(np.asarray(image).astype(int) - expected).mean() < 12
