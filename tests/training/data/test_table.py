@@ -324,11 +324,11 @@ def test_names_that_differ_by_more_than_case_stay_apart(tmp_path):
 @pytest.mark.parametrize(
     ("name", "says", "lost"),
     [
-        ("a.ref.png", "a reference is called a.ref0.png", "reference"),
-        ("a_ref1.png", "a reference is called a.ref0.png", "reference"),
-        ("a.ref1 (1).png", "a reference is called a.ref0.png", "reference"),
-        ("a.ref1.HEIC", "a reference is called a.ref0.png, in a format that is read", "reference"),
-        ("a.png", "a reference is called a.ref0.png", "nothing"),
+        ("a.ref.png", "a reference is called a.ref1.png", "reference"),
+        ("a_ref1.png", "a reference is called a.ref1.png", "reference"),
+        ("a.ref1 (1).png", "a reference is called a.ref1.png", "reference"),
+        ("a.ref1.HEIC", "a reference is called a.ref1.png, in a format that is read", "reference"),
+        ("a.png", "a reference is called a.ref1.png", "nothing"),
         ("a.ref0.jpg", "reference 0 is a.ref0.jpg; name it, say, a.ref1.png", "reference"),
         ("a.caption", "the caption is called a.txt", "nothing"),
         ("a.mp4.txt", "the caption is called a.txt", "nothing"),

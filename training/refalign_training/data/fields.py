@@ -111,8 +111,9 @@ def check_file(path: Path) -> None:
     """Raises [`Unusable`] unless it is a file: a pipe or a device could be read for ever."""
     try:
         mode = os.stat(path).st_mode  # noqa: PTH116  (it raises for a name that is too long)
-    except (OSError, ValueError):
-        raise Unusable("missing file", f"{path} is not a file: there is nothing of this name") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise Unusable("missing file", f"{path} is not a file: {reason}") from None
     if not stat.S_ISREG(mode):
         kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "named pipe", stat.S_IFSOCK: "socket"}
         raise Unusable("missing file", f"{path} is not a file but a {kinds.get(stat.S_IFMT(mode), 'device')}")

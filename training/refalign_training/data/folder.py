@@ -125,6 +125,7 @@ def _assign(files: list[Path], videos: Mapping[Path, _Beside]) -> Iterator[_NotT
     folded: dict[str, set[str]] = {}
     for stem in owners:
         folded.setdefault(_fold(stem), set()).add(stem)
+    left = []
     for entry in files:
         kind, reference = _kind(entry), _REFERENCE.fullmatch(entry.stem)
         stem = reference[1] if kind == "image" and reference else entry.stem
@@ -135,7 +136,10 @@ def _assign(files: list[Path], videos: Mapping[Path, _Beside]) -> Iterator[_NotT
         elif kind == "image" and reference and owner:
             yield from _give_reference(entry, int(reference[2]), owner)
         elif entry not in videos:
-            yield from _not_taken(entry, kind, owners)
+            left.append((entry, kind))
+    for entry, kind in left:
+        stem = _owner_of(entry.stem, folded)
+        yield from _not_taken(entry, kind, None if stem is None else owners[stem][0])
 
 
 def _give_caption(entry: Path, owner: list[_Beside]) -> Iterator[_NotTaken]:
@@ -153,51 +157,56 @@ def _give_reference(entry: Path, number: int, owner: list[_Beside]) -> Iterator[
     for beside in owner:
         other = beside.references.setdefault(number, entry)
         if other is not entry:
-            free = f"{beside.video.stem}.ref{max(beside.references) + 1}{entry.suffix}"
+            free = f"{_free_name(beside)}{entry.suffix}"
             wanted = f"reference {number} is {other.name}; name it, say, {free}"
             yield _NotTaken(_name_fault(entry, wanted), "reference")
 
 
-def _not_taken(entry: Path, kind: str | None, owners: Mapping[str, list[_Beside]]) -> Iterator[_NotTaken]:
-    """What a file that belongs to no video should be called, if it looks like one of ours."""
-    suffix, stems = entry.suffix.lower(), [s for s in owners if _begins(entry.stem, s)]
-    guess = kind or _UNREAD.get(suffix) or (mimetypes.guess_type(entry.name)[0] or "").split("/")[0]
+def _owner_of(name: str, folded: Mapping[str, set[str]]) -> str | None:
+    """The longest name of a video behind which a file's name goes on with a mark, as `clip_1` does behind `clip`."""
+    text = _fold(name)
+    for end in range(len(text), 0, -1):
+        if not text[end : end + 1].isalnum() and text[:end] in folded:
+            return min(folded[text[:end]])
+    return None
+
+
+def _not_taken(entry: Path, kind: str | None, owner: _Beside | None) -> Iterator[_NotTaken]:
+    """What a file that is not taken should be called, if it looks like one of ours."""
+    guess = kind or _UNREAD.get(entry.suffix.lower()) or (mimetypes.guess_type(entry.name)[0] or "").split("/")[0]
     inner = {part.lower() for part in entry.suffixes[:-1]}
-    stem = max(stems, key=len, default=None)
     reference = re.search(r"(.+)[._ -]ref", entry.stem, re.IGNORECASE)
-    if guess == "image" and reference and stem is None:
-        error = Unusable("missing file", f"{shorten(entry.name)} is a reference, but there is no video {reference[1]}")
+    if guess == "image" and reference and owner is None:
+        error = Unusable(
+            "missing file", f"{shorten(entry.name)} is a reference, but there is no video {shorten(reference[1])}"
+        )
         yield _NotTaken(error, "sample")
-    elif guess == "image" and stem is not None:
-        suffixes = "" if kind else ", in a format that is read, such as PNG"
+    elif guess == "image" and owner is not None:
+        wanted = f"{_free_name(owner)}{entry.suffix if kind else '.png, in a format that is read'}"
         lost: Cost = "reference" if reference else "nothing"  # a picture of the same name may be for people
-        yield _NotTaken(_name_fault(entry, f"a reference is called {stem}.ref0.png{suffixes}"), lost)
-    elif guess == "text" and stem is not None:
-        yield _NotTaken(_name_fault(entry, f"the caption is called {stem}.txt"), "nothing")
+        yield _NotTaken(_name_fault(entry, f"a reference is called {wanted}"), lost)
+    elif guess == "text" and owner is not None:
+        yield _NotTaken(_name_fault(entry, f"the caption is called {owner.video.stem}.txt"), "nothing")
     elif kind == "text" and not _ABOUT.match(entry.stem):
         yield _NotTaken(_name_fault(entry, f"there is no video {entry.stem}, whose caption it would be"), "nothing")
     elif guess == "video" or inner & VIDEOS:
-        yield _NotTaken(
-            _name_fault(
-                entry, f"a video is called, say, clip.mp4, and is of one of these formats: {' '.join(sorted(VIDEOS))}"
-            ),
-            "sample",
-        )
+        wanted = f"a video is called, say, clip.mp4, and its name ends in one of {' '.join(sorted(VIDEOS))}"
+        yield _NotTaken(_name_fault(entry, wanted), "sample")
+
+
+def _free_name(beside: _Beside) -> str:
+    """What a further reference of a video may be called, without suffix."""
+    return f"{beside.video.stem}.ref{max(beside.references, default=-1) + 1}"
 
 
 def _name_fault(entry: Path, wanted: str) -> Unusable:
-    return Unusable("name", f"{shorten(entry.name)} is not taken: {wanted}")
+    plain = "".join(mark if mark.isprintable() else "?" for mark in wanted)
+    return Unusable("name", f"{shorten(entry.name)} is not taken: {plain}")
 
 
 def _fold(stem: str) -> str:
     """Equal for names that Windows and macOS hold for one."""
     return unicodedata.normalize("NFC", stem).casefold()
-
-
-def _begins(stem: str, with_stem: str) -> bool:
-    """Whether a file's name is a video's, or goes on behind it with a mark."""
-    stem, start = _fold(stem), _fold(with_stem)
-    return stem.startswith(start) and not stem[len(start) : len(start) + 1].isalnum()
 
 
 def _read_caption(path: Path) -> str | Unusable:
