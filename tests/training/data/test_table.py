@@ -330,7 +330,6 @@ def test_names_that_differ_by_more_than_case_stay_apart(tmp_path):
         ("a.ref1.HEIC", "a reference is called a.ref1.png, in a format that is read", "reference"),
         ("a.png", "a reference is called a.ref1.png", "nothing"),
         ("a.ref0.jpg", "reference 0 is a.ref0.jpg; name it, say, a.ref1.png", "reference"),
-        ("a.caption", "the caption is called a.txt", "nothing"),
         ("a.mp4.txt", "the caption is called a.txt", "nothing"),
         ("a.TXT", "a.mp4 has the caption a.TXT", "nothing"),
         ("b.txt", "there is no video b, whose caption it would be", "nothing"),
@@ -343,6 +342,13 @@ def test_a_file_that_is_nearly_named_right_is_told(tmp_path, name, says, lost):
     (sample,), (fault,) = parts(read_folder(tmp_path))
     assert sample.prompts == ("About a.",) and len(views(sample)) == 1
     assert fault.kind == "name" and says in fault.detail and fault.lost == lost
+
+
+def test_a_caption_of_another_suffix_is_told_where_there_is_none(tmp_path):
+    write_folder(tmp_path, "a.mp4", "a.caption", "a.ref0.png", "b.mp4", "b.txt", "b.json", "b.ref0.png")
+    (sample,), (lost, near) = parts(read_folder(tmp_path))
+    assert sample.id == "b" and (lost.kind, lost.sample_id) == ("no prompt", "a")
+    assert near.detail == "'a.caption' is not taken: the caption is called a.txt"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there are no such pipes")

@@ -186,6 +186,8 @@ def _not_taken(entry: Path, kind: str | None, owner: _Beside | None) -> Iterator
         lost: Cost = "reference" if reference else "nothing"  # a picture of the same name may be for people
         yield _NotTaken(_name_fault(entry, f"a reference is called {wanted}"), lost)
     elif guess == "text" and owner is not None:
+        if not kind and owner.caption:  # it is about something else
+            return
         yield _NotTaken(_name_fault(entry, f"the caption is called {owner.video.stem}.txt"), "nothing")
     elif kind == "text" and not _ABOUT.match(entry.stem):
         yield _NotTaken(_name_fault(entry, f"there is no video {entry.stem}, whose caption it would be"), "nothing")
