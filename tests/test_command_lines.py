@@ -178,7 +178,7 @@ class Nothing:
     ("error", "told"),
     [
         (ValueError("a.yaml:\n  in line 3\tof it"), "a.yaml: in line 3 of it"),
-        (KeyError("weights"), "'weights' (KeyError, test_command_lines.py line "),
+        (KeyError("weights"), "'weights' (KeyError, command_line.py line "),
         (AssertionError(), "AssertionError (AssertionError, "),
         (OSError(errno.ENOSPC, "No space left on device", "out"), "device: 'out'. Free some space, or name an output"),
         (SafetensorError("I/O error: File too large (os error 27)"), "(os error 27). Free some space"),

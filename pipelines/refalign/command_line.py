@@ -43,6 +43,7 @@ def _tell_interruption(kind: type[BaseException], error: BaseException, trace: T
 sys.excepthook = _tell_interruption  # only programs import this module
 
 DEBUG = "--debug"
+PACKAGES = {"refalign", "refalign_training", "refalign_evaluation"}
 LONGEST = 1000  # characters of an error that nobody expected
 
 # What to do about errors, by the operating system's numbers and by words
@@ -182,8 +183,9 @@ def one_line(error: Exception, expected: tuple[type[Exception], ...] = (ValueErr
             return f"{text.rstrip('.')}. {remedy}"
     if isinstance(error, expected):
         return text
-    place = traceback.extract_tb(error.__traceback__)[-1:]
-    where = "".join(f", {Path(frame.filename).name} line {frame.lineno}" for frame in place)
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if not PACKAGES.isdisjoint(Path(frame.filename).parts)] or frames
+    where = "".join(f", {Path(frame.filename).name} line {frame.lineno}" for frame in ours[-1:])
     text = f"{text[:LONGEST]} ..." if len(text) > LONGEST else text
     return f"{text} ({type(error).__name__}{where}). This was not expected: {DEBUG} shows the traceback."
 

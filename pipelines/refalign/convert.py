@@ -21,6 +21,7 @@ from refalign.files import (
     fetch,
     find_safetensors,
     find_shards,
+    naming_component,
     new_file,
     new_folder,
     open_safetensors,
@@ -109,7 +110,7 @@ def check_shapes(tensors: Mapping[str, StoredTensor], config: Mapping, source: o
     Raises:
         ValueError: naming the first keys that are missing, unknown or of another shape.
     """
-    with torch.device("meta"):
+    with naming_component("transformer's configuration", source), torch.device("meta"):
         model = cast(RefAlignWanTransformer3DModel, RefAlignWanTransformer3DModel.from_config(dict(config)))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     missing = sorted(native_key(key) for key in expected.keys() - tensors.keys())
@@ -171,10 +172,10 @@ def read_config(folder: Path, model: str | Path) -> dict[str, Any]:
     if not transformer.is_file():
         raise ValueError(f"{model} is not a pipeline in diffusers' format: it has no transformer/config.json.")
     if index.is_file():
-        check_is_wan21_pipeline(_read_object(index), str(model))
+        check_is_wan21_pipeline(read_json(index), str(model))
     if vae.is_file():
-        check_is_wan21_vae(_read_object(vae), f"The VAE of {model}")
-    config = _read_object(transformer)
+        check_is_wan21_vae(read_json(vae), f"The VAE of {model}")
+    config = read_json(transformer)
     check_is_wan21(config, f"The transformer of {model}")
     return config
 
@@ -204,13 +205,6 @@ def check_weights(folder: Path, parts: Sequence[str]) -> None:
             others = sorted(file.name for file in files if file.suffix in OTHER_FORMATS)
             refused = f" {', '.join(others)} is refused: it can run code when it is opened." if others else ""
             raise ValueError(f"{folder / part} has no safetensors weights.{refused} Pass a safetensors release.")
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    content = read_json(file)
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds a {type(content).__name__}, not an object. Download it again.")
-    return content
 
 
 def _copy_component(source: Path, target: Path) -> None:

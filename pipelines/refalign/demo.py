@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from refalign.files import new_file
+from refalign.files import new_file, owned_folder
 from refalign.sprites import FOLDER, SUBJECTS, subject_names
 
 
@@ -54,14 +54,14 @@ def run(command: Demo) -> int:
         raise ValueError(f"{len(command.subjects)} subjects are named; the tiny model was trained with one or two.")
     references = [_picture_of(subject) for subject in command.subjects]
     frames = _generate(command, references)
-    command.output.mkdir(parents=True, exist_ok=True)
     picture, video = command.output / "demo.png", command.output / "demo.mp4"
-    with new_file(picture, overwrite=True) as file:
-        draw_sheet(references, frames).save(file)
     # Sixty-four pixels are a stamp on a screen
     large = [frame.resize((VIDEO_SIDE, VIDEO_SIDE)) for frame in frames]
     settings = {"prompt": command.prompt, "subjects": command.subjects, "seed": command.seed}
-    write_video(large, video, settings=settings, overwrite=True)
+    with owned_folder(command.output):
+        with new_file(picture, overwrite=True) as file:
+            draw_sheet(references, frames).save(file)
+        write_video(large, video, settings=settings, overwrite=True)
     print(f"{command.prompt}\nWrote {video} and {picture}, the references beside frames of it.")
     return 0
 

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import reprlib
 import shutil
 import tempfile
 from collections import defaultdict
@@ -161,13 +162,33 @@ def remove_leftovers(folder: Path, name: str | None = None) -> None:
 @contextmanager
 def _beside(output: Path) -> Iterator[Path]:
     output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(".partial", f".{_short(output.name)}.", output.parent) as folder:
-        try:
-            yield Path(folder) / output.name
-        except Exception as error:
-            if (number := os_error_number(error)) in FULL:
-                raise OSError(number, os.strerror(number), str(output)) from error
-            raise
+    hidden = tempfile.TemporaryDirectory(".partial", f".{_short(output.name)}.", output.parent)
+    with naming_full_disk(output), hidden as folder:
+        yield Path(folder) / output.name
+
+
+@contextmanager
+def naming_full_disk(output: Path) -> Iterator[None]:
+    """Within it, the error that a disk is full names what was written."""
+    try:
+        yield
+    except Exception as error:
+        if (number := os_error_number(error)) in FULL:
+            raise OSError(number, os.strerror(number), str(output)) from error
+        raise
+
+
+@contextmanager
+def naming_component(component: str, source: object) -> Iterator[None]:
+    """Within it, a library makes a component; what it raises becomes a ValueError that names the component."""
+    try:
+        yield
+    except Exception as error:
+        text = " ".join(str(error).split())[:500]
+        raise ValueError(
+            f"The {component} of {source} cannot be loaded ({type(error).__name__}: {text}). Download it again, or "
+            "name another."
+        ) from error
 
 
 def _short(name: str) -> str:
@@ -290,12 +311,16 @@ def files_below(folder: Path) -> list[Path]:
     return sorted(filter(Path.is_file, folder.rglob("*")))
 
 
-def read_json(file: Path) -> Any:
-    """The content of a JSON file; ValueError, naming it, if it is not whole JSON."""
+def read_json(file: Path, kind: type = dict) -> Any:
+    """The content of a JSON file, an object unless another `kind` is named; ValueError, naming the file, if it is not
+    whole JSON or of another kind."""
     try:
-        return json.loads(file.read_text("utf-8"))
-    except ValueError as error:
+        content = json.loads(file.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is not a whole JSON file: {error}. Download or write it again.") from error
+    if not isinstance(content, kind):
+        raise ValueError(f"{file} holds {reprlib.repr(content)}, not an object of names and values. Write it again.")
+    return content
 
 
 def read_headers(files: list[Path]) -> dict[str, StoredTensor]:
@@ -339,6 +364,10 @@ def open_safetensors(file: Path) -> Iterator:
         raise ValueError(
             f"{file} ({size:,} bytes) is not a whole safetensors file: {error}. Download or write it again."
         ) from error
+    except OSError as error:
+        if error.filename is None:  # as when there is no memory to map it
+            raise OSError(error.errno, error.strerror or str(error), str(file)) from error
+        raise
 
 
 def read(tensors: Mapping[str, StoredTensor]) -> dict[str, "torch.Tensor"]:

@@ -10,7 +10,7 @@ import torch
 
 from refalign.convert import CONFIGS, check_shapes, check_weights, find_config, read_native
 from refalign.devices import find_device
-from refalign.files import HUB_ID, OTHER_FORMATS, fetch, find_safetensors, read, read_json
+from refalign.files import HUB_ID, OTHER_FORMATS, fetch, find_safetensors, open_safetensors, read, read_json
 from refalign.lora_loading import prepare_lora
 from refalign.pipeline_refalign_wan import CALL_DEFAULTS, RefAlignWanPipeline, paper_scheduler
 from refalign.transformer_refalign_wan import RefAlignWanTransformer3DModel, check_finite
@@ -60,6 +60,7 @@ def _load_parts(model: str, base: str | None, dtype: torch.dtype) -> RefAlignWan
     index = _read_index(name)
     if Path(name).is_dir():
         check_weights(Path(name), ("vae", "text_encoder", *(("transformer",) if base is None else ())))
+        _check_files(Path(name))
     parts: dict[str, Any] = {"dtype": {"default": dtype, "vae": torch.float32}}
     if base is not None:
         parts["transformer"] = _load_native(model, base, dtype)
@@ -68,6 +69,16 @@ def _load_parts(model: str, base: str | None, dtype: torch.dtype) -> RefAlignWan
         # Plain Wan, which with a LoRA is a RefAlign model: it takes the schedule that LoRAs are trained with
         parts["scheduler"] = paper_scheduler()
     return RefAlignWanPipeline.from_pretrained(name, **parts)
+
+
+def _check_files(folder: Path) -> None:
+    """Raises ValueError, naming the file, for one of a pipeline's components that is not whole: what diffusers and
+    transformers say of it names none."""
+    for file in sorted(folder.glob("*/*.safetensors")):
+        with open_safetensors(file):
+            pass
+    for file in sorted([*folder.glob("*.json"), *folder.glob("*/*.json")]):
+        read_json(file, object)
 
 
 def _read_index(name: str) -> dict[str, Any]:

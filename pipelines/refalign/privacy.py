@@ -80,7 +80,7 @@ def _text(file: Path, name: str) -> str:
         with open_safetensors(file) as opened:
             return "\n".join(_strings(opened.metadata()))
     if file.suffix == ".json":
-        return "\n".join(_strings(read_json(file)))
+        return "\n".join(_strings(read_json(file, object)))
     if file.suffix in IMAGES or file.suffix == ".mp4":
         read = _video_metadata if file.suffix == ".mp4" else _image_metadata
         try:

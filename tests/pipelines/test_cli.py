@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import refalign.generate as generate_module
 from refalign import RefAlignWanPipeline, video
 from refalign.cli import main
 from refalign.generate import Generate, _load_pipeline, _settings
@@ -409,6 +410,38 @@ def test_a_bad_line_is_told_and_the_others_are_made(batch, tmp_path, capsys):
     error = capsys.readouterr().err
     assert "jobs.jsonl:2" in error and "nowhere.png" in error and "1 of 3 videos failed" in error
     assert sorted(path.name for path in tmp_path.glob("*.mp4")) == ["0.mp4", "2.mp4"]
+
+
+def test_a_job_that_fails_unexpectedly_does_not_end_the_others(batch, tmp_path, capsys, monkeypatch):
+    prepare = generate_module._prepare
+
+    def fails_for_a(command):
+        if command.prompt == "a":
+            raise OverflowError("too large\nby far")
+        return prepare(command)
+
+    monkeypatch.setattr(generate_module, "_prepare", fails_for_a)
+    assert batch(*[{"prompt": prompt, "output": str(tmp_path / f"{prompt}.mp4")} for prompt in "ab"]) == 1
+    assert "refalign: jobs.jsonl:1: too large by far (OverflowError, generate.py line" in capsys.readouterr().err
+    assert (tmp_path / "b.mp4").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model_index.json", b"{"),
+        ("text_encoder/config.json", b"\xff"),
+        ("vae/diffusion_pytorch_model.safetensors", b"\x08\0\0\0\0\0\0\0{}"),
+        ("tokenizer/tokenizer_config.json", b"[" * 100_000),
+    ],
+)
+def test_a_damaged_file_of_a_pipeline_is_named(generate, repo_folder, tmp_path, capsys, name, content):
+    model = shutil.copytree(repo_folder, tmp_path / "model")
+    assert (model / name).exists()
+    (model / name).write_bytes(content)
+    assert generate(model=model) == 1
+    error = capsys.readouterr().err
+    assert str(model / name) in error and "Traceback" not in error
 
 
 def test_a_line_may_hold_any_character_and_the_file_a_byte_order_mark(batch, tmp_path):

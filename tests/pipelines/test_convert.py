@@ -844,3 +844,20 @@ def test_an_index_that_names_files_outside_its_folder_is_refused(tmp_path, name)
     (release / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), "utf-8")
     with pytest.raises(ValueError, match="outside its own folder"):
         find_safetensors(release)
+
+
+@pytest.mark.parametrize("name", ["model_index.json", "transformer/config.json"])
+def test_json_of_another_kind_names_its_file(native_file, wan_folder, tmp_path, name):
+    base = shutil.copytree(wan_folder, tmp_path / "base")
+    (base / name).write_text("[1, 2]")
+    with pytest.raises(ValueError, match=rf"{name} holds \[1, 2\], not an object"):
+        convert(native_file, base, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_configuration_that_makes_no_transformer_is_told_with_its_base(native_file, wan_folder, tmp_path):
+    base = shutil.copytree(wan_folder, tmp_path / "base")
+    config = json.loads((base / "transformer/config.json").read_text("utf-8"))
+    (base / "transformer/config.json").write_text(json.dumps({**config, "num_layers": "two"}), "utf-8")
+    with pytest.raises(ValueError, match=r"The transformer's configuration of .* cannot be loaded \(TypeError: "):
+        convert(native_file, base, tmp_path / "out")

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from refalign.files import owned_folder
 from refalign_training.method.objective import Batch
 from refalign_training.method.options import ObjectiveOptions
 from refalign_training.run.batches import load_batches
@@ -26,9 +27,11 @@ from tests.training.small_run import (
     final_tensors,
     resumed,
     run_command,
+    start,
     stop,
     train,
     train_with_kills,
+    wait,
 )
 
 
@@ -301,3 +304,10 @@ def test_an_alignment_may_end_in_the_middle_of_a_run(training_world, tmp_path, k
     train(begun, processes=2)
     killed = changed(begun, steps=6)
     assert_equal_runs(train_with_kills(killed, processes=2, kills=2), command.output)
+
+
+def test_all_processes_of_a_second_run_are_refused(training_world, tmp_path):
+    command = run_command(tmp_path / "run", training_world.wan, training_world.cache)
+    with owned_folder(command.output):
+        assert wait(start(command, processes=2)) == [1, 1]
+        assert [path.name for path in command.output.iterdir()] == [".lock"]

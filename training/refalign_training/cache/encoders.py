@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 
 from refalign.convert import CONFIGS, check_weights, read_config
 from refalign.devices import find_device
-from refalign.files import fetch, identity
+from refalign.files import fetch, identity, naming_component
 from refalign.pipeline_refalign_wan import TOKEN_PIXELS
 from refalign.transformer_refalign_wan import check_finite
 from refalign_training.cache.command import CacheCommand
@@ -65,9 +65,10 @@ class VaeEncoder:
         vae: AutoencoderKLWan | None = None,
     ) -> None:
         self.dtype, self.device, self.references = dtype, device, references
-        self.vae = vae or AutoencoderKLWan.from_pretrained(
-            model, subfolder="vae", torch_dtype=vae_dtype, use_safetensors=True
-        )
+        with naming_component("VAE", model):
+            self.vae = vae or AutoencoderKLWan.from_pretrained(
+                model, subfolder="vae", torch_dtype=vae_dtype, use_safetensors=True
+            )
         check_finite(self.vae.named_parameters(), f"The VAE of {model}")
         self.vae.to(device).eval()  # pyright: ignore[reportArgumentType]  (diffusers wraps `to`)
 
@@ -92,10 +93,11 @@ class TextEncoder:
 
     def __init__(self, model: Path, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
-        self.tokenizer = AutoTokenizer.from_pretrained(model, subfolder="tokenizer")
-        self.text_encoder = UMT5EncoderModel.from_pretrained(
-            model, subfolder="text_encoder", dtype=dtype, use_safetensors=True
-        )
+        with naming_component("text encoder or tokenizer", model):
+            self.tokenizer = AutoTokenizer.from_pretrained(model, subfolder="tokenizer")
+            self.text_encoder = UMT5EncoderModel.from_pretrained(
+                model, subfolder="text_encoder", dtype=dtype, use_safetensors=True
+            )
         check_finite(self.text_encoder.named_parameters(), f"The text encoder of {model}")
         self.text_encoder.to(device).eval()  # pyright: ignore[reportArgumentType]  (transformers wraps `to`)
 

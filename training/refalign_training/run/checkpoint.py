@@ -30,7 +30,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
-from refalign.files import new_file, read_json
+from refalign.files import naming_full_disk, new_file, read_json
 from refalign.keys import projector_key
 from refalign_training.run.parallel import Parallel, local
 
@@ -64,7 +64,7 @@ def save_checkpoint(
         _clear(folder)
         partial.mkdir()
     parallel.barrier()
-    with _plain():
+    with naming_full_disk(target), _plain():
         numbers = _file_numbers(tensors)
         writer = HuggingFaceStorageWriter(str(partial), fqn_to_index_mapping=numbers, save_distributed=True)
         dcp.save(dict(tensors), storage_writer=writer, no_dist=parallel.world_size == 1)
@@ -226,8 +226,6 @@ def _read_state(checkpoint: Path) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"{checkpoint} is not a checkpoint: it has no {STATE}.")
     state = read_json(file)
-    if not isinstance(state, dict):
-        raise ValueError(f"{file} is not what a run writes: {state!r:.80}")
     if state.get("schema") != SCHEMA:
         raise ValueError(f"{checkpoint} is a checkpoint of schema {state.get('schema')}; this version reads {SCHEMA}.")
     for name, kind in STATE_TYPES.items():

@@ -10,7 +10,7 @@ from peft import LoraConfig
 
 from refalign import RefAlignWanTransformer3DModel
 from refalign.convert import check_shapes, find_config
-from refalign.files import fetch, find_safetensors, read, read_headers
+from refalign.files import fetch, find_safetensors, naming_component, read, read_headers
 from refalign.transformer_refalign_wan import check_finite
 from refalign_training.method.alignment import ReferenceAlignment
 from refalign_training.method.options import AlignmentOptions
@@ -29,7 +29,7 @@ def load_transformer(command: RunCommand, start: Start, resumes: bool = False) -
     and given adapters, which are the same for a seed. A full run that `resumes` reads no file: a checkpoint fills it.
     Raises ValueError if the files do not fit the base's configuration."""
     options, config = command.model, transformer_config(command.model)
-    with init_empty_weights():
+    with naming_component("transformer's configuration", options.base), init_empty_weights():
         transformer = RefAlignWanTransformer3DModel.from_config(config)
     if resumes and command.training == "full":
         shapes = transformer.state_dict()

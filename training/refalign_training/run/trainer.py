@@ -10,10 +10,9 @@ Killed, it goes on with `--resume latest` from its last checkpoint to the same n
 import importlib.metadata
 import logging
 import math
-import os
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +53,30 @@ def run(command: RunCommand) -> int:
         from refalign_training.run.estimate import dry_run
 
         return dry_run(command)
-    is_main = os.environ.get("RANK", "0") == "0"  # torchrun ends the others if it is refused
-    with owned_folder(command.output) if is_main else nullcontext():
+    with _owned(command):
         trainer = Trainer(command)
         code = trainer.train()
         trainer.parallel.close()
     return code
+
+
+@contextmanager
+def _owned(command: RunCommand) -> Iterator[None]:
+    """Within it, the run's folder is that of its processes alone. If it is another run's, all raise ValueError."""
+    parallel = Parallel(command.parallel, command.device)
+    refusal = None
+    with ExitStack() as stack:
+        if parallel.is_main:
+            try:
+                stack.enter_context(owned_folder(command.output))
+            except (ValueError, OSError) as error:
+                refusal = str(error)
+        if parallel.world_size > 1:  # one that is not told would wait for the others
+            refusal = gather_object([refusal])[0]
+        if refusal is not None:
+            parallel.close()
+            raise ValueError(refusal)
+        yield
 
 
 class Trainer:

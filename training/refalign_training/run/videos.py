@@ -12,6 +12,7 @@ from diffusers import AutoencoderKLWan
 from PIL import Image
 
 from refalign import RefAlignWanPipeline, RefAlignWanTransformer3DModel, prepare_reference_images
+from refalign.files import naming_component
 from refalign.loading import read_defaults
 from refalign.pipeline_refalign_wan import FRAMES_PER_LATENT, denormalize_latents, paper_scheduler
 from refalign.transformer_refalign_wan import WAN_CHANNELS
@@ -96,7 +97,10 @@ class Videos:
         pictures = {}
         if model is None:
             return pictures
-        vae = AutoencoderKLWan.from_pretrained(model, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True)
+        with naming_component("VAE", model):
+            vae = AutoencoderKLWan.from_pretrained(
+                model, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True
+            )
         vae.to(self.parallel.device)  # pyright: ignore[reportArgumentType]  # diffusers' decorator hides `self`
         for one, video in zip(shown, latents, strict=True):
             references = [] if one.reference_latents is None else one.reference_latents.unbind(1)
