@@ -134,7 +134,7 @@ def say(command: Say) -> int:
 @pytest.mark.parametrize(
     ("where", "code", "out", "err"),
     [
-        ("error", 1, "", f"refalign: {SHOWN}\n"),
+        ("error", 1, "", f"refalign: {SHOWN}\n".replace(r"\n", " ").replace(r"\r", " ")),
         ("log", 0, "", f"{SHOWN} is here\n"),
         ("output", 0, SHOWN.replace(r"\n", "") + " is here\nand done\n", ""),
     ],

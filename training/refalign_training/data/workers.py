@@ -1,9 +1,16 @@
 """What a worker process does about the process that started it."""
 
+import gc
 import multiprocessing
 import os
 import signal
 import threading
+
+
+def free_videos() -> None:
+    """To be called before a fork: frees what is left of videos that were read or written. The new process would free
+    it too, and wait for ever for FFmpeg's threads, which it does not have."""
+    gc.collect()
 
 
 def end_with_parent(worker: int = 0) -> None:

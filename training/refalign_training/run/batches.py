@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from refalign_training.data.workers import free_videos
 from refalign_training.method.losses import sample_timesteps
 from refalign_training.method.objective import Batch
 from refalign_training.method.options import ObjectiveOptions
@@ -155,6 +156,7 @@ def load_batches(
         pin_memory=pin_memory and not encodes,
         worker_init_fn=outlive_signals,
     )
+    free_videos()
     loaded = _told(iter(loader))
     return map(micro_batches.make, loaded) if encodes else loaded
 

@@ -21,6 +21,7 @@ from refalign.video import write_video
 from refalign_training.data.masks import box_area
 from refalign_training.data.randomness import numpy_generator
 from refalign_training.data.source import Dataset
+from refalign_training.data.workers import free_videos
 from refalign_training.sprites.subject import SIDE, Subject, subjects
 from refalign_training.sprites.world import (
     FPS,
@@ -65,6 +66,7 @@ def write_dataset(folder: Path, clips: int, seed: int = 0, held_out: bool = Fals
     if not pairs.is_file():
         (folder / "Videos" / PART).mkdir(parents=True, exist_ok=True)
         write = functools.partial(_write_clip, folder / "Videos" / PART, seed, held_out)
+        free_videos()
         with ProcessPoolExecutor(os.cpu_count()) as pool:
             drawn = pool.map(write, range(clips), chunksize=8)
             written = list(tqdm(drawn, total=clips, desc=f"clips of {folder.name}", mininterval=5))
