@@ -55,8 +55,8 @@ def _connect(address: str) -> tuple[Any, dict[str, Any]]:
     """Ray, connected, and the pool of encoders that the cluster bears, as `map_batches` takes it."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no telemetry
     try:
-        import ray
-        import ray.data
+        import ray  # pyright: ignore[reportMissingImports]  (an extra)
+        import ray.data  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ValueError(f'--ray needs Ray ({error}). Install it: pip install "ray[data]".') from None
     try:
