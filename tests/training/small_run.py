@@ -19,6 +19,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 from tqdm.auto import tqdm as tqdm_auto
 
+from refalign_training.data.workers import free_videos
 from refalign_training.method.options import AlignmentOptions
 from refalign_training.run import trainer
 from refalign_training.run.checkpoint import find_checkpoint, has_checkpoint, read_tensors, stored_tensors
@@ -99,6 +100,7 @@ def start(command: RunCommand, processes: int = 1) -> list[BaseProcess]:
     if processes > 1:
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(processes)}
         environments = [{**address, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+    free_videos()
     started = [FORK.Process(target=_train, args=(command, environment)) for environment in environments]
     for process in started:
         process.start()

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from refalign_training.cache import run, writer
 from refalign_training.cache.command import CacheCommand
 from refalign_training.cache.reader import Cache
+from refalign_training.data.workers import free_videos
 from tests.training.small_cache import cache_command, change, stamps, write_clip, write_clips
 
 
@@ -62,6 +63,7 @@ def _die_at(number: int) -> None:
 
 
 def start(command: CacheCommand, rank: int = 0, processes: int = 1, last_file: int | None = None) -> BaseProcess:
+    free_videos()
     process = FORK.Process(target=_run, args=(command, rank, processes, last_file))
     process.start()
     return process
