@@ -813,7 +813,7 @@ def test_hidden_colors_do_not_bleed_into_the_edge(without_rembg):
 
 
 def test_true_without_rembg_says_what_to_install(without_rembg):
-    with pytest.raises(ImportError, match=r'pip install "refalign\[background\]"'):
+    with pytest.raises(ImportError, match=r'pip install "rembg\[cpu\]"'):
         prepare_reference_image(gradient(), 8, 8, cut_out=True)
 
 

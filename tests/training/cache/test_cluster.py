@@ -79,7 +79,7 @@ def test_a_shard_goes_when_none_of_its_items_is_needed(items):
 
 def test_the_extra_is_named(made, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    with pytest.raises(ValueError, match=r"--ray needs Ray .*pip install 'refalign\[train,ray\]'"):
+    with pytest.raises(ValueError, match=r'--ray needs Ray .*pip install "ray\[data\]"'):
         run(dataclasses.replace(made, output=tmp_path / "cache", ray="auto"))
 
 

@@ -156,7 +156,8 @@ def load_batches(
         pin_memory=pin_memory and not encodes,
         worker_init_fn=outlive_signals,
     )
-    free_videos()
+    if workers:
+        free_videos()
     loaded = _told(iter(loader))
     return map(micro_batches.make, loaded) if encodes else loaded
 
