@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from refalign.privacy import shown
 from refalign_training.data.fields import Unusable, check_file, encoding_of, shorten
 from refalign_training.data.recipe import DEFAULT_RULE, SelectionRule
 from refalign_training.data.records import Record
@@ -202,8 +203,7 @@ def _free_name(beside: _Beside) -> str:
 
 
 def _name_fault(entry: Path, wanted: str) -> Unusable:
-    plain = "".join(mark if mark.isprintable() else "?" for mark in wanted)
-    return Unusable("name", f"{shorten(entry.name)} is not taken: {plain}")
+    return Unusable("name", f"{shorten(entry.name)} is not taken: {shown(wanted)}")
 
 
 def _fold(stem: str) -> str:

@@ -18,7 +18,7 @@ class Played:
     size: tuple[int, int]
     """Width and height as players show it, in pixels; of the crop, if there is one."""
     fps: float
-    """Of the file, on average."""
+    """The file's frames per second, on average."""
     seconds: float
     """The clip's duration."""
     speed: float

@@ -37,7 +37,7 @@ class Record(NamedTuple):
     value: Any
     """What it holds; an [`Unusable`] where it cannot be read."""
     key: str | None = None
-    """Of a member of a JSON object."""
+    """The name of a member of a JSON object."""
 
     def checked(self) -> Any:
         """What it holds. Raises [`Unusable`] where it cannot be read."""

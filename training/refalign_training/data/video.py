@@ -36,7 +36,7 @@ class _Packets:
     """What the packets of a stream tell."""
 
     count: int = 0
-    """Of those with something in them."""
+    """How many packets have something in them."""
     times: set[int] = field(default_factory=set)
     """When frames are shown."""
     keys: set[tuple[int, int]] = field(default_factory=set)

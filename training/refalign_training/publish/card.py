@@ -138,7 +138,10 @@ def _base_licence(base: str, folder: Path | None) -> str:
 def training_facts(state: Mapping[str, Any], base: str, dataset: str, weights: str) -> list[tuple[str, str]]:
     """The rows of the card's table: names and values in Markdown."""
     given = state["options"]
-    o = {name: plain(value) if isinstance(value, str) else value for name, value in given.items()}
+    o = dict(given)
+    for name, value in given.items():
+        if isinstance(value, str):
+            o[name] = plain(value)
     revision, start = given["model.revision"], given["model.start"]
     versions = [f"{plain(name)} {plain(version)}" for name, version in state["versions"].items()]
     seen, count = state["samples"], state["dataset"]["samples"]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tyro.conf import Positional
 
 from refalign.files import new_file
+from refalign.privacy import shown
 from refalign_training.data.fields import Unusable
 from refalign_training.data.sample import Fault, Sample
 from refalign_training.data.source import Source, read_source
@@ -186,11 +187,11 @@ def _settings(command: InitCommand, clips: Clips) -> dict[str, Any]:
     found = f"clips: {count}, lost: {clips.lost}, references: {clips.references} at most, {_durations(clips.seconds)}"
     prompts = list(map(_prompt, clips.samples[:2]))
     return {
-        "file": shlex.quote(_in_a_line(str(command.output))),
-        "found": _in_a_line(found),
+        "file": shlex.quote(shown(str(command.output))),
+        "found": shown(found),
         "clips": _yaml(str(command.clips)),
         "run": _yaml(f"runs/{name}"),
-        "run_words": shlex.quote(_in_a_line(f"runs/{name}")),
+        "run_words": shlex.quote(shown(f"runs/{name}")),
         "cache": _yaml(f"cache/{name}"),
         "model": _yaml(command.model),
         "teacher": TEACHERS["large" if config["num_attention_heads"] >= 40 else "base"],
@@ -222,11 +223,6 @@ def _yaml(value: Any) -> str:
 
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=math.inf)
     return text.removesuffix("...\n").strip()
-
-
-def _in_a_line(text: str) -> str:
-    """Text for a comment."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 _TEMPLATE = Template("""\
