@@ -77,7 +77,7 @@ def all_items(cache: Path) -> dict[str, dict[str, torch.Tensor]]:
     return {str(file.relative_to(cache)): load(file.read_bytes()) for file in files}  # a copy: no mapped file
 
 
-def stamps(cache: Path, pattern: str = "*/*/[!.]*.safetensors") -> dict[str, tuple[int, int]]:
+def stamps(cache: Path, pattern: str = "[!.]*/[!.]*/[!.]*.safetensors") -> dict[str, tuple[int, int]]:
     """Inode and time of each file: what was written again has others."""
     return {
         str(file.relative_to(cache)): (file.stat().st_ino, file.stat().st_mtime_ns) for file in cache.glob(pattern)
