@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,9 @@ from refalign.convert import convert
 from refalign.keys import diffusers_to_native, native_to_diffusers
 from tests.tiny_pipeline import tiny_transformer, tiny_wan_pipeline
 
+
+# A shell that starts the tests in the background lets them, and all that they start, ignore Ctrl-C
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 FIXTURES = Path(__file__).parent / "fixtures"

@@ -97,12 +97,13 @@ def run_convert(command: Convert) -> int:
 
 def export(command: Export) -> int:
     from refalign import hub
+    from refalign.community_script import write_community_script
     from refalign.convert import export_native
 
     if (command.model is None) != (command.output is None) or (command.model is None and command.community is None):
         raise ValueError("Pass --model and --output (FILE.safetensors or a new folder), or --community FILE.")
     if command.community is not None:
-        print(f"Wrote {hub.write_community_script(command.community)}")
+        print(f"Wrote {write_community_script(command.community)}")
     if command.model is not None and command.output is not None:
         native = command.output.suffix == ".safetensors"
         write = export_native if native else hub.export_repo

@@ -15,9 +15,7 @@ from tqdm.auto import tqdm
 
 from refalign.files import (
     OTHER_FORMATS,
-    WEIGHTS_FILE,
     StoredTensor,
-    copy_plain,
     fetch,
     find_safetensors,
     find_shards,
@@ -25,7 +23,6 @@ from refalign.files import (
     new_file,
     new_folder,
     open_safetensors,
-    plain_names,
     read,
     read_headers,
     read_json,
@@ -39,6 +36,7 @@ from refalign.transformer_refalign_wan import (
     check_is_wan21,
     other_model,
 )
+from refalign.variants import WEIGHTS_FILE, copy_plain, plain_names
 
 
 logger = logging.getLogger(__name__)

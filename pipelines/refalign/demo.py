@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from refalign.files import new_file, owned_folder
+from refalign.files import new_file
+from refalign.owner import owned_folder
 from refalign.sprites import FOLDER, SUBJECTS, subject_names
 
 

@@ -10,17 +10,15 @@ import logging
 import os
 import re
 import reprlib
-import shutil
 import tempfile
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from refalign.owner import held
+from refalign.owner import owned, short
 
 
 # torch and the Hub's client are imported where they are needed: command lines that write a file answer at once
@@ -37,11 +35,6 @@ SCALED = re.compile(r"(.*\.)?(scaled_fp8|scale_weight|scale_input|weight_scale|i
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}  # torch's names
 FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # not ./folder
-# Weights as diffusers and transformers name them, with a variant such as fp16 in one of three places
-WEIGHTS_FILE = re.compile(
-    r"(?P<stem>model|diffusion_pytorch_model)(\.(?P<variant>\w+))?(?P<shard>-\d+-of-\d+)?(\.(?P<old_variant>\w+))?"
-    r"\.safetensors(?P<index>\.index(\.(?P<index_variant>\w+))?\.json)?"
-)
 
 
 # -- Written whole or not at all: beside its place, then renamed ------------------------------------------------------
@@ -116,53 +109,9 @@ def _open_to_others(path: Path) -> None:
 
 
 @contextmanager
-def owned(output: str | Path) -> Iterator[None]:
-    """
-    Within it, `output` is this process's alone, and what processes that were killed have left of it is gone.
-
-    Raises:
-        ValueError: if it is another process's.
-    """
-    output, name = Path(output), _short(Path(output).name)
-    with _made(output.parent), held(output.with_name(f".{name}.lock"), output) as is_first:
-        if is_first:
-            remove_leftovers(output.parent, name)
-        yield
-
-
-@contextmanager
-def owned_folder(folder: Path) -> Iterator[None]:
-    """Within it, a folder that grows, and is made if need be, is this process's alone, as in [`owned`]."""
-    with _made(folder), held(folder / ".lock", folder):
-        remove_leftovers(folder)
-        yield
-
-
-@contextmanager
-def _made(folder: Path) -> Iterator[None]:
-    """Makes a folder and its parents; those that are still empty at the end are removed."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    finally:
-        for path in missing:
-            with suppress(OSError):  # it is not empty
-                path.rmdir()
-
-
-def remove_leftovers(folder: Path, name: str | None = None) -> None:
-    """Removes what killed processes have left in a folder, of all outputs or of one. The caller owns them."""
-    pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[a-z0-9_]{{8}}\.partial")
-    for path in folder.iterdir():
-        if pattern.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-
-
-@contextmanager
 def _beside(output: Path) -> Iterator[Path]:
     output.parent.mkdir(parents=True, exist_ok=True)
-    hidden = tempfile.TemporaryDirectory(".partial", f".{_short(output.name)}.", output.parent)
+    hidden = tempfile.TemporaryDirectory(".partial", f".{short(output.name)}.", output.parent)
     with naming_full_disk(output), hidden as folder:
         yield Path(folder) / output.name
 
@@ -189,11 +138,6 @@ def naming_component(component: str, source: object) -> Iterator[None]:
             f"The {component} of {source} cannot be loaded ({type(error).__name__}: {text}). Download it again, or "
             "name another."
         ) from error
-
-
-def _short(name: str) -> str:
-    """A name with which longer ones can be made that file systems still take."""
-    return name if len(name) <= 40 else f"{name[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def os_error_number(error: BaseException) -> int:
@@ -271,39 +215,6 @@ def find_shards(index: Path) -> list[Path]:
     if missing:
         raise ValueError(f"{index} names shards that are missing: {missing}. Download them again.")
     return [index.parent / name for name in names]
-
-
-def plain_names(folder: Path) -> dict[str, str]:
-    """
-    The files of a component's weights, each with its name without a variant such as fp16. Weights that have no variant
-    are taken alone, otherwise those of the only variant.
-
-    Raises:
-        ValueError: if there are several variants, or a shard is missing.
-    """
-    found: dict[str, dict[str, str]] = defaultdict(dict)
-    for name in _names(folder.iterdir()):
-        if match := WEIGHTS_FILE.fullmatch(name):
-            variant = match["variant"] or match["old_variant"] or match["index_variant"] or ""
-            end = ".safetensors.index.json" if match["index"] else ".safetensors"
-            found[variant][name] = f"{match['stem']}{match['shard'] or ''}{end}"
-    if "" not in found and len(found) > 1:
-        raise ValueError(f"{folder} has weights in the variants {', '.join(found)}, but none without. Keep one.")
-    names = found[""] if "" in found else next(iter(found.values()), {})
-    for name in names:
-        if name.endswith(".json"):
-            find_shards(folder / name)
-    return names
-
-
-def copy_plain(file: Path, target: Path, names: Mapping[str, str]) -> None:
-    """Copies one of [`plain_names`]' files; an index then has the plain names of its shards."""
-    if file.suffix != ".json" or file.name == target.name:
-        shutil.copyfile(file, target)
-        return
-    index = read_json(file)
-    index["weight_map"] = {key: names[shard] for key, shard in index["weight_map"].items()}
-    target.write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -409,11 +320,11 @@ def fetch(name: str, patterns: Sequence[str], revision: str | None = None, ignor
             raise ValueError(
                 f"The Hub gives {name} only to those who have access (DINOv3, for one, is gated by Meta's licence). "
                 f"Open https://huggingface.co/{name}, accept its licence, run `hf auth login` and try again; or pass "
-                f"a local folder. If there is no such page, check the name. The Hub says: {one_line(error)}"
+                f"a local folder. If there is no such page, check the name. The Hub says: {without_breaks(error)}"
             ) from error
         raise ValueError(
             f"{name} is not a file or folder here, and the Hub does not give it. Check the name and revision, or pass "
-            f"a local folder. The Hub's client says: {one_line(error)}"
+            f"a local folder. The Hub's client says: {without_breaks(error)}"
         ) from error
 
 
@@ -424,7 +335,7 @@ def tell_of_hub(name: str) -> None:
         logger.warning("There is no folder %s here: the Hub is asked for it.", name)
 
 
-def one_line(error: BaseException) -> str:
+def without_breaks(error: BaseException) -> str:
     """The text of an error without its line breaks."""
     return " ".join(str(error).split())
 

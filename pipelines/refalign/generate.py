@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
-from refalign.privacy import shown
+from refalign.privacy import shown, source_name
 from refalign.sprites import FOLDER
 
 
@@ -180,7 +180,7 @@ def _tell_failed(job: Job, error: Exception, failed: list[Job]) -> None:
 @contextmanager
 def _owned(job: Job) -> Iterator[None]:
     """Within it, the files that a job writes are its alone."""
-    from refalign.files import owned
+    from refalign.owner import owned
 
     with ExitStack() as stack:
         for path in (job.output, *job.previews):
@@ -389,16 +389,8 @@ def _settings(command: Generate) -> dict[str, Any]:
     settings = dict(vars(command))
     for name in NOT_KEPT:
         del settings[name]
-    settings["model"] = _public_name(command.model or str(FOLDER))
-    settings["base"] = command.base and _public_name(command.base)
-    settings["reference"] = [_public_name(reference) for reference in command.reference]
-    settings["lora"] = [f"{_public_name(source)}:{scale:g}" for source, scale in map(parse_lora, command.lora)]
+    settings["model"] = source_name(command.model or str(FOLDER))
+    settings["base"] = command.base and source_name(command.base)
+    settings["reference"] = [source_name(reference) for reference in command.reference]
+    settings["lora"] = [f"{source_name(source)}:{scale:g}" for source, scale in map(parse_lora, command.lora)]
     return {"refalign": __version__, **settings}
-
-
-def _public_name(source: str) -> str:
-    from refalign.reference_images import redacted_url
-
-    if "://" in source:
-        return redacted_url(source)
-    return Path(source).name if Path(source).exists() else source

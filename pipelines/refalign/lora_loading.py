@@ -9,7 +9,7 @@ import torch
 from diffusers.loaders.lora_base import _fetch_state_dict
 from safetensors import SafetensorError
 
-from refalign.files import OTHER_FORMATS, one_line, tell_of_hub
+from refalign.files import OTHER_FORMATS, tell_of_hub, without_breaks
 from refalign.keys import diffusers_key, native_key, split_layer
 from refalign.lora import WIDTHS, Lora, lora_widths, parse_lora, passed_over, read_lora
 from refalign.transformer_refalign_wan import RefAlignWanTransformer3DModel
@@ -72,7 +72,7 @@ def _read(source: str | Path | Mapping, options: Mapping[str, Any]) -> Lora:
         tensors, stated = _fetch_state_dict(str(source), **where)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(
-            f"LoRA {source} is not a file or folder here, and the Hub does not give it: {one_line(error)}"
+            f"LoRA {source} is not a file or folder here, and the Hub does not give it: {without_breaks(error)}"
         ) from error
     return parse_lora(tensors, stated, str(source))
 

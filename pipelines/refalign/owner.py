@@ -1,14 +1,61 @@
 """One owner of an output at a time, by a lock that ends with its process: whoever comes second is told who it is."""
 
+import hashlib
 import os
+import re
+import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
 PATIENCE = 0.5  # seconds for an owner that is just ending
+
+
+@contextmanager
+def owned(output: str | Path) -> Iterator[None]:
+    """
+    Within it, `output` is this process's alone, and what processes that were killed have left of it is gone.
+
+    Raises:
+        ValueError: if it is another process's.
+    """
+    output, name = Path(output), short(Path(output).name)
+    with _made(output.parent), held(output.with_name(f".{name}.lock"), output) as is_first:
+        if is_first:
+            remove_leftovers(output.parent, name)
+        yield
+
+
+@contextmanager
+def owned_folder(folder: Path) -> Iterator[None]:
+    """Within it, a folder that grows, and is made if need be, is this process's alone, as in [`owned`]."""
+    with _made(folder), held(folder / ".lock", folder):
+        remove_leftovers(folder)
+        yield
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Makes a folder and its parents; those that are still empty at the end are removed."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    finally:
+        for path in missing:
+            with suppress(OSError):  # it is not empty
+                path.rmdir()
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Removes what killed processes have left in a folder, of all outputs or of one. The caller owns them."""
+    pattern = re.compile(rf"\.{'.+' if name is None else re.escape(name)}\.[a-z0-9_]{{8}}\.partial")
+    for path in folder.iterdir():
+        if pattern.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
 
 
 @contextmanager
@@ -48,3 +95,8 @@ def _told(lock: Path) -> str:
     except OSError:
         text = ""
     return text if text.isprintable() and 0 < len(text) < 200 else "another process"
+
+
+def short(name: str) -> str:
+    """A name with which longer ones can be made that file systems still take."""
+    return name if len(name) <= 40 else f"{name[:40]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -41,6 +41,15 @@ def shown(text: object) -> str:
     return CONTROL.sub(lambda match: repr(match[0])[1:-1], URL_USER.sub("", str(text)))
 
 
+def source_name(source: str) -> str:
+    """A reference, model or LoRA as others may read of it: no folders of this machine, no secrets of a URL."""
+    from refalign.reference_images import redacted_url
+
+    if "://" in source:
+        return redacted_url(source)
+    return Path(source).name if Path(source).exists() else source
+
+
 def check_nothing_private(folder: Path) -> None:
     """
     Raises ValueError for a token, a key or an absolute path in a repo's text files, or in the metadata of its weights,

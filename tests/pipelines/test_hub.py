@@ -798,6 +798,20 @@ def test_weights_of_other_names_or_shapes_than_the_models_are_refused(part, fold
         hub.push(folder, "tester/model")
 
 
+@pytest.mark.parametrize(
+    ("file", "values", "kind"),
+    [
+        ("model_index.json", {"boundary_ratio": 0.9}, "Wan 2.2's A14B"),
+        ("model_index.json", {"_class_name": "WanVACEPipeline"}, "a WanVACEPipeline"),
+        ("transformer/config.json", {"in_channels": 36}, "an image-to-video"),
+    ],
+)
+def test_a_model_of_another_kind_is_refused(file, values, kind, folder):
+    edit_json(folder / file, **values)
+    with pytest.raises(ValueError, match=f"{re.escape(str(folder))}.* is of another kind: {kind}"):
+        hub.push(folder, "tester/model", dry_run=True)
+
+
 def test_a_card_that_is_not_filled_in_is_refused(repo_folder):
     with pytest.raises(ValueError, match=rf"README\.md says {hub.UNKNOWN} in the lines 3, \d+, \d+: fill in"):
         hub.push(repo_folder, "tester/model", dry_run=True)

@@ -14,7 +14,8 @@ import pytest
 from safetensors import SafetensorError
 
 from refalign import cli
-from refalign.files import new_file, new_folder, owned
+from refalign.files import new_file, new_folder
+from refalign.owner import owned
 
 
 @contextmanager

@@ -94,3 +94,14 @@ def item_file(cache: Path, sample_id: str, family: str, variant: int = 0) -> Pat
 def failures(cache: Path) -> list[dict[str, Any]]:
     """The lines of failed.jsonl."""
     return [json.loads(line) for line in (cache / "failed.jsonl").read_text("utf-8").splitlines()]
+
+
+def assert_same_items(one: Path, other: Path) -> None:
+    """Two caches hold the same, sample by sample."""
+    ours, theirs = Cache(one), Cache(other)
+    assert ours.fingerprint == theirs.fingerprint
+    for mine, its in zip(ours.samples, theirs.samples, strict=True):
+        a, b = ours.read(mine), theirs.read(its)
+        assert torch.equal(a["latents"], b["latents"])
+        assert torch.equal(a["reference_latents"], b["reference_latents"])
+        torch.testing.assert_close(a["prompt_embeds"], b["prompt_embeds"], atol=1e-5, rtol=1e-5)  # other batches

@@ -184,7 +184,9 @@ def test_a_second_run_computes_nothing(computed, command):
 @pytest.mark.parametrize("family", ["video", "references", "text", "teacher"])
 def test_a_family_is_rebuilt_alone(computed, command, family):
     shutil.rmtree(Cache(command.output).items[family].folder)
-    assert computed(families=(family,)) == {family: {"references": 6, "teacher": 6, "text": 4}.get(family, 3)}
+    assert computed(families=(family,), allow_changes=False) == {
+        family: {"references": 6, "teacher": 6, "text": 4}.get(family, 3)
+    }
     assert len(Cache(command.output).samples) == 3
 
 
@@ -338,6 +340,19 @@ def test_what_failed_waits_for_a_change_or_to_be_asked(tmp_path, wan_folder, mon
     assert tried == ["a clip", "clip01", "clip01"]
     assert failures(command.output) == []
     assert len(Cache(tmp_path / "cache").samples) == 3
+
+
+def test_a_failure_goes_with_its_sample(tmp_path, wan_folder, capsys):
+    clips = write_clips(tmp_path / "clips", 2)
+    corrupt(clips / "clip01.mp4")
+    command = cache_command(clips, tmp_path / "cache", wan_folder, families=("video",))
+    assert run(command) == 0
+    for path in clips.glob("clip01*"):
+        path.unlink()
+    assert run(command) == 0
+    capsys.readouterr()
+    assert run(change(command, status=True)) == 0
+    assert "1 of 1 items, 0 failed" in capsys.readouterr().out
 
 
 def test_a_failure_that_a_kill_has_cut_off_is_found_again(tmp_path, wan_folder):
@@ -726,9 +741,10 @@ def test_a_family_that_was_not_computed(made, tmp_path):
         Cache(tmp_path / "cache", ("video", "text"))
 
 
-def test_limit_takes_the_first_samples(made, tmp_path):
+def test_limit_takes_the_first_samples(made, tmp_path, capsys):
     assert run(change(made, output=tmp_path / "cache", families=("text",), limit=2)) == 0
     assert [e.sample_id for e in Cache(tmp_path / "cache").samples] == ["clip00", "clip01"]
+    assert "the dataset's first ones, as --limit says" in capsys.readouterr().out
 
 
 def test_digests_do_not_depend_on_the_order_of_names():

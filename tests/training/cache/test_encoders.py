@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -72,6 +73,17 @@ def test_a_clip_is_encoded_as_the_mean_of_its_posterior(pipeline, repo_folder):
     with torch.no_grad():
         assert torch.equal(item["latents"], pipeline.vae.encode(video).latent_dist.mean[0])
     assert item["latents"].shape == (16, 3, 4, 6)
+
+
+def test_a_caption_beyond_what_is_read_is_told_once(wan_folder, caplog):
+    encoder = TextEncoder(wan_folder, torch.float32, CPU)
+    encoder([Decoded(prompts=("a cat",))])
+    assert not caplog.records
+    encoder([Decoded(prompts=("x" * 700,)), Decoded(prompts=("y" * 700,))])
+    (record,) = caplog.records
+    assert re.search(
+        r"The caption 'x+\.\.\.' has \d{3} tokens\. Of this and other long ones, only the first 512", record.message
+    )
 
 
 def test_prompts_are_the_pipelines_without_padding(pipeline, text_encoder):

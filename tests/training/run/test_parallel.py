@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from refalign.files import owned_folder
+from refalign.owner import owned_folder
 from refalign_training.method.objective import Batch
 from refalign_training.method.options import ObjectiveOptions
 from refalign_training.run.batches import load_batches

@@ -23,6 +23,7 @@ from refalign_training import cli
 from refalign_training.publish.export import ExportCommand, export
 from refalign_training.run import trainer
 from refalign_training.run.checkpoint import find_checkpoint, read_projectors, read_state, read_tensors
+from refalign_training.run.config import to_yaml
 from refalign_training.run.log import NUM_BINS, read_metrics
 from refalign_training.run.trainer import Trainer, run
 from tests.conftest import GOLDEN_FILES
@@ -356,7 +357,7 @@ def test_ctrl_c_reaches_the_whole_group_of_a_real_run(command, tmp_path, workers
 
 
 def yaml_of(asked) -> str:
-    return trainer.to_yaml(asked)
+    return to_yaml(asked)
 
 
 def test_its_config_makes_the_same_run(command, tmp_path):
@@ -555,13 +556,14 @@ def test_a_start_of_another_size_is_refused(command, tmp_path):
         Trainer(command(training="full", **{"model.start": tmp_path / "other.safetensors"}))
 
 
-def test_a_users_own_file_in_the_runs_folder_stays_as_it_is(training_world, tmp_path):
+def test_a_users_own_file_in_the_runs_folder_stays_as_it_is(training_world, tmp_path, caplog):
     mine = tmp_path / "run/config.yaml"
     mine.parent.mkdir()
     mine.write_text("steps: 1  # a comment\n", "utf-8")
     command = run_command(mine.parent, training_world.wan, training_world.cache, steps=1, config=mine)
     assert Trainer(command).train() == 0
     assert mine.read_text("utf-8") == "steps: 1  # a comment\n"
+    assert "it does not have what the command line says besides" in caplog.text
 
 
 @pytest.mark.slow

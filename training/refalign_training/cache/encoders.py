@@ -7,6 +7,7 @@ not normalised yet ([`refalign.pipeline_refalign_wan.normalize_latents`]).
 
 import itertools
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from refalign_training.cache.items import Outcome
 from refalign_training.data.decoding import Decoded, Task
 from refalign_training.data.sample import Unusable
 
+
+logger = logging.getLogger(__name__)
 
 MAX_SEQUENCE_LENGTH = 512  # of RefAlignWanPipeline: longer prompts are cut there
 PADDING = 64  # tokens: prompts are padded to multiples of it
@@ -98,6 +101,7 @@ class TextEncoder:
             self.text_encoder = UMT5EncoderModel.from_pretrained(
                 model, subfolder="text_encoder", dtype=dtype, use_safetensors=True
             )
+        self._has_told = False
         check_finite(self.text_encoder.named_parameters(), f"The text encoder of {model}")
         self.text_encoder.to(device).eval()  # pyright: ignore[reportArgumentType]  (transformers wraps `to`)
 
@@ -125,12 +129,23 @@ class TextEncoder:
         # Padding is masked and adds nothing but time, so it is not to 512 as in diffusers. But there always is some:
         # without a mask, other kernels run, whose last bits differ
         longest = max(map(len, tokens.input_ids))
+        if longest == MAX_SEQUENCE_LENGTH:
+            self._tell_what_is_not_read(cleaned)
         length = min((longest // PADDING + 1) * PADDING, MAX_SEQUENCE_LENGTH)
         tokens = self.tokenizer.pad(tokens, padding="max_length", max_length=length, return_tensors="pt")
         tokens = tokens.to(self.device)
         embeds = self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
         lengths = tokens.attention_mask.sum(dim=1).tolist()
         return [e[:n].to(self.dtype).cpu().clone() for e, n in zip(embeds, lengths, strict=True)]
+
+    def _tell_what_is_not_read(self, prompts: Sequence[str]) -> None:
+        """Once: a dataset may have millions of them."""
+        for prompt in prompts:
+            count = len(self.tokenizer(prompt).input_ids)
+            if count > MAX_SEQUENCE_LENGTH and not self._has_told:
+                self._has_told = True
+                message = "The caption %r has %d tokens. Of this and other long ones, only the first %d are read."
+                logger.warning(message, f"{prompt[:40]}...", count, MAX_SEQUENCE_LENGTH)
 
 
 class TeacherEncoder:

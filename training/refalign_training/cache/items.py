@@ -75,7 +75,7 @@ class Items:
             with path.open("rb") as file:
                 file.seek(start)
                 return load(file.read(size))
-        except (OSError, SafetensorError, ValueError, KeyError) as error:
+        except (OSError, OverflowError, MemoryError, SafetensorError, ValueError, KeyError) as error:
             raise ValueError(
                 f"{path} cannot be read ({error}). `refalign-train cache --verify` finds all such items."
             ) from error
@@ -130,13 +130,22 @@ class Items:
     def failures(self) -> list[Path]:
         return list(self.folder.glob("failed/[!.]*.json"))
 
+    def forget_failures(self, still_true: Set[str]) -> None:
+        """Removes those of other keys: their samples have gone, or their files have changed."""
+        for path in self.failures():
+            if path.stem not in still_true:
+                path.unlink()
+
     def without(self, keys: Set[str]) -> list[Path]:
         """The files of all other items, of shards without such an item, and what killed processes were writing."""
         unneeded = [*self.folder.glob("**/.*")]
         unneeded += [path for path in self.folder.glob("??/[!.]*.safetensors") if path.stem not in keys]
-        for index in self.folder.glob("shards/[!.]*.json"):
-            if not keys & read_json(index).keys():
-                unneeded += [index, index.with_suffix(".tar")]
+        for shard in self.folder.glob("shards/[!.]*.tar"):
+            index = shard.with_suffix(".json")
+            if not index.exists():  # its writer was killed before it wrote that
+                unneeded.append(shard)
+            elif not keys & read_json(index).keys():
+                unneeded += [index, shard]
         return unneeded
 
     # -- Writing ---------------------------------------------------------------------------------------------------
@@ -176,11 +185,11 @@ class Items:
         """Removes an item; its bytes in a shard stay, but are no longer found."""
         path = self.path(place)
         if len(place) == _PLACE.size:
-            path = path.with_suffix(".json")
+            index = path.with_suffix(".json")
             with FileLock(self.folder.parent / ".lock"):
-                kept = read_json(path)
-                kept.pop(place[:16].hex(), None)
-                write_json(path, kept)
+                kept = read_json(index) if index.exists() else {}
+                if kept.pop(place[:16].hex(), None):
+                    write_json(index, kept)
         else:
             path.unlink(missing_ok=True)
 

@@ -30,7 +30,7 @@ class Plan:
     """
 
     def __init__(self, file: TextIO, command: CacheCommand, families: Mapping[str, Any]) -> None:
-        self._file, self.families, self.samples = file, families, 0
+        self._file, self.families, self.samples, self.is_limited = file, families, 0, False
         rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         total = hashlib.sha256()
         for item in read_source(_with_absolute_paths(command.source)):
@@ -45,7 +45,8 @@ class Plan:
                     record["sample"] = write_sample(item, ROOT)
                 self.samples += 1
             file.write(json.dumps(record) + "\n")
-            if self.samples == command.limit:
+            self.is_limited = self.samples == command.limit
+            if self.is_limited:
                 break
         self.header = {"families": families, "samples": self.samples, "digest": total.hexdigest()}
         self._makes_empty_prompt = rank == 0

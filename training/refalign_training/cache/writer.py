@@ -90,9 +90,10 @@ def _check_changes(root: Path, recipes: Iterable[Mapping[str, Any]]) -> None:
     changes = {}
     families = open_families(root, read_json(root / PLAN)["families"])
     for recipe in recipes:
-        if recipe["family"] not in families:
+        folder = families[recipe["family"]].folder if recipe["family"] in families else root
+        if not (folder / RECIPE).exists():  # it is new, or was removed to be made again
             continue
-        old = read_json(families[recipe["family"]].folder / RECIPE)
+        old = read_json(folder / RECIPE)
         for name in old.keys() | recipe.keys():
             if old.get(name) != recipe.get(name):
                 changes[name] = f"{name} (there {old.get(name)!s:.20}, now {recipe.get(name)!s:.20})"
@@ -148,6 +149,8 @@ def _finish(root: Path, plan: Plan, computed: Sequence[str]) -> int:
             print(f"{root}: this process is done; others, or the same command again, do the rest.")
             return 0
     print(f"{root}: {counts['complete']} of {plan.samples} samples are complete: {', '.join(computed)}.")
+    if plan.is_limited:
+        print("These are the dataset's first ones, as --limit says. --limit None takes all.")
     if counts["failed"]:
         print(f"{counts['failed']} failures, faults of the dataset and lost references: see {root / FAILED}.")
     return 0 if counts["complete"] else 1
@@ -160,6 +163,7 @@ def _rows(
     families = open_families(root, plan.families)
     if "text" in computed and families["text"].find(text_key([""])) is None:
         raise _Unfinished
+    failed_keys: set[str] = set()
     for record in plan.records():
         lines = [record["fault"]] if "fault" in record else []
         if not lines:
@@ -172,6 +176,9 @@ def _rows(
         for line in lines:
             failed.write(f"{json.dumps(line)}\n")
             counts["failed"] += 1
+            failed_keys.add(line.get("key", ""))
+    for items in families.values():
+        items.forget_failures(failed_keys)
 
 
 def _find(

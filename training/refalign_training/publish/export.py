@@ -120,7 +120,8 @@ def export(command: ExportCommand) -> None:
 
 
 def _write_lora(folder: Path, weights: dict[str, "torch.Tensor"], scale: float, dtype: str) -> None:
-    from refalign.hub import COMMUNITY_SCRIPT, LORA_WEIGHTS, write_community_script
+    from refalign.community_script import write_community_script
+    from refalign.hub import COMMUNITY_SCRIPT, LORA_WEIGHTS
     from refalign.lora import native_lora, write_lora
 
     dtype = "float32" if dtype == "auto" else dtype

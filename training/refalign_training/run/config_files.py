@@ -4,6 +4,7 @@ Nothing heavy is imported.
 """
 
 import argparse
+import logging
 from collections.abc import Callable, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -11,11 +12,15 @@ from typing import Any
 
 import tyro
 
+from refalign.files import new_file
 from refalign_training.cache.command import FAMILIES, CacheCommand
 from refalign_training.data.check import Check
 from refalign_training.data.source import Source
-from refalign_training.run.config import CONFIG_FILE, RunCommand, naming_sections, validated
+from refalign_training.run.config import CONFIG_FILE, RunCommand, naming_sections, to_yaml, validated
 from refalign_training.run.yaml_file import read_yaml
+
+
+logger = logging.getLogger(__name__)
 
 
 def read_command(words: Sequence[str], **told: Any) -> RunCommand:
@@ -77,6 +82,22 @@ def read_config(path: Path) -> RunCommand:
     if "output" not in content:
         vars(command)["output"] = tyro.MISSING
     return command
+
+
+def keep_options(command: RunCommand) -> None:
+    """Writes the options into the run's folder. A user's own file there stays as it is, with its comments."""
+    file = command.output / CONFIG_FILE
+    if command.config is None or command.config.resolve() != file.resolve():
+        with new_file(file, overwrite=True) as unnamed:
+            unnamed.write_text(to_yaml(command), "utf-8")
+        return
+    there = read_config(file)
+    vars(there)["output"] = command.output
+    if to_yaml(there) != to_yaml(command):
+        logger.warning(
+            "%s stays as it is: it does not have what the command line says besides. Say that again with --resume.",
+            file,
+        )
 
 
 # -- Other commands, which take from a run's file what is theirs ------------------------------------------------------

@@ -6,11 +6,13 @@ import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -18,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from refalign.devices import find_device
+from refalign.owner import owned_folder
 from refalign_training.run.config import wants_shards
 
 
@@ -132,3 +135,21 @@ def gradient_norm(parameters: Sequence[nn.Parameter], max_norm: float = 0.0) -> 
     if max_norm:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
+
+
+@contextmanager
+def owned_by_all(parallel: Parallel, folder: Path) -> Iterator[None]:
+    """Within it, a folder is that of these processes alone. If it is another's, all of them raise ValueError."""
+    refusal = None
+    with ExitStack() as stack:
+        if parallel.is_main:
+            try:
+                stack.enter_context(owned_folder(folder))
+            except (ValueError, OSError) as error:
+                refusal = str(error)
+        if parallel.world_size > 1:  # one that is not told would wait for the others
+            refusal = gather_object([refusal])[0]
+        if refusal is not None:
+            parallel.close()
+            raise ValueError(refusal)
+        yield

@@ -11,8 +11,7 @@ import importlib.metadata
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +20,19 @@ import torch
 from accelerate.utils import gather_object
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from refalign.files import fetch, new_file, owned_folder
+from refalign.files import fetch
 from refalign_training.cache.encoders import vae_config
 from refalign_training.method.objective import Batch, Objective
 from refalign_training.run import resume
 from refalign_training.run.batches import load_batches, read_first
 from refalign_training.run.checkpoint import checkpoint_name, read_state, remove_old_checkpoints, save_checkpoint
-from refalign_training.run.config import CONFIG_FILE, RunCommand, accumulation, check, flatten, to_yaml
+from refalign_training.run.config import RunCommand, accumulation, check, flatten
+from refalign_training.run.config_files import keep_options
 from refalign_training.run.inputs import CachedSamples, open_samples
 from refalign_training.run.log import Bar, Metrics, RunLog, append_skipped, check_tracker
 from refalign_training.run.networks import load_transformer, make_alignment, take_plain_attention
 from refalign_training.run.order import Order, hold_out, nothing_held_out
-from refalign_training.run.parallel import Parallel, gradient_norm
+from refalign_training.run.parallel import Parallel, gradient_norm, owned_by_all
 from refalign_training.run.plots import describe_timesteps, plot_timesteps
 from refalign_training.run.state import TrainState, learning_rate_factor
 from refalign_training.run.stopping import Stopping
@@ -53,30 +53,11 @@ def run(command: RunCommand) -> int:
         from refalign_training.run.estimate import dry_run
 
         return dry_run(command)
-    with _owned(command):
+    with owned_by_all(Parallel(command.parallel, command.device), command.output):
         trainer = Trainer(command)
         code = trainer.train()
         trainer.parallel.close()
     return code
-
-
-@contextmanager
-def _owned(command: RunCommand) -> Iterator[None]:
-    """Within it, the run's folder is that of its processes alone. If it is another run's, all raise ValueError."""
-    parallel = Parallel(command.parallel, command.device)
-    refusal = None
-    with ExitStack() as stack:
-        if parallel.is_main:
-            try:
-                stack.enter_context(owned_folder(command.output))
-            except (ValueError, OSError) as error:
-                refusal = str(error)
-        if parallel.world_size > 1:  # one that is not told would wait for the others
-            refusal = gather_object([refusal])[0]
-        if refusal is not None:
-            parallel.close()
-            raise ValueError(refusal)
-        yield
 
 
 class Trainer:
@@ -240,10 +221,7 @@ class Trainer:
         self.log: RunLog | None = None
         if self.parallel.is_main:
             command.output.mkdir(parents=True, exist_ok=True)
-            options = command.output / CONFIG_FILE
-            if command.config is None or command.config.resolve() != options.resolve():  # the user's, with comments
-                with new_file(options, overwrite=True) as file:
-                    file.write_text(to_yaml(command), "utf-8")
+            keep_options(command)
             picture = command.output / "timesteps.png"
             plot_timesteps(command.objective.timesteps, picture, command.alignment.gate_power)
             self.log = RunLog(command.output, command.log, flatten(command), self.step)
