@@ -1,4 +1,4 @@
-"""`refalign-eval sprites`: evaluation from the command line.
+"""`refalign-eval`: evaluation from the command line.
 
 Nothing heavy is imported before the command line is understood, so that `--help` answers at once.
 """
@@ -6,14 +6,18 @@ Nothing heavy is imported before the command line is understood, so that `--help
 import sys
 
 from refalign.command_line import Command, Program
-from refalign_evaluation import sprites
+from refalign_evaluation import generate, sprites
+from refalign_evaluation.generate import Generate
 from refalign_evaluation.sprites import Sprites
 
 
 PROGRAM = Program(
     "refalign-eval",
     "Measure models that make videos of reference images.",
-    {"sprites": Command(Sprites, sprites.run, "--model sprites/model --json figures.json --sheet clips.png")},
+    {
+        "generate": Command(Generate, generate.run, "--benchmark OpenS2V-Eval --model org/refalign-14b --output run"),
+        "sprites": Command(Sprites, sprites.run, "--model sprites/model --json figures.json --sheet clips.png"),
+    },
 )
 
 

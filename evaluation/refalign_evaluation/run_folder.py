@@ -14,12 +14,14 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from refalign.files import new_file, read_json
+from refalign.owner import owned
 from refalign_evaluation.benchmark import Split, check_sample_id
 
 
 RUN = "run.json"
 FAILED = "failed"
 SCORES = "scores"
+WEIGHTS = "weights"  # the setting that is known when they are loaded
 SCORING = "scoring.json"  # with what was measured, and what could not be
 TOTAL = "total.json"  # the leaderboard's file
 
@@ -63,6 +65,56 @@ def write_run(folder: Path, run: Run) -> None:
     """Writes `run.json`, whole or not at all."""
     with new_file(folder / RUN, overwrite=True) as partial:
         partial.write_text(json.dumps(run.model_dump(mode="json"), indent=2) + "\n", "utf-8")
+
+
+def check_same(folder: Path, run: Run) -> Run:
+    """
+    The run that a folder holds once `run` is added to it.
+
+    Raises:
+        ValueError: if the folder holds videos of other settings, or of nobody knows which.
+    """
+    if not (folder / RUN).exists():
+        if any(folder.glob("*.mp4")):
+            raise ValueError(f"{folder} has videos but no {RUN} that says what made them. Name another --output.")
+        return run
+    there = read_run(folder)
+    before = {"split": there.split, "model": there.model, **there.settings}
+    now = {"split": run.split, "model": run.model, **run.settings}
+    others = [name for name in sorted(before.keys() & now.keys()) if before[name] != now[name]]
+    others += sorted((before.keys() ^ now.keys()) - {WEIGHTS})
+    if others:
+        told = ", ".join(f"{name} {before.get(name)!r:.60} there and {now.get(name)!r:.60} here" for name in others)
+        raise ValueError(f"{folder} holds videos of other settings ({told}). Name another --output, or say the same.")
+    return there.model_copy(update={"samples": tuple(dict.fromkeys((*there.samples, *run.samples)))})
+
+
+def begin(folder: Path, run: Run) -> None:
+    """
+    Writes what makes the videos from now on, with the samples that were asked for before.
+
+    Raises:
+        ValueError: as [`check_same`].
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with owned(folder / RUN):
+        write_run(folder, check_same(folder, run))
+
+
+def tell_failure(folder: Path, sample_id: str, error: str | None) -> None:
+    """Keeps why a sample has no video; without an error, forgets it."""
+    file = folder / FAILED / f"{sample_id}.json"
+    if error is None:
+        file.unlink(missing_ok=True)
+        return
+    with new_file(file, overwrite=True) as partial:
+        partial.write_text(json.dumps({"error": error}) + "\n", "utf-8")
+
+
+def read_failures(folder: Path) -> dict[str, str]:
+    """Why samples have no video, by their ids."""
+    files = sorted((folder / FAILED).glob("*.json"))
+    return {file.stem: str(read_json(file).get("error")) for file in files}
 
 
 def video_of(folder: Path, sample_id: str) -> Path:

@@ -226,12 +226,13 @@ REGISTRY = ConstructorRegistry()
 
 @REGISTRY.struct_rule
 def _rule(info: StructTypeInfo) -> StructConstructorSpec | None:
-    """What tyro does with a dataclass, except that lines of a docstring are joined."""
+    """What tyro does with a dataclass, but lines of a docstring are joined, and its own options stand first."""
     if not is_dataclass(info.type):
         return None
     hints = get_type_hints(info.type, include_extras=True)
+    own = info.type.__annotations__
     specs = []
-    for field in fields(info.type):
+    for field in sorted(fields(info.type), key=lambda field: field.name not in own):
         text = partial(description, info.type, field.name)
         default = getattr(info.default, field.name) if isinstance(info.default, info.type) else _default(field)
         specs.append(StructFieldSpec(field.name, hints[field.name], default, text))

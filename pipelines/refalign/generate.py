@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,21 +25,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Generate:
-    """Make a video of the references' subjects acting out a prompt."""
+class VideoOptions:
+    """What a model makes videos with."""
 
     model: str | None = None
     """The pipeline that makes the video, as a folder or a Hub id. With --base it is a native checkpoint: a file, a
     folder of shards or a Hub id. Without --model, the tiny one of drawn figures in this package is taken."""
-    prompt: str | None = None
-    """A description of what happens in the video."""
-    reference: Annotated[tuple[str, ...], arg(aliases=["--references"])] = ()
-    """The images of the subjects and of the place, as paths or URLs. Without any, the prompt alone makes the video."""
-    output: Path | None = None
-    """The mp4 file to write."""
-    batch: Path | None = None
-    """A JSONL file that describes many videos. Each line is an object with prompt, references, output and any of
-    the settings from height to cut_out."""
     base: str | None = None
     """The Wan 2.1 pipeline, as a folder or a Hub id, whose VAE, text encoder and tokenizer complete a native
     checkpoint."""
@@ -76,6 +67,21 @@ class Generate:
     """The device to compute on: cuda, mps or cpu. auto is a GPU if there is one."""
     offload: Literal["none", "model", "group"] = "none"
     """How to need less memory on the GPU. model moves one part at a time there, group a few layers at a time."""
+
+
+@dataclass(frozen=True)
+class Generate(VideoOptions):
+    """Make a video of the references' subjects acting out a prompt."""
+
+    prompt: str | None = None
+    """A description of what happens in the video."""
+    reference: Annotated[tuple[str, ...], arg(aliases=["--references"])] = ()
+    """The images of the subjects and of the place, as paths or URLs. Without any, the prompt alone makes the video."""
+    output: Path | None = None
+    """The mp4 file to write."""
+    batch: Path | None = None
+    """A JSONL file that describes many videos. Each line is an object with prompt, references, output and any of
+    the settings from height to cut_out."""
     preview: bool = False
     """Write the references beside the video too, as the model sees them."""
     overwrite: bool = False
@@ -127,13 +133,13 @@ def run(command: Generate) -> int:
     from refalign.loading import read_defaults  # takes seconds, in which mistakes have been told
 
     defaults = read_defaults(command.base or command.model or str(FOLDER))
-    jobs = [_filled(job, defaults) for job in jobs]
+    jobs = [filled(job, defaults) for job in jobs]
     if command.batch is not None:
         return _run_batch(command, jobs)
     (job,) = jobs
     with _owned(job):
-        arguments = _prepare(job.command)  # first of all, so that a mistake shows before the model is loaded
-        _generate_one(_load_pipeline(command), job, arguments)
+        arguments = prepare(job.command)  # first of all, so that a mistake shows before the model is loaded
+        _generate_one(load_for(command), job, arguments)
     return 0
 
 
@@ -147,27 +153,29 @@ def _run_batch(command: Generate, jobs: list[Job]) -> int:
             left.append(job)
     for job in left:
         try:
-            _read_settings(job.command)  # before the model is loaded, which may be for none
+            check_options(job.command)  # before the model is loaded, which may be for none
         except ValueError as error:
             _tell_failed(job, error, failed)
     if good := [job for job in left if job not in failed]:
-        failed += _generate_all(_load_pipeline(command), good)
+        for job, error in generate_all(load_for(command), good):
+            if error is not None:
+                _tell_failed(job, error, failed)
     if failed:
         names = ", ".join(shown(job.name) for job in failed)
         print(f"refalign: {len(failed)} of {len(left)} videos failed: {names}", file=sys.stderr)
     return 1 if failed else 0
 
 
-def _generate_all(pipeline: "RefAlignWanPipeline", jobs: list[Job]) -> list[Job]:
-    """Makes the videos that can be made, and returns the jobs of the others."""
-    failed: list[Job] = []
+def generate_all(pipeline: "RefAlignWanPipeline", jobs: Sequence[Job]) -> Iterator[tuple[Job, Exception | None]]:
+    """Makes the videos, and gives each job when its turn is over, with the error that it ended with if it failed."""
     for number, job in enumerate(jobs, 1):
         try:
             with _owned(job):
-                _generate_one(pipeline, job, _prepare(job.command), place=f"{number} of {len(jobs)}: ")
+                _generate_one(pipeline, job, prepare(job.command), place=f"{number} of {len(jobs)}: ")
         except Exception as error:  # whatever it is, it must not end the others
-            _tell_failed(job, error, failed)
-    return failed
+            yield job, error
+        else:
+            yield job, None
 
 
 def _tell_failed(job: Job, error: Exception, failed: list[Job]) -> None:
@@ -188,7 +196,7 @@ def _owned(job: Job) -> Iterator[None]:
         yield
 
 
-def _load_pipeline(command: Generate) -> "RefAlignWanPipeline":
+def load_for(command: Generate) -> "RefAlignWanPipeline":
     from refalign.loading import load_pipeline, parse_lora
 
     loras = [parse_lora(lora) for lora in command.lora]
@@ -210,7 +218,11 @@ def _load_pipeline(command: Generate) -> "RefAlignWanPipeline":
 
 def _read_jobs(command: Generate) -> list[Job]:
     if command.batch is None:
-        return [_checked("generate", command)]
+        job = checked("generate", command)
+        existing = [str(path) for path in (job.output, *job.previews) if path.exists()]
+        if existing and not command.overwrite:
+            raise ValueError(f"{', '.join(existing)} exists already. Name another output, or pass --overwrite.")
+        return [job]
     if command.prompt is not None or command.output is not None or command.reference:
         raise ValueError("With --batch, prompt, reference and output stand in the file's lines. Leave them out here.")
     try:
@@ -221,7 +233,7 @@ def _read_jobs(command: Generate) -> list[Job]:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             name = f"{command.batch.name}:{number}"
-            jobs.append(_checked(name, replace(command, **_read_line(name, line))))
+            jobs.append(checked(name, replace(command, **_read_line(name, line))))
     if not jobs:
         raise ValueError(f"{command.batch} has no lines.")
     outputs = Counter(str(job.output) for job in jobs)
@@ -258,7 +270,7 @@ def _as_tuple(value: Any) -> tuple:
     return tuple(value) if isinstance(value, list) else (value,)
 
 
-def _checked(name: str, command: Generate) -> Job:
+def checked(name: str, command: Generate) -> Job:
     if command.prompt is None:
         raise ValueError(f"{name}: the prompt is missing.")
     if command.output is None:
@@ -288,12 +300,9 @@ def _check_output(job: Job) -> None:
     place = next(parent for parent in output.absolute().parents if parent.exists())
     if output.is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
         raise ValueError(f"{job.name}: {output} cannot be written. Name another output.")
-    existing = [str(path) for path in (output, *job.previews) if path.exists()]
-    if existing and job.command.batch is None and not job.command.overwrite:
-        raise ValueError(f"{', '.join(existing)} exists already. Name another output, or pass --overwrite.")
 
 
-def _filled(job: Job, defaults: dict[str, Any]) -> Job:
+def filled(job: Job, defaults: dict[str, Any]) -> Job:
     """The job with defaults where it says nothing."""
     settings = vars(job.command)
     defaults = {**defaults, "steps": defaults["num_inference_steps"]}
@@ -304,11 +313,11 @@ def _filled(job: Job, defaults: dict[str, Any]) -> Job:
     return replace(job, command=replace(job.command, **missing))
 
 
-def _prepare(command: Generate) -> dict[str, Any]:
+def prepare(command: Generate) -> dict[str, Any]:
     """The arguments of the pipeline's call, the references among them as the model sees them."""
     from refalign.reference_images import prepare_reference_images
 
-    arguments = _read_settings(command)
+    arguments = check_options(command)
     cut_out: list[CutOut] = [CUT_OUT[word] for word in command.cut_out]
     if len(cut_out) == 1:
         cut_out *= len(command.reference)
@@ -317,7 +326,7 @@ def _prepare(command: Generate) -> dict[str, Any]:
     return arguments | {"reference_images": references or None}
 
 
-def _read_settings(command: Generate) -> dict[str, Any]:
+def check_options(command: Generate) -> dict[str, Any]:
     """The arguments of the pipeline's call without the references, checked."""
     from refalign.pipeline_refalign_wan import check_settings, check_size
 
@@ -361,7 +370,7 @@ def _generate_one(pipeline: "RefAlignWanPipeline", job: Job, arguments: dict[str
     with showing_stages(pipeline, arguments):
         frames = pipeline(**arguments, generator=generator, output_type="pil", return_dict=False)[0][0]
     with tqdm(frames, desc="Writing") as written:
-        write_video(written, job.output, settings=_settings(command), overwrite=command.overwrite)
+        write_video(written, job.output, settings=kept_settings(command), overwrite=command.overwrite)
     print(f"Wrote {job.output}", flush=True)
 
 
@@ -381,7 +390,7 @@ def _plan(arguments: dict[str, Any]) -> str:
     )
 
 
-def _settings(command: Generate) -> dict[str, Any]:
+def kept_settings(command: Generate) -> dict[str, Any]:
     """What it takes to make the video again, without folders of this machine and secrets of URLs."""
     from refalign import __version__
     from refalign.loading import parse_lora

@@ -53,8 +53,9 @@ def write_video(
     with new_file(output, overwrite=overwrite) as file, av.open(str(file), "w", **to_mp4) as container:
         if settings is not None:
             container.metadata["comment"] = json.dumps(settings, ensure_ascii=False)
-        # With more threads, equal frames give other files more often
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "17", "threads": "1"})
+        # Else x264 makes other files of equal frames, by how the CPU's instructions round and threads meet
+        repeatable = {"threads": "1", "x264-params": "cpu-independent=1"}
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "17", **repeatable})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for number, frame in enumerate(itertools.chain([first], arrays)):
             if frame.shape != first.shape:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 import refalign.generate as generate_module
 from refalign import RefAlignWanPipeline, video
 from refalign.cli import main
-from refalign.generate import Generate, _load_pipeline, _settings
+from refalign.generate import Generate, kept_settings, load_for
 from refalign.loading import parse_lora
 from refalign.reference_images import prepare_reference_image
 from refalign.video import read_settings, read_video
@@ -157,7 +157,7 @@ def test_the_file_holds_no_secret_of_a_url(tmp_path):
     command = Generate(
         model="org/model", prompt="a", reference=("https://user:pass@example.com/cat.png?token=SECRET",)
     )
-    text = json.dumps(_settings(command))
+    text = json.dumps(kept_settings(command))
     assert "https://example.com/cat.png" in text and "SECRET" not in text and "pass" not in text
 
 
@@ -413,14 +413,14 @@ def test_a_bad_line_is_told_and_the_others_are_made(batch, tmp_path, capsys):
 
 
 def test_a_job_that_fails_unexpectedly_does_not_end_the_others(batch, tmp_path, capsys, monkeypatch):
-    prepare = generate_module._prepare
+    prepare = generate_module.prepare
 
     def fails_for_a(command):
         if command.prompt == "a":
             raise OverflowError("too large\nby far")
         return prepare(command)
 
-    monkeypatch.setattr(generate_module, "_prepare", fails_for_a)
+    monkeypatch.setattr(generate_module, "prepare", fails_for_a)
     assert batch(*[{"prompt": prompt, "output": str(tmp_path / f"{prompt}.mp4")} for prompt in "ab"]) == 1
     assert "refalign: jobs.jsonl:1: too large by far (OverflowError, generate.py line" in capsys.readouterr().err
     assert (tmp_path / "b.mp4").exists()
@@ -526,5 +526,5 @@ def test_push_dry_run_lists_files(repo_folder, tmp_path, capsys):
 
 
 def test_plain_wan_takes_the_schedule_that_loras_are_trained_with(wan_folder):
-    scheduler = _load_pipeline(Generate(model=str(wan_folder), device="cpu")).scheduler
+    scheduler = load_for(Generate(model=str(wan_folder), device="cpu")).scheduler
     assert (type(scheduler).__name__, scheduler.config.shift) == ("FlowMatchEulerDiscreteScheduler", 5.0)

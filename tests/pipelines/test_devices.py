@@ -31,6 +31,17 @@ def test_what_is_there_is_found(two_gpus, name):
     assert find_device(name) == torch.device(name)
 
 
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_each_of_the_processes_started_together_takes_its_own(name, two_gpus, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert find_device(name) == torch.device("cuda:1")
+
+
+def test_what_is_asked_for_is_taken_by_all_processes(two_gpus, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert (find_device("cuda:0"), find_device("cpu")) == (torch.device("cuda:0"), torch.device("cpu"))
+
+
 @pytest.mark.parametrize("name", ["cuda:2", "mps", "meta", "toaster"])
 def test_what_is_not_there_is_refused(two_gpus, name):
     with pytest.raises(

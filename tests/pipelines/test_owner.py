@@ -88,7 +88,7 @@ def test_an_owner_may_make_what_it_owns(make, tmp_path):
 
 
 def test_a_video_that_another_process_makes_is_told_before_a_model_is_loaded(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("refalign.generate._load_pipeline", None)
+    monkeypatch.setattr("refalign.generate.load_for", None)
     with another_process(owned, output := tmp_path / "out.mp4"):
         assert cli.main(["generate", "--prompt", "a", "--output", str(output), "--overwrite"]) == 1
     assert f"{output} is in use by process " in capsys.readouterr().err

@@ -55,6 +55,15 @@ def test_frames_are_taken_one_by_one(tmp_path):
     assert most < 5
 
 
+def test_equal_frames_give_equal_files(tmp_path):
+    squares = np.random.default_rng(0).integers(0, 256, (17, 8, 8, 3), dtype=np.uint8)
+    frames = squares.repeat(8, axis=1).repeat(8, axis=2)
+    files = set()
+    for number in range(24):
+        files.add(write_video(frames, tmp_path / f"{number}.mp4").read_bytes())
+    assert len(files) == 1
+
+
 def test_settings_come_back(tmp_path):
     settings = {"prompt": 'Zwei Hunde, "schnell"\n走', "seed": 3, "reference": ["a.png"], "scale": 0.5}
     assert read_settings(write_video(moving_square(), tmp_path / "a.mp4", settings=settings)) == settings

@@ -8,7 +8,6 @@ not normalised yet ([`refalign.pipeline_refalign_wan.normalize_latents`]).
 import itertools
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -237,8 +236,6 @@ def vae_config(model: str | Path) -> dict[str, Any]:
 def make_encoder(family: str, command: CacheCommand, model: Model) -> Encoder:
     """A family's encoder, on this process's device."""
     device = find_device(command.device)
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     dtype = getattr(torch, command.dtype)
     if family == "teacher":
         return TeacherEncoder(model.folder, dtype, device)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from refalign.devices import rank_and_processes
 from refalign_training.cache.command import CacheCommand
 from refalign_training.cache.items import digest, text_key
 from refalign_training.data.decoding import Task
@@ -31,7 +32,7 @@ class Plan:
 
     def __init__(self, file: TextIO, command: CacheCommand, families: Mapping[str, Any]) -> None:
         self._file, self.families, self.samples, self.is_limited = file, families, 0, False
-        rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        rank, processes = rank_and_processes()
         total = hashlib.sha256()
         for item in read_source(_with_absolute_paths(command.source)):
             if isinstance(item, Fault):

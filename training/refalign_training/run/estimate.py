@@ -7,7 +7,6 @@ keeps no copies of weights). See [`estimate`] for what is left out.
 """
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from operator import sub
@@ -20,6 +19,7 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from refalign import RefAlignWanTransformer3DModel
+from refalign.devices import rank_and_processes
 from refalign_training.method.alignment import ReferenceAlignment
 from refalign_training.method.options import AlignmentOptions
 from refalign_training.run.batches import read_first
@@ -166,10 +166,10 @@ def dry_run(command: RunCommand) -> int:
         teacher_dim = read_first(samples, order)["teacher_features"].shape[-1]
         make_alignment(command.alignment, config, teacher_dim, start, command.seed)  # does it fit?
     check_tracker(command.log.tracker)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = rank_and_processes()
     sharded = world_size > 1 and wants_shards(command.parallel)
     micro_batches = accumulation(command, world_size)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if rank == 0:
         taken = f"{micro_batches} x {command.batch.micro} on each of {world_size}"
         print(f"{command.output}: {command.training}, {command.steps:,} steps of {command.batch.size} ({taken}).")
         counts = f"{len(rows):,} samples and {len(held_out)} held out, of {len(buckets)} shapes"

@@ -31,7 +31,7 @@ class Parallel:
     def __init__(self, mode: Literal["auto", "ddp", "fsdp2"] = "auto", device: str = "auto") -> None:
         found = find_device(device)
         launched = int(os.environ.get("WORLD_SIZE", 1))
-        if found.index is not None and launched > 1:
+        if ":" in device and launched > 1:
             raise ValueError(f"--device {device} is one device for all processes. Pass {found.type}.")
         # Without an accelerator it must be told: else each process takes itself for the only one
         state = PartialState(cpu=found.type == "cpu")
