@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from refalign.generate import Generate as VideoCommand
 from refalign.generate import Job, VideoOptions, check_options, checked, filled, generate_all, kept_settings, load_for
-from refalign.privacy import shown
+from refalign.privacy import shown, source_name
 from refalign.sprites import FOLDER
 from refalign_evaluation.benchmark import BenchmarkSample, Split
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 PACKAGES = ("refalign", "torch", "diffusers", "transformers")
-OF_ONE_VIDEO = ("refalign", "prompt", "reference")  # of what a video's file keeps
+NOT_SETTINGS = ("refalign", "model", "prompt", "reference")  # of what a video's file keeps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ def run(command: Generate) -> int:
     settings = _settings(command, jobs[0])
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     ids = tuple(sample.id for sample in samples)
-    model = "refalign-sprites" if command.model is None else settings["model"]
+    model = "refalign-sprites" if command.model is None else source_name(command.model)
     asked = Run(split=command.split, model=model, samples=ids, settings=settings, versions=versions)
     check_same(command.output, asked)
     left = [job for job in jobs if not job.output.exists()]
@@ -107,7 +107,7 @@ def _settings(command: Generate, job: Job) -> dict[str, Any]:
     from refalign_evaluation.benchmark import find_file
 
     settings = kept_settings(job.command)
-    for name in OF_ONE_VIDEO:
+    for name in NOT_SETTINGS:
         del settings[name]
     content = find_file(command.benchmark, command.split).read_bytes()
     settings["benchmark"] = f"sha256:{hashlib.sha256(content).hexdigest()}"
