@@ -6,8 +6,9 @@ Nothing heavy is imported before the command line is understood, so that `--help
 import sys
 
 from refalign.command_line import Command, Program
-from refalign_evaluation import generate, sprites
+from refalign_evaluation import generate, score, sprites
 from refalign_evaluation.generate import Generate
+from refalign_evaluation.score import Score
 from refalign_evaluation.sprites import Sprites
 
 
@@ -16,6 +17,7 @@ PROGRAM = Program(
     "Measure models that make videos of reference images.",
     {
         "generate": Command(Generate, generate.run, "--benchmark OpenS2V-Eval --model org/refalign-14b --output run"),
+        "score": Command(Score, score.run, "--videos run --benchmark OpenS2V-Eval --metrics motion_amplitude"),
         "sprites": Command(Sprites, sprites.run, "--model sprites/model --json figures.json --sheet clips.png"),
     },
 )
