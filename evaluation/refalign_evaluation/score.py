@@ -172,10 +172,13 @@ def _measure_all(run: Path, name: str, measure: Measure, samples: Mapping[str, B
 def _measure_one(run: Path, sample: BenchmarkSample, video: str, measure: Measure, scores: "MetricScores") -> None:
     from refalign.command_line import one_line
     from refalign_evaluation.run_folder import video_of
+    from refalign_training.data.fields import Unusable
 
     try:
         score = measure.measure(video_of(run, sample.id), sample)
         reason = None if math.isfinite(score) else f"its score is {score}, which is not a finite number"
+    except Unusable as error:
+        score, reason = math.nan, error.detail
     except Exception as error:  # one bad video never ends the others
         score, reason = math.nan, one_line(error)
     if reason is None:
