@@ -19,7 +19,14 @@ from torch import nn
 from refalign.files import naming_component
 from refalign_evaluation.benchmark import BenchmarkSample
 from refalign_evaluation.metrics.frames import FRAMES, spread_frames
-from refalign_evaluation.metrics.weights import check_loaded, check_weights, digest, fetch_model, load_weights
+from refalign_evaluation.metrics.weights import (
+    check_loaded,
+    check_weights,
+    digest,
+    fetch_model,
+    load_weights,
+    without_reports,
+)
 
 
 DIM = 768  # of CLIP ViT-L/14's embeddings
@@ -67,7 +74,7 @@ class Aesthetics:
 
         head = Head()
         load_weights(head, self._head_file, HEAD)
-        with naming_component("CLIP model", self._name):
+        with naming_component("CLIP model", self._name), without_reports():
             processor = CLIPImageProcessorPil.from_pretrained(self._folder)
             loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
                 self._folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True

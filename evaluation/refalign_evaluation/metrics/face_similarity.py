@@ -9,6 +9,7 @@ FaceSim: how like the reference's face the faces of a video are.
 - Only samples of one person are measured, by the first of their references that is a person's.
 """
 
+import warnings
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -145,7 +146,9 @@ class FaceSimilarity:
             if points is None:
                 return None
             points = points - np.array(corner)
-        return face_align.norm_crop(image, landmark=points, image_size=ALIGNED)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # insightface 2.1 calls what scikit-image 0.26 deprecates
+            return face_align.norm_crop(image, landmark=points, image_size=ALIGNED)
 
     def _find(self, image: np.ndarray) -> np.ndarray | None:
         """The eyes, nose and corners of the mouth, `(5, 2)`, of a BGR image's largest face."""

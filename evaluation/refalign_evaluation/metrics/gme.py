@@ -19,7 +19,7 @@ from PIL import Image
 from refalign.files import naming_component
 from refalign_evaluation.benchmark import BenchmarkSample
 from refalign_evaluation.metrics.frames import FRAMES, spread_frames
-from refalign_evaluation.metrics.weights import check_loaded, fetch_model
+from refalign_evaluation.metrics.weights import check_loaded, fetch_model, without_reports
 
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class Gme:
     def _model(self) -> "Qwen2VLModel":
         from transformers import Qwen2VLConfig, Qwen2VLModel
 
-        with naming_component("GME model", self._name):
+        with naming_component("GME model", self._name), without_reports():
             config = Qwen2VLConfig.from_pretrained(self._folder)  # its own class is remote code, with the same fields
             loaded: Any = Qwen2VLModel.from_pretrained(
                 self._folder, config=config, use_safetensors=True, dtype=self._dtype, output_loading_info=True

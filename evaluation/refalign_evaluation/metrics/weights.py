@@ -1,6 +1,9 @@
 """Weights that the official tools keep as pickles, of which only a safetensors copy is read."""
 
 import hashlib
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +92,21 @@ def fetch_model(name: str) -> tuple[Path, str]:
     if not any(file.suffix == ".safetensors" for file in files):
         raise ValueError(f"{name} has no safetensors weights. Pass a model that has; pickles are not read.")
     return folder, identity(folder, files)
+
+
+@contextmanager
+def without_reports() -> Iterator[None]:
+    """Within it, transformers does not list weights that a file has besides: [`check_loaded`] says what matters."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_is_no_report)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_no_report)
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
 
 
 def check_loaded(name: str, info: dict[str, Any]) -> None:

@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -18,6 +20,19 @@ def moved(right: int, down: int = 0) -> np.ndarray:
 def test_a_picture_that_moves_gives_its_pixels_per_frame_over_both_axes():
     assert amplitude([moved(3 * number) for number in range(4)]) == pytest.approx(3 / 2, rel=0.1)
     assert amplitude([moved(2 * number, 2 * number) for number in range(4)]) == pytest.approx(2, rel=0.1)
+
+
+def test_it_is_the_mean_of_the_mean_of_maps_of_width_16():
+    import cv2
+
+    frames = [texture(160, 240, seed) for seed in range(4)]
+    maps = []
+    for before, after in pairwise(frames):
+        greys = [cv2.cvtColor(frame, cv2.COLOR_BGR2GRAY) for frame in (before, after)]
+        flow = cv2.calcOpticalFlowFarneback(*greys, None, 0.5, 3, 15, 3, 5, 1.2, 0)
+        maps.append(cv2.resize(flow, (16, 10), interpolation=cv2.INTER_AREA))
+    expected = abs(np.mean(np.mean(np.array(maps), axis=0)))
+    assert amplitude(frames) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_direction_does_not_count():
