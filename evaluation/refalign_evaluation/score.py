@@ -163,10 +163,20 @@ def _measure_all(run: Path, name: str, measure: Measure, samples: Mapping[str, B
     if left or scores.settings is not None:
         scores.use(measure.settings)
     if left:
-        measure.load()
+        _load(name, measure)
     for sample, video in tqdm(left, desc=name, unit="video", mininterval=5):
         _measure_one(run, sample, video, measure, scores)
     return _tell(name, [sample.id for sample in mine], scores.raw(), scores.unscored)
+
+
+def _load(name: str, measure: Measure) -> None:
+    try:
+        measure.load()
+    except ImportError as error:
+        raise ImportError(
+            f"The metric {name} needs a package that is not installed ({error}). Install the extra: "
+            "pip install 'refalign[evaluate]'."
+        ) from error
 
 
 def _measure_one(run: Path, sample: BenchmarkSample, video: str, measure: Measure, scores: "MetricScores") -> None:
@@ -184,7 +194,7 @@ def _measure_one(run: Path, sample: BenchmarkSample, video: str, measure: Measur
     if reason is None:
         scores.keep(sample.id, score, video)
     else:
-        scores.tell_failure(sample.id, reason)
+        scores.tell_failure(sample.id, reason.replace(f"{run}/", ""))  # folders of this machine are nobody's business
 
 
 def _digest_of_video(run: Path, sample: BenchmarkSample) -> str | None:

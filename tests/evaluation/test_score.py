@@ -186,6 +186,18 @@ def test_a_score_that_is_no_number_is_not_kept(run, score, monkeypatch):
     assert "its score is nan, which is not a finite number" in errors
 
 
+def test_reasons_name_no_folder_of_this_machine(run, score):
+    (run / "singleface_1.mp4").write_bytes(b"not a video")
+    score()
+    assert notes(run)["unscored"]["motion_amplitude"]["singleface_1"].startswith("singleface_1.mp4 ")
+
+
+def test_a_package_that_is_not_installed_is_told_with_its_extra(run, score, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    code, _, errors = score()
+    assert code == 1 and "Install the extra: pip install 'refalign[evaluate]'." in errors
+
+
 def test_what_could_not_be_measured_is_tried_again(run, score):
     whole = (run / "singleface_1.mp4").read_bytes()
     (run / "singleface_1.mp4").write_bytes(b"")

@@ -100,6 +100,8 @@ class FaceSimilarity:
             # A folder by its path is taken as it is; by its name insightface would download it
             analysis = FaceAnalysis(str(self._folder.resolve()), allowed_modules=["detection"], providers=providers)
             analysis.prepare(ctx_id=self._device.index or 0, det_size=(DETECTED, DETECTED))
+        if not getattr(analysis.det_model, "use_kps", False):
+            raise ValueError(f"The face detector of {self._folder} finds no eyes, nose and mouth. Pass buffalo_l's.")
         return analysis
 
     @cached_property
@@ -116,9 +118,10 @@ class FaceSimilarity:
             Unusable: if the video or the reference cannot be read, or the reference has no face that is found.
         """
         path = person_of(self._benchmark, sample)
-        reference = self.embed(_read_image(path))
+        name = path.relative_to(self._benchmark)
+        reference = self.embed(_read_image(path, name))
         if reference is None:
-            raise Unusable("image", f"no face is found in its reference {path}")
+            raise Unusable("image", f"no face is found in its reference {name}")
         found = map(self.embed, spread_frames(video))
         return similarity(reference, [face for face in found if face is not None])
 
@@ -169,9 +172,9 @@ def _widen(image: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
     return cv2.copyMakeBorder(image, y, y, x, x, cv2.BORDER_CONSTANT, value=GREY), (x, y)
 
 
-def _read_image(path: Path) -> np.ndarray:
+def _read_image(path: Path, name: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
     except (OSError, UnidentifiedImageError, SyntaxError) as error:
-        raise Unusable("image", f"its reference {path} cannot be read: {error}") from error
+        raise Unusable("image", f"its reference {name} cannot be read: {type(error).__name__}") from error

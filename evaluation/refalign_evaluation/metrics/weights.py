@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from refalign.files import PICKLES, fetch, files_below, identity, open_safetensors
+from refalign.files import PICKLES, fetch, identity, open_safetensors
 from refalign_training.data.fields import check_given
 
 
@@ -86,9 +86,7 @@ def fetch_model(name: str) -> tuple[Path, str]:
         ValueError: if there is none, or it has no safetensors weights.
     """
     folder = fetch(name, PATTERNS, ignore_patterns="*/*")
-    files = [
-        file for file in files_below(folder) if file.parent == folder and file.suffix in (".json", ".safetensors")
-    ]
+    files = [file for file in folder.iterdir() if file.suffix in (".json", ".safetensors")]
     if not any(file.suffix == ".safetensors" for file in files):
         raise ValueError(f"{name} has no safetensors weights. Pass a model that has; pickles are not read.")
     return folder, identity(folder, files)

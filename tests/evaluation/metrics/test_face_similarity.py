@@ -91,7 +91,7 @@ def test_a_reference_without_a_face_is_told(measure, tmp_path):
     path.parent.mkdir(parents=True)
     Image.fromarray(draw()).save(path)
     video = write_video([draw((64, 128, RED))], tmp_path / "a.mp4")
-    with pytest.raises(Unusable, match="no face is found in its reference"):
+    with pytest.raises(Unusable, match=r"no face is found in its reference Images/man/1\.png$"):
         measure.measure(video, sample(path))
 
 
@@ -173,6 +173,20 @@ def test_a_broken_detector_is_told(folder, tmp_path):
     (tmp_path / "det.onnx").write_bytes(b"not a model")
     measure = FaceSimilarity(tmp_path, tmp_path, folder / "network.safetensors", torch.device("cpu"))
     with pytest.raises(ValueError, match=r"The face detector of .* cannot be loaded"):
+        measure.load()
+
+
+def test_a_detector_without_points_is_told(measure, monkeypatch):
+    from insightface.model_zoo.scrfd import SCRFD
+
+    prepare = SCRFD.prepare
+
+    def without_points(self, *arguments, **options):
+        prepare(self, *arguments, **options)
+        self.use_kps = False
+
+    monkeypatch.setattr(SCRFD, "prepare", without_points)
+    with pytest.raises(ValueError, match="finds no eyes, nose and mouth"):
         measure.load()
 
 
