@@ -70,12 +70,14 @@ class Gme:
 
     @cached_property
     def _processors(self) -> tuple[Any, Any]:
-        from transformers import AutoTokenizer
+        from transformers import AutoTokenizer, Qwen2VLConfig
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
         least, most = SIZES
         with naming_component("GME model", self._name):
-            tokenizer = AutoTokenizer.from_pretrained(self._folder)
+            # With a class of its own in the folder, transformers would ask at the terminal whether to run its code
+            config = Qwen2VLConfig.from_pretrained(self._folder)
+            tokenizer = AutoTokenizer.from_pretrained(self._folder, config=config, trust_remote_code=False)
             images = Qwen2VLImageProcessorPil.from_pretrained(self._folder, min_pixels=least, max_pixels=most)
         return tokenizer, images
 

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -106,6 +108,24 @@ def test_the_hubs_layout_with_and_without_a_head_is_read(folder, gme, tmp_path):
     other = Gme(str(copy), CPU)
     assert torch.equal(other.embed_text("a dog"), gme.embed_text("a dog"))
     assert other.settings != gme.settings
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", ""])
+def test_the_hubs_flat_configuration_is_read_and_none_of_its_code_is_run(gme, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked whether to run code"))
+    copy = write_gme(tmp_path / "gme")
+    config = json.loads((copy / "config.json").read_text())
+    text = config.pop("text_config")
+    for name in ("rope_parameters", "model_type", "layer_types"):
+        del text[name]
+    rope = {"rope_theta": 5e5, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
+    code = {"auto_map": {"AutoConfig": "own_code.Config", "AutoModel": "own_code.Model"}}
+    (copy / "config.json").write_text(json.dumps({**text, **config, **rope, **code, "model_type": kind}))
+    (copy / "own_code.py").write_text("raise SystemExit('own code was run')")
+    other = Gme(str(copy), CPU)
+    other.load()
+    assert other._model.config.text_config.rope_parameters["rope_theta"] == 5e5
+    assert other.embed_text("a dog").shape == (32,)
 
 
 def test_a_model_that_lacks_weights_is_refused(tmp_path):
