@@ -9,6 +9,9 @@ from refalign.command_line import Command, Program
 from refalign_evaluation import generate, score, sprites
 from refalign_evaluation.generate import Generate
 from refalign_evaluation.score import Score
+from refalign_evaluation import generate, references, sprites
+from refalign_evaluation.generate import Generate
+from refalign_evaluation.references import References
 from refalign_evaluation.sprites import Sprites
 
 
@@ -18,6 +21,7 @@ PROGRAM = Program(
     {
         "generate": Command(Generate, generate.run, "--benchmark OpenS2V-Eval --model org/refalign-14b --output run"),
         "score": Command(Score, score.run, "--videos run --benchmark OpenS2V-Eval --metrics motion_amplitude"),
+        "references": Command(References, references.run, "--references cat dog owl --output tokens"),
         "sprites": Command(Sprites, sprites.run, "--model sprites/model --json figures.json --sheet clips.png"),
     },
 )
