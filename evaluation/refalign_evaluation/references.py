@@ -123,6 +123,8 @@ def _check(command: References) -> None:
         raise ValueError(f"--sprites is {command.sprites}: pass 2 to 100 figures.")
     if command.tokens < 1:
         raise ValueError(f"--tokens is {command.tokens}: pass 1 or more.")
+    if command.seed < 0:
+        raise ValueError(f"--seed is {command.seed}: pass 0 or more.")
     if not command.timesteps:
         raise ValueError("--timesteps names none. Pass numbers above 0 and up to 1000, or leave it out.")
     for timestep in command.timesteps:
@@ -313,7 +315,7 @@ def draw(
     models = list(dict.fromkeys(row["model"] for row in rows))
     blocks = list(dict.fromkeys(row["block"] for row in rows))
     subjects = np.repeat([view.subject for view in views], [len(view.tokens) for view in views])
-    figure = Figure(figsize=(2.9 * len(blocks) + 0.4, 3.1 * len(models) + 1.2), layout="constrained")
+    figure = Figure(figsize=(max(2.6 * len(blocks), 6) + 0.4, 2.9 * len(models) + 1.2), layout="constrained")
     panels = figure.subplots(len(models), len(blocks), squeeze=False)
     for row in rows:
         panel = panels[models.index(row["model"])][blocks.index(row["block"])]
@@ -323,9 +325,9 @@ def draw(
     for model, line in zip(models, panels, strict=True):
         line[0].set_ylabel(model if len(model) < 40 else f"…{model[-38:]}")
     figure.suptitle(
-        f"Tokens of reference images at timestep {rows[0]['timestep']:g}; colour: subject. Probe: tokens of unseen "
-        f"images told right\n(chance {rows[0]['chance']:.0%}); cosine: within a subject / between subjects",
-        fontsize=10,
+        f"Tokens of reference images at timestep {rows[0]['timestep']:g}, coloured by subject. Probe: tokens of unseen "
+        f"images\nwhose subject is told (by chance {rows[0]['chance']:.0%}). Cosine: within a subject / between subjects.",
+        fontsize=9,
     )
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, markerscale=2.5, frameon=False)

@@ -109,6 +109,12 @@ def test_each_fold_leaves_an_image_of_each_subject_in_training():
 
 
 @pytest.mark.parametrize("method", ["tsne", "pca"])
+def test_a_token_of_each_image_is_enough_for_a_projection(method):
+    tokens = [some[:1] for some in made_tokens(apart=6.0)[1:5]]
+    assert np.isfinite(project(tokens, method)).all()
+
+
+@pytest.mark.parametrize("method", ["tsne", "pca"])
 def test_projections_are_planar_and_the_same_again(method):
     tokens = made_tokens(apart=6.0)
     points = project(tokens, method)
@@ -221,6 +227,8 @@ def test_models_of_one_name_are_told_apart(tmp_path):
         (["--timesteps", "nan"], "--timesteps has nan"),
         (["--timesteps", "1001"], "--timesteps has 1001"),
         (["--tokens", "0"], "--tokens is 0"),
+        (["--seed", "-1"], "--seed is -1"),
+        (["--num-frames", "0"], "`num_frames` must be 4k + 1, but is 0"),
         (["--sprites", "4"], "Pass either --references"),
         (["--size", "30", "32"], "divisible by 16, but is 30"),
     ],
