@@ -98,7 +98,7 @@ def run(command: References) -> int:
         (folder / RESULTS).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
         for timestep in setting.timesteps:
             some = [row for row in rows if row["timestep"] == timestep]
-            draw(some, points, views, list(images)).savefig(folder / f"{command.projection}-{timestep:g}.png", dpi=100)
+            draw(some, points, views, list(images)).savefig(folder / f"{command.projection}-{timestep:g}.png", dpi=80)
     return 0
 
 
@@ -324,11 +324,11 @@ def draw(
         panel.set_title(f"block {row['block']}\n{told}", fontsize=9)
     for model, line in zip(models, panels, strict=True):
         line[0].set_ylabel(model if len(model) < 40 else f"…{model[-38:]}")
-    figure.suptitle(
-        f"Tokens of reference images at timestep {rows[0]['timestep']:g}, coloured by subject. Probe: tokens of unseen "
-        f"images\nwhose subject is told (by chance {rows[0]['chance']:.0%}). Cosine: within a subject / between subjects.",
-        fontsize=9,
+    told = (
+        f"Tokens of reference images at timestep {rows[0]['timestep']:g}, coloured by subject. Probe: tokens of",
+        f"unseen images whose subject is told (by chance {rows[0]['chance']:.0%}). Cosine: within / between subjects.",
     )
+    figure.suptitle("\n".join(told), fontsize=10)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, markerscale=2.5, frameon=False)
     return figure
