@@ -22,6 +22,9 @@ PROGRAM = Program(
         "generate": Command(Generate, generate.run, "--benchmark OpenS2V-Eval --model org/refalign-14b --output run"),
         "score": Command(Score, score.run, "--videos run --benchmark OpenS2V-Eval --metrics motion_amplitude"),
         "references": Command(References, references.run, "--references cat dog owl --output tokens"),
+        "references": Command(
+            References, references.run, "--references cat dog owl --output tokens", references.read_command
+        ),
         "sprites": Command(Sprites, sprites.run, "--model sprites/model --json figures.json --sheet clips.png"),
     },
 )
