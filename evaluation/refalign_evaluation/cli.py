@@ -7,12 +7,14 @@ import sys
 
 from refalign.command_line import Command, Program
 from refalign_evaluation import generate, score, sprites
+from refalign_evaluation import generate, sprites, total
 from refalign_evaluation.generate import Generate
 from refalign_evaluation.score import Score
 from refalign_evaluation import generate, references, sprites
 from refalign_evaluation.generate import Generate
 from refalign_evaluation.references import References
 from refalign_evaluation.sprites import Sprites
+from refalign_evaluation.total import Total
 
 
 PROGRAM = Program(
@@ -26,6 +28,7 @@ PROGRAM = Program(
             References, references.run, "--references cat dog owl --output tokens", references.read_command
         ),
         "sprites": Command(Sprites, sprites.run, "--model sprites/model --json figures.json --sheet clips.png"),
+        "total": Command(Total, total.run, "run"),
     },
 )
 
