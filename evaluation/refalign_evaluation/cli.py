@@ -8,6 +8,8 @@ import sys
 from refalign.command_line import Command, Program
 from refalign_evaluation import generate, score, sprites
 from refalign_evaluation import generate, sprites, total
+from refalign_evaluation import compare, generate, sprites, total
+from refalign_evaluation.compare import Compare
 from refalign_evaluation.generate import Generate
 from refalign_evaluation.score import Score
 from refalign_evaluation import generate, references, sprites
@@ -21,6 +23,7 @@ PROGRAM = Program(
     "refalign-eval",
     "Measure models that make videos of reference images.",
     {
+        "compare": Command(Compare, compare.run, "run-a run-b --published --output report"),
         "generate": Command(Generate, generate.run, "--benchmark OpenS2V-Eval --model org/refalign-14b --output run"),
         "score": Command(Score, score.run, "--videos run --benchmark OpenS2V-Eval --metrics motion_amplitude"),
         "references": Command(References, references.run, "--references cat dog owl --output tokens"),
