@@ -9,6 +9,8 @@ from refalign.command_line import Command, Program
 from refalign_evaluation import generate, score, sprites
 from refalign_evaluation import generate, sprites, total
 from refalign_evaluation import compare, generate, sprites, total
+from refalign_evaluation import card, compare, generate, sprites, total
+from refalign_evaluation.card import Card
 from refalign_evaluation.compare import Compare
 from refalign_evaluation.generate import Generate
 from refalign_evaluation.score import Score
@@ -23,6 +25,7 @@ PROGRAM = Program(
     "refalign-eval",
     "Measure models that make videos of reference images.",
     {
+        "card": Command(Card, card.run, "run --model refalign-14b"),
         "compare": Command(Compare, compare.run, "run-a run-b --published --output report"),
         "generate": Command(Generate, generate.run, "--benchmark OpenS2V-Eval --model org/refalign-14b --output run"),
         "score": Command(Score, score.run, "--videos run --benchmark OpenS2V-Eval --metrics motion_amplitude"),

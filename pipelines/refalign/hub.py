@@ -45,9 +45,12 @@ BASES = {30: "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 40: "Wan-AI/Wan2.1-T2V-14B-Diff
 
 ROOT_FILES = ("model_index.json", "README.md", "LICENSE*", PROJECTORS, NATIVE, *(f"{name}.py" for name in CODE))
 LORA_FILES = (LORA_WEIGHTS, PROJECTORS, "README.md", "LICENSE*", COMMUNITY_SCRIPT)
+RESULTS = ".eval_results"  # of benchmarks, as the Hub reads them
+RESULT_FILES = ("*.yaml",)
 ASSET_FILES = ("*.png", "*.jpg", "*.webp", "*.gif", "*.mp4")
 COMPONENT_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "transformer_refalign_wan.py")
-REPO_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "README.md", "LICENSE*", "assets/*")  # no code
+REPO_FOLDERS = ("assets/*", f"{RESULTS}/*.yaml")
+REPO_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "README.md", "LICENSE*", *REPO_FOLDERS)  # no code
 FILLED_CARDS = ("trained", "trained_lora", "sprites")  # by [`fill_card`], with what a run was
 TRAINING_STATE = ("*optim*", "*ema_state*", "*random_states*", "trainer_state*")
 
@@ -326,9 +329,9 @@ def _copy_repo(source: Path, target: Path, link_weights: bool = False) -> list[s
 def _allowed_files(source: Path) -> dict[str, tuple[str, ...]]:
     """The patterns of what may be published, by folder."""
     if _is_lora(source):
-        return {".": LORA_FILES, "assets": ASSET_FILES}
+        return {".": LORA_FILES, "assets": ASSET_FILES, RESULTS: RESULT_FILES}
     index = _read_json(source / "model_index.json")
-    allowed: dict[str, tuple[str, ...]] = {".": ROOT_FILES, "assets": ASSET_FILES}
+    allowed: dict[str, tuple[str, ...]] = {".": ROOT_FILES, "assets": ASSET_FILES, RESULTS: RESULT_FILES}
     for name, value in index.items():
         if isinstance(value, list) and name[0] != "_":
             allowed[name] = COMPONENT_FILES

@@ -720,6 +720,14 @@ def test_pictures_and_videos_without_a_trace_are_pushed(folder):
     assert {"assets/a.png", "assets/b.jpg", "assets/c.mp4"} < hub.push(folder, "a/b", dry_run=True).sizes.keys()
 
 
+def test_results_of_benchmarks_are_pushed(folder):
+    (folder / ".eval_results").mkdir()
+    (folder / ".eval_results/opens2v-eval.yaml").write_text("[]")
+    (folder / ".eval_results/notes.txt").write_text("not ours")
+    sizes = hub.push(folder, "a/b", dry_run=True).sizes
+    assert [name for name in sizes if name.startswith(".")] == [".eval_results/opens2v-eval.yaml"]
+
+
 def test_a_path_in_the_text_of_a_png_is_refused(folder):
     write_picture(folder / "assets/a.png", pnginfo=text_of_png('{"ckpt": "/home/me/models/x.ckpt"}'))
     with pytest.raises(ValueError, match=r"^assets/a\.png holds a path of this machine \(/home/me/models/x"):
