@@ -51,6 +51,11 @@ def test_all_cards_and_recipes_are_in_it(installed, folder):
     assert {file.name for file in (installed / folder).glob(kind)} == {file.name for file in source.glob(kind)}
 
 
+def test_published_results_and_the_page_of_comparisons_are_in_it(installed):
+    folder = installed / "refalign_evaluation"
+    assert (folder / "published.json").is_file() and (folder / "compare.html").is_file()
+
+
 def test_its_training_command_is_there(installed):
     done = run(installed, "refalign_training.cli", "--help")
     assert done.returncode == 0, done.stderr

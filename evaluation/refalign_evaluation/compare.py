@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 class Compare:
     """Compare runs of OpenS2V-Eval: their scores, how sure the differences are, and their videos side by side."""
 
-    runs: Positional[tuple[Path, ...]]
-    """Folders of runs, or JSON files as the leaderboard takes them. The others are compared with the first."""
+    first: Positional[Path]
+    """The run that others are compared with: its folder, or a JSON file as the leaderboard takes it."""
     output: Path
     """The new folder to write index.html, scores.png and copies of the videos to."""
+    others: Positional[tuple[Path, ...]] = ()
+    """More runs, as the first."""
     published: bool = False
     """Show the published results of other models too. They are of the open split."""
     split: Split | None = None
@@ -45,14 +47,12 @@ def run(command: Compare) -> int:
     from refalign_evaluation.entries import published_entries, read_entries
     from refalign_evaluation.report import write_report
 
-    if not command.runs:
-        raise ValueError("Name one run or more: folders, or JSON files as the leaderboard takes them.")
     if command.resamples < 100:
         raise ValueError(f"--resamples is {command.resamples}: pass 100 or more, such as 10000.")
     if command.seed < 0:
         raise ValueError(f"--seed is {command.seed}: pass 0 or more.")
     check_free(command.output)
-    split, entries = read_entries(command.runs, command.split, command.resamples, command.seed)
+    split, entries = read_entries((command.first, *command.others), command.split, command.resamples, command.seed)
     if command.published:
         entries += published_entries(split)
     print(describe(split, entries))

@@ -3,6 +3,7 @@
 import base64
 import math
 import shutil
+from collections import defaultdict
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from refalign_evaluation.benchmark import Split, category
 from refalign_evaluation.entries import Entry, percent, shown, title_of
+from refalign_evaluation.results import listed
 from refalign_evaluation.run_folder import video_of
 from refalign_evaluation.totals import WEIGHTS
 
@@ -31,7 +33,7 @@ def write_report(folder: Path, split: Split, entries: Sequence[Entry], with_vide
     when they are played; their first frames when they are scrolled to.
 
     Returns:
-        `list[str]`: a line for each video that cannot be shown.
+        `list[str]`: lines that say which videos cannot be shown.
     """
     import jinja2
 
@@ -68,19 +70,19 @@ def _row(entry: Entry, split: Split) -> dict[str, Any]:
 
 
 def _samples(folder: Path, split: Split, entries: Sequence[Entry]) -> tuple[list[dict[str, Any]], list[str]]:
-    """What the page says of each sample, and a line for each video that cannot be shown."""
+    """What the page says of each sample, and lines that say which videos cannot be shown."""
     runs = [entry for entry in entries if entry.results is not None]
     ids = dict.fromkeys(sample_id for entry in runs for sample_id in _ids(entry))
-    samples, problems = [], []
+    samples, problems = [], defaultdict(list)
     for sample_id in ids:
         clips = []
         for number, entry in enumerate(runs, start=1):
             clip, problem = _clip(folder, f"{VIDEOS}/{number}", entry, sample_id)
             clips.append(clip)
             if problem:
-                problems.append(f"{entry.name}, {sample_id}: {problem}")
+                problems[f"{entry.name}: {problem}"].append(sample_id)
         samples.append({"id": sample_id, "category": category(sample_id), "clips": clips})
-    return samples, problems
+    return samples, [f"{problem}: {listed(some)}" for problem, some in problems.items()]
 
 
 def _ids(entry: Entry) -> tuple[str, ...]:
@@ -103,7 +105,7 @@ def _clip(folder: Path, place: str, entry: Entry, sample_id: str) -> tuple[dict[
     except FileNotFoundError:
         clip["problem"] = "there is no video"
     except ValueError as error:
-        clip["problem"] = f"the video cannot be shown: {error}".replace(str(source), source.name)
+        clip["problem"] = f"the video cannot be shown ({error})".replace(str(source), source.name)
     else:
         clip |= {"video": f"{place}/{sample_id}.mp4", "poster": f"{place}/{sample_id}.jpg"}
     return clip, clip["problem"]

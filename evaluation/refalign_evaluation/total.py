@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 class Total:
     """Make OpenS2V-Eval's TotalScore of a run's raw scores, and the file that its leaderboard takes."""
 
-    paths: Positional[tuple[Path, ...]]
-    """A run's folder, with folders or files of the official tools' raw scores besides, or these alone."""
+    path: Positional[Path]
+    """A run's folder, or a folder or file of the official tools' raw scores."""
+    more: Positional[tuple[Path, ...]] = ()
+    """More folders or files of the official tools' raw scores, which are taken together with the first."""
     split: Split | None = None
     """The split that was measured. A run knows its own; else it is open."""
     output: Path | None = None
@@ -39,9 +41,7 @@ def run(command: Total) -> int:
     from refalign_evaluation.run_folder import TOTAL
     from refalign_evaluation.totals import upload_json, write_upload
 
-    if not command.paths:
-        raise ValueError("Name a run's folder, or folders or files of the official tools' raw scores.")
-    results = read_results(command.paths, command.split)
+    results = read_results((command.path, *command.more), command.split)
     print(describe(results))
     check_total(results)
     if command.strict and not results.is_whole:

@@ -169,7 +169,9 @@ def test_a_picture_of_the_scores_is_written(page, tmp_path):
 def test_a_broken_video_is_told_and_not_copied(runs, tmp_path, capsys):
     (runs[0] / f"{IDS[1]}.mp4").write_bytes(b"no video")
     assert compare(*runs, "--output", tmp_path / "page") == 0
-    assert f"a model, {IDS[1]}: the video cannot be shown: video: {IDS[1]}.mp4" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"a model: the video cannot be shown (video: {IDS[1]}.mp4 cannot be decoded" in told
+    assert f"a model: there is no video: {IDS[2]}, {IDS[3]}, {IDS[4]}, {IDS[5]}" in told
     assert not list((tmp_path / "page/videos/1").glob(f"{IDS[1]}*"))
 
 
