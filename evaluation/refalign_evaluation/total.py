@@ -43,12 +43,15 @@ def run(command: Total) -> int:
 
     results = read_results((command.path, *command.more), command.split)
     print(describe(results))
-    check_total(results)
-    if command.strict and not results.is_whole:
-        raise ValueError("With --strict there is no total, for something is missing. It is told above.")
     output = command.output
     if output is None and results.folder is not None:
         output = results.folder / TOTAL
+    is_refused = command.strict and not results.is_whole
+    if output is not None and output.exists() and (results.total is None or is_refused):
+        print(f"{output} is of an earlier call.")
+    check_total(results)
+    if is_refused:
+        raise ValueError("With --strict there is no total, for something is missing. It is told above.")
     if output is not None:
         write_upload(output, upload_json(results.split, results.scores))
         print(f"The leaderboard's file: {output}")

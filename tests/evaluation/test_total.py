@@ -152,6 +152,13 @@ def test_missing_videos_are_told_with_their_reasons(tmp_path, capsys):
     assert "174 of its samples were not asked for" in told
 
 
+def test_a_total_of_an_earlier_call_is_told(run, capsys):
+    assert main(["total", str(run)]) == 0
+    (run / "scores/gmescore.json").unlink()
+    assert main(["total", str(run)]) == 1
+    assert "total.json is of an earlier call" in capsys.readouterr().out
+
+
 def test_strict_refuses_what_is_not_whole(run, capsys):
     assert "--strict" in refuses([run, "--strict"], capsys)
     assert not (run / "total.json").exists()
