@@ -6,17 +6,12 @@ Nothing heavy is imported before the command line is understood, so that `--help
 import sys
 
 from refalign.command_line import Command, Program
-from refalign_evaluation import generate, score, sprites
-from refalign_evaluation import generate, sprites, total
-from refalign_evaluation import compare, generate, sprites, total
-from refalign_evaluation import card, compare, generate, sprites, total
+from refalign_evaluation import card, compare, generate, references, score, sprites, total
 from refalign_evaluation.card import Card
 from refalign_evaluation.compare import Compare
 from refalign_evaluation.generate import Generate
-from refalign_evaluation.score import Score
-from refalign_evaluation import generate, references, sprites
-from refalign_evaluation.generate import Generate
 from refalign_evaluation.references import References
+from refalign_evaluation.score import Score
 from refalign_evaluation.sprites import Sprites
 from refalign_evaluation.total import Total
 
@@ -25,16 +20,15 @@ PROGRAM = Program(
     "refalign-eval",
     "Measure models that make videos of reference images.",
     {
-        "card": Command(Card, card.run, "run --model refalign-14b"),
-        "compare": Command(Compare, compare.run, "run-a run-b --published --output report"),
         "generate": Command(Generate, generate.run, "--benchmark OpenS2V-Eval --model org/refalign-14b --output run"),
         "score": Command(Score, score.run, "--videos run --benchmark OpenS2V-Eval --metrics motion_amplitude"),
-        "references": Command(References, references.run, "--references cat dog owl --output tokens"),
+        "total": Command(Total, total.run, "run"),
+        "compare": Command(Compare, compare.run, "run-a run-b --published --output report"),
+        "card": Command(Card, card.run, "run --model refalign-14b"),
         "references": Command(
             References, references.run, "--references cat dog owl --output tokens", references.read_command
         ),
         "sprites": Command(Sprites, sprites.run, "--model sprites/model --json figures.json --sheet clips.png"),
-        "total": Command(Total, total.run, "run"),
     },
 )
 
