@@ -1,0 +1,78 @@
+"""OpenS2V-Eval from end to end with the small world's model: generate, score, total, compare, card."""
+
+import json
+from functools import partial
+
+import pytest
+from PIL import Image
+
+from refalign_evaluation.cli import main
+from refalign_evaluation.metrics import face_similarity
+from refalign_evaluation.metrics.curricular_face import CurricularFace
+from refalign_evaluation.scores import METRICS
+from tests.evaluation.small_benchmark import MAN, SAMPLES, WOMAN, write_benchmark
+from tests.evaluation.small_results import PERFECT, write_official
+from tests.evaluation.tiny_metrics import (
+    FACE_NETWORK,
+    RED,
+    draw,
+    write_clip,
+    write_detector,
+    write_face_network,
+    write_gme,
+    write_head,
+)
+
+
+OF_THE_OFFICIAL_TOOLS = ("motion_smoothness", "nexus", "naturalness")
+
+
+@pytest.fixture
+def benchmark(tmp_path):
+    folder = write_benchmark(tmp_path / "benchmark")
+    for image in (MAN, WOMAN):
+        Image.fromarray(draw((64, 128, RED))).save(folder / image)
+    return folder
+
+
+@pytest.fixture
+def models(tmp_path):
+    """The options that name tiny models."""
+    made = {
+        "--aesthetics-clip": write_clip(tmp_path / "clip"),
+        "--aesthetics-head": write_head(tmp_path / "head.safetensors"),
+        "--face-detector": write_detector(tmp_path / "detector"),
+        "--face-network": write_face_network(tmp_path / "faces.safetensors"),
+        "--gme-model": write_gme(tmp_path / "gme"),
+    }
+    return [str(word) for pair in made.items() for word in pair]
+
+
+def test_from_the_benchmark_to_the_card(benchmark, models, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(face_similarity, "CurricularFace", partial(CurricularFace, **FACE_NETWORK))
+    runs = []
+    for seed in ("0", "1"):
+        run = str(tmp_path / f"seed-{seed}")
+        shared = ["--benchmark", str(benchmark), "--device", "cpu"]
+        settings = ["--steps", "2", "--cut-out", "false", "--seed", seed]
+        assert main(["generate", *shared, "--output", run, *settings]) == 0
+        for name in OF_THE_OFFICIAL_TOOLS:
+            write_official(tmp_path / f"seed-{seed}/scores", name, dict.fromkeys(SAMPLES, PERFECT[name]))
+        assert main(["score", *shared, "--videos", run, *models]) == 0
+        assert main(["total", run]) == 0
+        runs.append(run)
+
+    total = json.loads((tmp_path / "seed-0/total.json").read_text("utf-8"))
+    assert total.keys() == {"total_score", *(metric.upload_key for metric in METRICS.values())}
+    capsys.readouterr()
+    assert main(["compare", *runs, "--published", "--output", str(tmp_path / "report")]) == 0
+    table = capsys.readouterr().out
+    assert f"{100 * total['total_score']:.2f}" in table and "60.42" in table
+    page = (tmp_path / "report/index.html").read_text("utf-8")
+    assert all(sample_id in page for sample_id in SAMPLES)
+
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "README.md").write_text("---\nlicense: mit\n---\n\n# A model\n", "utf-8")
+    assert main(["card", runs[0], "--model", str(model)]) == 0
+    assert f"value: {round(100 * total['total_score'], 2)}" in (model / "README.md").read_text("utf-8")
