@@ -57,6 +57,7 @@ def run(command: Generate) -> int:
     """
     from refalign.devices import rank_and_processes
     from refalign.loading import read_defaults
+    from refalign.owner import remove_dead_lock
     from refalign_evaluation.benchmark import read_benchmark
     from refalign_evaluation.run_folder import Run, begin, check_same
 
@@ -73,6 +74,9 @@ def run(command: Generate) -> int:
     asked = Run(split=command.split, model=model, samples=ids, settings=settings, versions=versions)
     check_same(command.output, asked)
     left = [job for job in jobs if not job.output.exists()]
+    for job in jobs:
+        if job not in left:
+            remove_dead_lock(job.output)
     print(f"{command.output}: {len(jobs)} samples of the split {command.split}, {len(jobs) - len(left)} made before")
     rank, processes = rank_and_processes()
     if command.dry_run:

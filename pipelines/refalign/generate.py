@@ -144,10 +144,13 @@ def run(command: Generate) -> int:
 
 
 def _run_batch(command: Generate, jobs: list[Job]) -> int:
+    from refalign.owner import remove_dead_lock
+
     left: list[Job] = []
     failed: list[Job] = []
     for job in jobs:
         if job.output.exists() and not command.overwrite:
+            remove_dead_lock(job.output)
             print(f"{job.name}: {job.output} exists, passed over (--overwrite makes it again)")
         else:
             left.append(job)

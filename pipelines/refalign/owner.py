@@ -23,10 +23,21 @@ def owned(output: str | Path) -> Iterator[None]:
         ValueError: if it is another process's.
     """
     output, name = Path(output), short(Path(output).name)
-    with _made(output.parent), held(output.with_name(f".{name}.lock"), output) as is_first:
+    with _made(output.parent), held(_lock_of(output), output) as is_first:
         if is_first:
             remove_leftovers(output.parent, name)
         yield
+
+
+def remove_dead_lock(output: Path) -> None:
+    """Removes the lock of a finished output whose owner was killed then; one that is held stays."""
+    if _lock_of(output).exists():
+        with suppress(ValueError), owned(output):
+            pass
+
+
+def _lock_of(output: Path) -> Path:
+    return output.with_name(f".{short(output.name)}.lock")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors import SafetensorError
 
 from refalign import cli
 from refalign.files import new_file, new_folder
-from refalign.owner import owned
+from refalign.owner import owned, remove_dead_lock
 
 
 @contextmanager
@@ -140,3 +141,18 @@ def test_ctrl_c_while_modules_are_imported_shows_no_traceback():
     code = "import refalign.cli, os, signal; os.kill(os.getpid(), signal.SIGINT)"
     ended = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
     assert ended.stderr == "interrupted; nothing was done.\n"
+
+
+def test_the_lock_of_an_owner_that_was_killed_at_its_end_goes(tmp_path):
+    lock = tmp_path / ".a.mp4.lock"
+    lock.touch()
+    remove_dead_lock(tmp_path / "a.mp4")
+    assert not lock.exists()
+
+
+def test_a_lock_that_is_held_stays(tmp_path):
+    with owned(tmp_path / "a.mp4"):
+        thread = threading.Thread(target=remove_dead_lock, args=(tmp_path / "a.mp4",))
+        thread.start()
+        thread.join()
+        assert (tmp_path / ".a.mp4.lock").exists()
