@@ -1,5 +1,6 @@
 """How sure a difference of two runs is: paired bootstrap intervals (Efron, 1979) over the samples that both have."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -51,7 +52,7 @@ def differences(first: Results, other: Results, resamples: int = 10_000, seed: i
     for name, weight in WEIGHTS[first.split].items():
         raws = first.measured[name].raw, other.measured[name].raw
         both = [sample_id for sample_id in shared if sample_id in raws[0] and sample_id in raws[1]]
-        clipped = [_clipped(METRICS[name], [raw[sample_id] for sample_id in both]) for raw in raws]
+        clipped = [_clipped(METRICS[name], raw, both) for raw in raws]
         if min(np.isfinite(values).sum() for values in clipped) < FEWEST:
             continue
         places = [shared.index(sample_id) for sample_id in both]
@@ -63,11 +64,11 @@ def differences(first: Results, other: Results, resamples: int = 10_000, seed: i
     return found
 
 
-def _clipped(metric: Metric, raw: list[float]) -> "np.ndarray":
-    """What enters the mean, nan for a video that does not count."""
+def _clipped(metric: Metric, raw: Mapping[str, float], samples: Sequence[str]) -> "np.ndarray":
+    """What enters the mean of each sample, nan for a video that does not count."""
     import numpy as np
 
-    values = [metric.clip(value) for value in raw]
+    values = [metric.clip(raw[sample_id]) for sample_id in samples]
     return np.array(values, dtype=float)
 
 

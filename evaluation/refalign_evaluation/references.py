@@ -158,14 +158,18 @@ def name_models(models: Sequence[str]) -> dict[str, str]:
     """
     from collections import Counter
 
-    places = [str(Path(model).resolve()) if Path(model).is_dir() else model for model in models]
-    if len(set(places)) < len(places):
+    names: dict[str, str] = {}
+    for model in models:
+        folder = Path(model).resolve()
+        if not folder.is_dir():
+            names[model] = model
+        else:
+            names[str(folder)] = "refalign-sprites" if folder == FOLDER.resolve() else folder.name
+    if len(names) < len(models):
         raise ValueError(f"--model has a model twice: {' '.join(models)}.")
-    short = ["refalign-sprites" if Path(place) == FOLDER.resolve() else place for place in places]
-    names = [Path(name).name if Path(name).is_dir() else name for name in short]
-    twice = Counter(names)
+    twice = Counter(names.values())
     labels = []
-    for name, model in zip(names, models, strict=True):
+    for name, model in zip(names.values(), models, strict=True):
         labels.append(model if twice[name] > 1 else name)
     return dict(zip(labels, models, strict=True))
 
