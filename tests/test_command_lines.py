@@ -102,6 +102,21 @@ def test_the_example_is_understood(monkeypatch, program, name):
     assert isinstance(options, command.options)
 
 
+@pytest.mark.parametrize(
+    ("program", "words", "option", "values"),
+    [
+        (refalign.cli, "generate --lora a --seed 3 --lora b c", "lora", ("a", "b", "c")),
+        (refalign.cli, "generate --reference a --references=b", "reference", ("a", "b")),
+        (refalign.cli, "generate --cut_out true --prompt - --cut-out false", "cut_out", ("true", "false")),
+        (refalign_evaluation.cli, "references --output o --blocks 0 --blocks 3", "blocks", (0, 3)),
+        (refalign_evaluation.cli, "compare a b --output o", "others", (Path("b"),)),
+    ],
+)
+def test_a_list_that_is_given_twice_adds_up(program, words, option, values):
+    _, options = program.PROGRAM.parse(words.split())
+    assert getattr(options, option) == values
+
+
 def test_an_option_out_of_its_bounds_is_told_in_one_line(capsys):
     assert refalign_training.cli.main(["check", "--data", "folder", "--num-frames", "80"]) == 1
     assert capsys.readouterr().err == "refalign-train: num_frames is 80: it must be 4k + 1, such as 81.\n"

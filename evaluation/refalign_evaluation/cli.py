@@ -25,9 +25,7 @@ PROGRAM = Program(
         "total": Command(Total, total.run, "run"),
         "compare": Command(Compare, compare.run, "run-a run-b --published --output report"),
         "card": Command(Card, card.run, "run --model refalign-14b"),
-        "references": Command(
-            References, references.run, "--references cat dog owl --output tokens", references.read_command
-        ),
+        "references": Command(References, references.run, "--references cat dog owl --output tokens"),
         "sprites": Command(Sprites, sprites.run, "--model sprites/model --json figures.json --sheet clips.png"),
     },
 )

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refalign.generate import Generate as VideoCommand
-from refalign.generate import Job, VideoOptions, check_options, checked, filled, generate_all, kept_settings, load_for
+from refalign.generate import Job, check_options, checked, filled, generate_all, kept_settings, load_for
 from refalign.privacy import shown, source_name
 from refalign.sprites import FOLDER
+from refalign.video_options import VideoOptions
 from refalign_evaluation.benchmark import BenchmarkSample, Split
 
 

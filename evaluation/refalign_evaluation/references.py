@@ -6,14 +6,11 @@ says [`refalign_evaluation.separability`]. Nothing heavy is imported before it i
 once.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-
-import tyro
 
 from refalign.files import check_free, new_folder
 from refalign.sprites import FOLDER
@@ -117,17 +114,6 @@ def describe(rows: Sequence[dict[str, Any]]) -> str:
 
 
 # -- What is asked for ------------------------------------------------------------------------------------------------
-
-
-def read_command(_: type, args: Sequence[str], **told: Any) -> References:
-    """The options that a command line gives; `--model A --model B` is `--model A B`, and so for --references."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("model", "references"):
-        parser.add_argument(f"--{name}", nargs="+", action="extend")
-    many, words = parser.parse_known_args(args)
-    for name, values in vars(many).items():
-        words += [f"--{name}", *values] if values else []
-    return tyro.cli(References, args=words, **told)
 
 
 def _check(command: References) -> None:

@@ -40,7 +40,7 @@ class Run(BaseModel):
     settings: dict[str, Any]
     """What the videos were made with; it must be one for all."""
     versions: dict[str, str]
-    """Of the packages that made them."""
+    """The versions of the packages that made them."""
 
 
 def read_run(folder: Path) -> Run:

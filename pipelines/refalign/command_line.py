@@ -3,6 +3,7 @@
 Nothing heavy is imported, so that `--help` answers at once.
 """
 
+import argparse
 import ast
 import contextlib
 import difflib
@@ -16,12 +17,13 @@ import signal
 import sys
 import textwrap
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache, partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.conf import Positional, PositionalMetavarFromFieldName
@@ -146,6 +148,7 @@ class Program:
         if required := ", ".join(_required(command.options)):
             description += f"\n\nRequired: {required}."
         told = {"prog": program, "description": description, "registry": REGISTRY}
+        words = _with_lists_joined(command.options, words)
         try:
             return command, command.read(command.options, args=words, config=(PositionalMetavarFromFieldName,), **told)
         except SystemExit as exit:
@@ -264,6 +267,35 @@ def _docstrings(options: type) -> dict[str, str]:
             case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
                 texts[name] = " ".join(text.split())
     return texts
+
+
+def _with_lists_joined(options: type, words: list[str]) -> list[str]:
+    """The words with `--lora A --lora B` as `--lora A B`: of an option that is given twice, tyro drops the first."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags = dict(_lists(options))
+    given = Counter(name for word in words if (name := flags.get(word.partition("=")[0])))
+    for name in [name for name, count in given.items() if count > 1]:
+        spellings = [flag for flag, option in flags.items() if option == name]
+        parser.add_argument(*spellings, dest=name, nargs="*", action="extend")
+    joined, rest = parser.parse_known_args(words)
+    for name, values in vars(joined).items():
+        rest += [name, *values]
+    return rest
+
+
+def _lists(options: type, prefix: str = "--") -> Iterator[tuple[str, str]]:
+    """Every spelling of the options that take any number of values, with the option's name."""
+    for field, hint in get_type_hints(options, include_extras=True).items():
+        bare = next(iter(get_args(hint)), hint) if get_origin(hint) is Annotated else hint
+        name = f"{prefix}{field.replace('_', '-')}"
+        if isinstance(bare, type) and is_dataclass(bare):
+            yield from _lists(bare, f"{name}.")
+        elif get_origin(bare) is tuple and Ellipsis in get_args(bare) and hint != Positional[bare]:
+            yield name, name
+            yield f"{prefix}{field}", name
+            for extra in get_args(hint)[1:] if hint is not bare else ():
+                for alias in getattr(extra, "aliases", None) or ():
+                    yield alias, name
 
 
 def _required(options: type) -> Iterator[str]:

@@ -11,62 +11,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
 from refalign.privacy import shown, source_name
 from refalign.sprites import FOLDER
+from refalign.video_options import VideoOptions
 
 
 if TYPE_CHECKING:
     from refalign.pipeline_refalign_wan import RefAlignWanPipeline
     from refalign.reference_images import CutOut
-
-
-@dataclass(frozen=True)
-class VideoOptions:
-    """What a model makes videos with."""
-
-    model: str | None = None
-    """The pipeline that makes the video, as a folder or a Hub id. With --base it is a native checkpoint: a file, a
-    folder of shards or a Hub id. Without --model, the tiny one of drawn figures in this package is taken."""
-    base: str | None = None
-    """The Wan 2.1 pipeline, as a folder or a Hub id, whose VAE, text encoder and tokenizer complete a native
-    checkpoint."""
-    height: int | None = None
-    """The height of the video in pixels, a multiple of 16. The default is the model's own: 480 for the published
-    ones."""
-    width: int | None = None
-    """The width of the video in pixels, a multiple of 16. The default is the model's own: 832 for the published
-    ones."""
-    num_frames: int | None = None
-    """The number of frames of the video, 4k + 1, which are shown at 16 per second. The default is the model's own: 81
-    for the published ones."""
-    steps: int | None = None
-    """The number of denoising steps. The default is the model's own: 50 for the published ones."""
-    seed: int = 0
-    """The seed of the noise. The same seed gives the same video."""
-    guidance_scale: float | None = None
-    """How closely the video follows the prompt. The default is the model's own: 7.5 for the published ones."""
-    image_guidance_scale: float | None = None
-    """How closely the video follows the references. The default is the model's own: 5 for the published ones. With
-    both scales at 1, as distilled LoRAs want it, a step takes one pass."""
-    negative_prompt: str | None = None
-    """A description of what the video should not show. The default is the model's own: Wan's for the published
-    ones."""
-    cut_out: tuple[Literal["auto", "true", "false"], ...] = ("auto",)
-    """Whether subjects are cut out and put on white: one word for all references, or one for each. auto cuts them out
-    if BiRefNet is on this machine."""
-    lora: tuple[str, ...] = ()
-    """The LoRAs to load, as .safetensors files or Hub ids. A :SCALE behind a name sets its strength."""
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """The dtype of the text encoder and the transformer. auto is bfloat16 on a GPU and float32 on a CPU. The VAE
-    always runs in float32."""
-    device: str = "auto"
-    """The device to compute on: cuda, mps or cpu. auto is a GPU if there is one."""
-    offload: Literal["none", "model", "group"] = "none"
-    """How to need less memory on the GPU. model moves one part at a time there, group a few layers at a time."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from PIL import Image
 from refalign import RefAlignWanPipeline
 from refalign.pipeline_refalign_wan import paper_scheduler
 from refalign_evaluation.cli import main
-from refalign_evaluation.references import References, default_blocks, name_models, read_command, read_subjects
+from refalign_evaluation.references import default_blocks, name_models, read_subjects
 from refalign_evaluation.separability import (
     Setting,
     View,
@@ -203,14 +203,6 @@ def test_figures_of_the_small_world_need_no_folders(model, tmp_path, capsys):
     (row,) = content["figures"]
     assert row["model"] == "refalign-sprites" and row["probe"] > 0.8
     assert list(content["settings"]["images"].values()) == [8, 8]
-
-
-def test_options_that_are_repeated_add_up():
-    words = ["--model", "a", "b", "--output", "x", "--references", "c", "--model", "d", "--references", "e", "f"]
-    command = read_command(References, [*words, "--blocks", "0", "1"])
-    assert command.model == ("a", "b", "d")
-    assert command.references == (Path("c"), Path("e"), Path("f"))
-    assert command.blocks == (0, 1)
 
 
 def test_models_of_one_name_are_told_apart(tmp_path):
