@@ -17,7 +17,7 @@ def installed(tmp_path_factory) -> Path:
     """A folder with what the wheel installs."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    for name in ("pipelines", "training", "evaluation", "model_cards"):
+    for name in ("pipelines", "training", "evaluation", "model_cards", "space"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
