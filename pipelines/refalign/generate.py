@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,7 +17,7 @@ from tyro.conf import arg
 
 from refalign.privacy import shown, source_name
 from refalign.sprites import FOLDER
-from refalign.video_options import VideoOptions
+from refalign.video_options import SpeedOptions, VideoOptions
 
 
 if TYPE_CHECKING:
@@ -60,8 +60,10 @@ JOB_SETTINGS: dict[str, type | tuple[type, ...]] = {
     "negative_prompt": str,
     "cut_out": (bool, str, list),
 }
+SPEED = tuple(option.name for option in fields(SpeedOptions))
 CUT_OUT: dict[str, "CutOut"] = {"auto": "auto", "true": True, "false": False}
-NOT_KEPT = ("output", "batch", "preview", "overwrite", "device", "offload")  # they do not change the video
+# They do not change the video
+NOT_KEPT = ("output", "batch", "preview", "overwrite", "device", "offload", "trust_kernels")
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,7 @@ def load_for(command: Generate) -> "RefAlignWanPipeline":
         dtype=command.dtype,
         device=command.device,
         offload=command.offload,
+        speed=command,
     )
     for source, scale in loras:
         print(f"LoRA {source}, scale {scale:g}")
@@ -314,10 +317,12 @@ def _generate_one(pipeline: "RefAlignWanPipeline", job: Job, arguments: dict[str
     from tqdm import tqdm
 
     from refalign.files import new_file
+    from refalign.levers import set_cache
     from refalign.progress import showing_stages
     from refalign.video import write_video
 
     pipeline.check_inputs(**arguments)
+    set_cache(pipeline, job.command.cache, job.command.model or str(FOLDER), arguments["num_inference_steps"])
     print(f"{place}{job.output}: {_plan(arguments)}", flush=True)
     command = job.command
     may_replace = command.overwrite or command.batch is not None
@@ -357,6 +362,9 @@ def kept_settings(command: Generate) -> dict[str, Any]:
     settings = dict(vars(command))
     for name in NOT_KEPT:
         del settings[name]
+    for name in SPEED:
+        if not settings.get(name):
+            settings.pop(name, None)  # as videos were made before there were these options
     settings["model"] = source_name(command.model or str(FOLDER))
     settings["base"] = command.base and source_name(command.base)
     settings["reference"] = [source_name(reference) for reference in command.reference]

@@ -11,9 +11,11 @@ import torch
 from refalign.convert import CONFIGS, check_shapes, check_weights, find_config, read_native
 from refalign.devices import find_device
 from refalign.files import HUB_ID, OTHER_FORMATS, fetch, find_safetensors, open_safetensors, read, read_json
+from refalign.levers import apply_levers, check_levers
 from refalign.lora_loading import prepare_lora
 from refalign.pipeline_refalign_wan import CALL_DEFAULTS, RefAlignWanPipeline, paper_scheduler
 from refalign.transformer_refalign_wan import RefAlignWanTransformer3DModel, check_finite
+from refalign.video_options import SpeedOptions
 
 
 def read_defaults(pipeline: str) -> dict[str, Any]:
@@ -27,10 +29,18 @@ def read_defaults(pipeline: str) -> dict[str, Any]:
 
 
 def load_pipeline(
-    model: str, *, base: str | None, loras: Sequence[tuple[str, float]], dtype: str, device: str, offload: str
+    model: str,
+    *,
+    base: str | None,
+    loras: Sequence[tuple[str, float]],
+    dtype: str,
+    device: str,
+    offload: str,
+    speed: SpeedOptions = SpeedOptions(),  # noqa: B008 (frozen)
 ) -> RefAlignWanPipeline:
     """
-    Loads what the options of `refalign generate` with these names ask for; LoRAs come from [`parse_lora`].
+    Loads what the options of `refalign generate` with these names ask for; LoRAs come from [`parse_lora`]. A cache is
+    set with each call ([`refalign.levers.set_cache`]).
 
     Raises:
         ValueError: for an option that is wrong, or does not fit the others.
@@ -42,9 +52,11 @@ def load_pipeline(
     if dtype != "auto":
         weights = getattr(torch, dtype)
     config = find_config(model if base is None else base)
+    check_levers(speed, model, base, where, weights)
     prepared = [(source, prepare_lora(source, config), scale) for source, scale in loras]  # before weights are read
     pipeline = _load_parts(model, base, weights)
     _load_loras(pipeline, prepared)
+    apply_levers(pipeline, speed)
     if offload == "model":
         pipeline.enable_model_cpu_offload(device=where)
     elif offload == "group":

@@ -8,13 +8,19 @@ the head. This file stands alone: a Hub repo carries it beside the transformer's
 import dataclasses
 import functools
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from diffusers import WanTransformer3DModel
-from diffusers.hooks import FasterCacheConfig, PyramidAttentionBroadcastConfig, TaylorSeerCacheConfig
+from diffusers.hooks import (
+    FasterCacheConfig,
+    MagCacheConfig,
+    PyramidAttentionBroadcastConfig,
+    TaylorSeerCacheConfig,
+)
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
@@ -44,6 +50,33 @@ class RefAlignWanTransformerOutput(Transformer2DModelOutput):
     """
 
     reference_hidden_states: tuple[torch.Tensor, ...] | None = None
+
+
+@dataclass
+class RefAlignMagCacheConfig(MagCacheConfig):
+    """
+    diffusers' [`MagCacheConfig`] with ratios for each guidance pass, whose residuals change at a pace of their own.
+
+    Args:
+        pass_ratios (`dict[str, Sequence[float]]`):
+            The `mag_ratios` of each pass: `"null"`, `"reference"` and `"full"`. Any number of steps will do.
+    """
+
+    pass_ratios: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if missing := {"null", "reference", "full"} - self.pass_ratios.keys():
+            raise ValueError(f"`pass_ratios` must have the ratios of each pass, but lacks {sorted(missing)}.")
+        self._by_pass = {}
+        for name, ratios in self.pass_ratios.items():
+            # diffusers' own stretches them to the number of steps
+            stretched = MagCacheConfig(num_inference_steps=self.num_inference_steps, mag_ratios=list(ratios))
+            self._by_pass[name] = stretched.mag_ratios
+        self.mag_ratios = self._by_pass["full"]
+
+    def choose(self, context: str) -> None:
+        """Takes the ratios of the pass that a context of the cache is of: `full`, or `full_1` of a second group."""
+        self.mag_ratios = self._by_pass[context.partition("_")[0]]
 
 
 @maybe_allow_in_graph
@@ -183,6 +216,14 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
         ):
             config = dataclasses.replace(config, cache_identifiers=TAYLORSEER_IDENTIFIERS)
         super().enable_cache(config)
+
+    @contextmanager
+    def cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
+        """As diffusers' own, which keeps what a cache knows of one pass apart from the others."""
+        if isinstance(self._cache_config, RefAlignMagCacheConfig):
+            self._cache_config.choose(name)
+        with super().cache_context(name, **kwargs):
+            yield
 
     @apply_lora_scale("attention_kwargs")
     def forward(

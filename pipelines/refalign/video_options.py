@@ -5,7 +5,29 @@ from typing import Literal
 
 
 @dataclass(frozen=True)
-class VideoOptions:
+class SpeedOptions:
+    """What makes a model smaller or faster, and what it computes a little different."""
+
+    quantize: str | None = None
+    """Keep the blocks' weights in fewer bits: int8 or fp8 (about half the memory of bfloat16), or a GGUF file of this
+    model, whose weights are taken."""
+    attention: str | None = None
+    """The attention kernel, by diffusers' name, such as _flash_3_hub, sage_hub or _native_cudnn. The default is
+    PyTorch's own choice."""
+    trust_kernels: bool = False
+    """Allow --attention to download a kernel from the Hub, which is code, and to run it."""
+    compile: bool = False
+    """Compile the blocks. The first step takes a minute longer, the others less."""
+    cache: str | None = None
+    """Reuse what changes little from step to step: first-block, mag (after `refalign calibrate`) or taylorseer. A
+    :VALUE behind it says how much: the largest error of first-block (0.05) and mag (0.06), the steps from one that is
+    computed to the next of taylorseer (5)."""
+    vae_tiling: bool = False
+    """Decode the video tile by tile, which takes less memory and more time."""
+
+
+@dataclass(frozen=True)
+class VideoOptions(SpeedOptions):
     """What a model makes videos with."""
 
     model: str | None = None
