@@ -33,6 +33,8 @@ def check_levers(options: SpeedOptions, model: str, base: str | None, device: to
     Raises:
         ValueError: for what is not known, or this machine, this model or the installed libraries cannot do.
     """
+    if options.quantize is not None:
+        raise ValueError("--quantize cannot be used yet.")
     if options.cache is not None:
         kind, _ = parse_cache(options.cache)
         if kind == "mag":
@@ -126,8 +128,8 @@ def _check_attention(name: str, is_trusted: bool, device: torch.device, dtype: t
         with attention_backend(name):  # pyright: ignore[reportArgumentType] (it takes names too)
             dispatch_attention_fn(query, query, query).sum().item()
     except Exception as error:  # whatever a foreign kernel raises
-        reason = without_breaks(error).partition(". ")[0].rstrip(".")
-        raise ValueError(f"--attention {name} does not run here (device {device}, {dtype}): {reason}.") from error
+        reason = without_breaks(error)[:300]
+        raise ValueError(f"--attention {name} does not run here (device {device}, {dtype}): {reason}") from error
 
 
 def _check_compiler(device: torch.device) -> None:
