@@ -1,8 +1,6 @@
 """How much the transformer's residual changes from step to step, for each guidance pass: the ratios that MagCache
 (arXiv 2506.09045) skips by, measured once and kept in the model's folder."""
 
-from pathlib import Path
-
 from refalign.files import fetch, read_json
 
 

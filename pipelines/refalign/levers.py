@@ -26,7 +26,9 @@ CACHES = {"first-block": 0.05, "mag": 0.06, "taylorseer": 5.0}
 TRIAL = (1, 32, 1)  # batch, tokens and heads of the attention that is tried
 
 
-def check_levers(options: SpeedOptions, model: str, base: str | None, device: torch.device, dtype: torch.dtype) -> None:
+def check_levers(
+    options: SpeedOptions, model: str, base: str | None, device: torch.device, dtype: torch.dtype
+) -> None:
     """
     Checks all but the quantisation, without any weights.
 
@@ -86,7 +88,7 @@ def parse_cache(text: str) -> tuple[str, float]:
         number = math.nan
     if kind == "taylorseer":
         if number not in range(2, 1000):
-            raise ValueError(f"--cache {text}: the value is the steps from one that is computed to the next, 2 or more.")
+            raise ValueError(f"--cache {text}: the value is every how many steps one is computed, from 2 on.")
     elif not 0 < number < math.inf:
         raise ValueError(f"--cache {text}: the value is the largest error, a number above 0 such as {CACHES[kind]}.")
     return kind, number
