@@ -1,11 +1,13 @@
 """The docs site's own checks: what they find. `make docs` builds the site with them."""
 
 import logging
+import re
+from pathlib import Path
 
 import griffe
 import pytest
 
-from docs.scripts import site_checks, site_links
+from docs.scripts import house, messages, site_checks, site_links
 from docs.scripts.docstrings import Docstrings
 
 
@@ -67,3 +69,46 @@ def test_names_in_docstrings_become_links_and_types_lose_their_marks():
     docstring = griffe.visit("module", None, code, extensions=extensions)["a"].docstring.value
     assert '<autoref optional identifier="torch"><code>torch</code></autoref>.' in docstring
     assert "b (int, optional): A `c`." in docstring
+
+
+def test_the_house_is_drawn_as_it_is():
+    drawn = Path(house.ROOT / "docs/house.svg").read_text("utf-8")
+    assert drawn == house.draw(house.imports()), "Run: python docs/scripts/house.py docs/house.svg"
+
+
+def test_arrows_that_follow_from_others_are_left_out():
+    graph = {"top": {"middle", "low"}, "middle": {"low"}, "low": set()}
+    assert house.reduced(graph) == {"top": {"middle"}, "middle": {"low"}, "low": set()}
+    assert house.floor(graph, "top") == 2
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    return list(messages.all_texts())
+
+
+QUOTES = re.findall(r"```text\n(.*?)```", (house.ROOT / "docs/troubleshooting.md").read_text("utf-8"), re.DOTALL)
+QUOTED = "".join(QUOTES).splitlines()
+
+
+def test_messages_that_the_page_quotes_are_said_by_the_code(texts):
+    """A … of the page stands for one or more of the code's, and for what is around them."""
+    assert len(QUOTED) > 50
+    unknown = []
+    for quote in QUOTED:
+        parts = [re.escape(part.strip()) for part in quote.split(messages.ANY)]
+        pattern = re.compile(".*".join(parts))
+        if not any(pattern.search(text) for text in texts):
+            unknown.append(quote)
+    assert unknown == []
+
+
+def test_the_page_of_all_messages_has_them():
+    page = messages.error_messages()
+    assert "- `` Pass exactly one of `prompt` and `prompt_embeds`. ``" in page
+    assert "- `` … holds a run already. Pass --resume latest to go on, or another --output. ``" in page
+
+
+def test_a_text_of_the_code_has_marks_for_what_differs():
+    node = messages.ast.parse('f"a {b} " "c %s"').body[0].value
+    assert messages.as_text(node) == "a … c %s"
