@@ -10,8 +10,12 @@ from diffusers import ContextParallelConfig
 from safetensors.torch import load_file, save_file
 
 
-def run_on_two_ranks(model, inputs: dict[str, torch.Tensor]) -> list[tuple[torch.Tensor, tuple[torch.Tensor, ...]]]:
+def run_on_two_ranks(model, inputs: dict) -> list[tuple[torch.Tensor, tuple[torch.Tensor, ...]]]:
     """What each of two context-parallel ranks returns: the velocity, and the reference tokens of both blocks."""
+    sources = inputs["reference_hidden_states"]
+    if not isinstance(sources, torch.Tensor):
+        inputs = {k: v for k, v in inputs.items() if k != "reference_hidden_states"}
+        inputs |= {f"source_{index}": latents for index, latents in enumerate(sources)}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         model.save_pretrained(folder / "model")
@@ -27,8 +31,14 @@ def _rank(rank: int, folder: Path, model_class: type) -> None:
     torch.accelerator.device_count = lambda: 2  # diffusers divides by it, and it is 0 without accelerators
     model = model_class.from_pretrained(folder / "model").eval()
     model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=2))
+    inputs = load_file(folder / "inputs.safetensors")
+    sources = [inputs.pop(f"source_{index}") for index in range(len(inputs)) if f"source_{index}" in inputs]
+    if sources:
+        inputs["reference_hidden_states"] = sources
     with torch.no_grad():
-        output = model(**load_file(folder / "inputs.safetensors"), output_reference_layers=(0, 1))
-    tensors = {"sample": output.sample} | {f"block_{i}": r for i, r in enumerate(output.reference_hidden_states)}
+        output = model(**inputs, output_reference_layers=(0, 1))
+    tensors = {"sample": output.sample}
+    for index, tokens in enumerate(output.reference_hidden_states):
+        tensors[f"block_{index}"] = torch.cat(tokens, dim=1) if sources else tokens
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / f"{rank}.safetensors")
     dist.destroy_process_group()

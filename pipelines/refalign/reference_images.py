@@ -392,6 +392,12 @@ def _check_size(height: int, width: int) -> None:
             raise ValueError(f"`{name}` must be a positive number of pixels (an int), got {value!r}.")
 
 
+def _check_long_edge(long_edge: int | None) -> None:
+    is_number = isinstance(long_edge, (int, np.integer)) and not isinstance(long_edge, bool)
+    if long_edge is not None and (not is_number or long_edge < 16):
+        raise ValueError(f"`long_edge` must be 16 pixels or more (an int), got {long_edge!r}.")
+
+
 def letterbox(image: Image.Image, height: int, width: int) -> Image.Image:
     r"""
     Scale an image to fit, and centre it on white: nothing is cropped or stretched. RefAlign (arXiv 2603.25743) reads
@@ -423,8 +429,44 @@ def letterbox(image: Image.Image, height: int, width: int) -> Image.Image:
         fitted = (max(1, int(height * aspect)), height)
     canvas = Image.new("RGB", (width, height), WHITE)
     corner = ((width - fitted[0]) // 2, (height - fitted[1]) // 2)
-    canvas.paste(image.resize(fitted, Image.Resampling.LANCZOS), corner)
+    canvas.paste(_resize(image, fitted, Image.Resampling.LANCZOS), corner)
     return canvas
+
+
+def _resize(image: Image.Image, size: tuple[int, int], resample: Image.Resampling) -> Image.Image:
+    """Resizes as Pillow does from 13 on, with older ones too. Between its two passes it rounds, so their order is
+    seen: rows go first where more than twice as many of them are lost as of columns."""
+    lost_rows, lost_columns = image.height - size[1], image.width - size[0]
+    if lost_rows > 0 and lost_rows > 2 * lost_columns:
+        image = image.resize((image.width, size[1]), resample)
+    return image.resize(size, resample)
+
+
+def fit_long_edge(image: Image.Image, long_edge: int) -> Image.Image:
+    r"""
+    Scale an image down until its longer side is at most `long_edge`, keeping its aspect but for the rounding of both
+    sides to multiples of 16. Bernini-R (arXiv 2605.22344) reads its references so.
+
+    Args:
+        image (`PIL.Image.Image`): An RGB image.
+        long_edge (`int`): The longest side of the result, in pixels; 16 or more.
+
+    Returns:
+        `PIL.Image.Image`: An RGB image. It is never enlarged but by the rounding.
+    """
+    width, height = image.size
+    scale = max(min(long_edge / max(width, height), 1), 1 / min(width, height))
+    width, height = _nearest_tokens(width * scale), _nearest_tokens(height * scale)
+    if max(width, height) > long_edge:
+        scale = long_edge / max(width, height)
+        width, height = _nearest_tokens(width * scale), _nearest_tokens(height * scale)
+    if image.size == (width, height):
+        return image.copy()
+    return _resize(image, (width, height), Image.Resampling.BICUBIC)
+
+
+def _nearest_tokens(pixels: float) -> int:
+    return max(16, 16 * round(round(pixels) / 16))
 
 
 @functools.lru_cache(maxsize=1)
@@ -487,10 +529,12 @@ def _check_cut_out(cut_out: CutOut) -> None:
         raise ValueError(f'`cut_out` must be True, False or "auto", got {cut_out!r}.')
 
 
-def prepare_reference_image(image: ReferenceImage, height: int, width: int, cut_out: CutOut = "auto") -> Image.Image:
+def prepare_reference_image(
+    image: ReferenceImage, height: int, width: int, cut_out: CutOut = "auto", long_edge: int | None = None
+) -> Image.Image:
     r"""
     Make of a reference image exactly what the model will see: the subject on white, letterboxed (RefAlign,
-    arXiv 2603.25743).
+    arXiv 2603.25743), or in its own aspect (Bernini-R, arXiv 2605.22344).
 
     Args:
         image (`PIL.Image.Image`, `np.ndarray`, `torch.Tensor`, `str` or `os.PathLike`):
@@ -503,20 +547,24 @@ def prepare_reference_image(image: ReferenceImage, height: int, width: int, cut_
             "rembg[cpu]"`; rembg downloads the model, 1 GB, at its first use); `False` leaves the image
             whole, as a place wants it; `"auto"` removes the background only if BiRefNet is already on this machine,
             downloading nothing, and finds a subject on 2% to 85% of the image.
+        long_edge (`int`, *optional*):
+            The longer side at most, for models that read references in their own aspect
+            (`pipe.config.reference_long_edge`). The size of the video then does not matter.
 
     Returns:
-        `PIL.Image.Image`: An RGB image of `width` x `height`.
+        `PIL.Image.Image`: An RGB image of `width` x `height`, or what [`fit_long_edge`] makes.
 
     Raises:
         ValueError: The image cannot be read, or another argument has a wrong value.
         ImportError: `cut_out=True` needs rembg or a URL needs httpx2, and it is not installed.
     """
     _check_size(height, width)
+    _check_long_edge(long_edge)
     _check_cut_out(cut_out)
     image = _cut_out(load_reference_image(image), cut_out)
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image).convert("RGB")
-    return letterbox(image, height, width)
+    return letterbox(image, height, width) if long_edge is None else fit_long_edge(image, long_edge)
 
 
 def prepare_reference_images(
@@ -524,6 +572,7 @@ def prepare_reference_images(
     height: int,
     width: int,
     cut_out: CutOut | list[CutOut] = "auto",
+    long_edge: int | None = None,
 ) -> list[Image.Image]:
     r"""
     [`prepare_reference_image`] for one image or a list of them.
@@ -535,9 +584,10 @@ def prepare_reference_images(
         width (`int`): Width of the video, in pixels.
         cut_out (`bool`, `"auto"` or a list of these, *optional*, defaults to `"auto"`):
             See [`prepare_reference_image`]. A list has one entry per reference: people cut out, places not.
+        long_edge (`int`, *optional*): See [`prepare_reference_image`].
 
     Returns:
-        `list[PIL.Image.Image]`: An RGB image of `width` x `height` for each reference.
+        `list[PIL.Image.Image]`: An RGB image for each reference.
 
     Raises:
         ValueError: A reference cannot be read (the message says which, counted from 1), or another argument has a
@@ -549,12 +599,13 @@ def prepare_reference_images(
     if len(cut_outs) != len(images):
         raise ValueError(f"`cut_out` has {len(cut_outs)} entries for {len(images)} references: pass one for each.")
     _check_size(height, width)
+    _check_long_edge(long_edge)
     for choice in cut_outs:
         _check_cut_out(choice)
     prepared = []
     for number, (image, choice) in enumerate(zip(images, cut_outs, strict=True), start=1):
         try:
-            prepared.append(prepare_reference_image(image, height, width, choice))
+            prepared.append(prepare_reference_image(image, height, width, choice, long_edge))
         except ValueError as error:
             raise ValueError(f"Reference {number} of {len(images)}: {error}") from error
     return prepared

@@ -2,11 +2,13 @@
 
 The branch adds no weight. It is a way of running Wan's own: reference latents become extra latent frames behind the
 video's, take part in self-attention and feed-forward, skip the cross-attention to the text, and are dropped before
-the head. This file stands alone: a Hub repo carries it beside the transformer's weights.
+the head. Bernini-R (arXiv 2605.22344) differs in two switches of the configuration: each reference has a grid of its
+own, and reads the text. This file stands alone: a Hub repo carries it beside the transformer's weights.
 """
 
 import dataclasses
 import functools
+import inspect
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +25,7 @@ from diffusers.hooks import (
 )
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
 from diffusers.utils import apply_lora_scale
 from diffusers.utils.torch_utils import maybe_allow_in_graph
 from torch import nn
@@ -31,6 +33,9 @@ from torch import nn
 
 WAN_CHANNELS = 16  # channels of Wan 2.1's latents
 WAN_CLASSES = ("WanTransformer3DModel", "RefAlignWanTransformer3DModel")
+REFERENCE_ROPES = ("frames", "sources")  # where references stand: RefAlign's way, and Bernini-R's
+TRAINED_SOURCES = 5  # the most references that Bernini-R was trained with
+SOURCE_THETA = 10000.0  # base of the rotation that tells sources apart
 
 # The modules whose outputs TaylorSeer extrapolates. Its own defaults match no module of Wan.
 TAYLORSEER_IDENTIFIERS = [r"blocks\.\d+\.(attn1|attn2|ffn)"]
@@ -44,12 +49,13 @@ class RefAlignWanTransformerOutput(Transformer2DModelOutput):
     Args:
         sample (`torch.Tensor` of shape `(batch, channels, frames, height, width)`):
             The velocity of the video's latents; the references are not in it.
-        reference_hidden_states (`tuple[torch.Tensor]`, *optional*):
+        reference_hidden_states (`tuple`, *optional*):
             The reference tokens after each block of `output_reference_layers`, in that order, each of shape
-            `(batch, references * tokens, dim)`.
+            `(batch, references * tokens, dim)`. For a list of references each is a tuple with the tokens of each
+            reference, `(batch, tokens, dim)`.
     """
 
-    reference_hidden_states: tuple[torch.Tensor, ...] | None = None
+    reference_hidden_states: tuple[torch.Tensor, ...] | tuple[tuple[torch.Tensor, ...], ...] | None = None
 
 
 @dataclass
@@ -140,6 +146,15 @@ class RefAlignWanTransformerBlock(WanTransformerBlock):
         return self.attn2(norm_hidden_states, encoder_hidden_states, None, None)
 
 
+def _with_reference_options(signature: inspect.Signature) -> inspect.Signature:
+    """The signature of Wan's `__init__`, with the options of the reference branch."""
+    options = [
+        inspect.Parameter("reference_rope", inspect.Parameter.KEYWORD_ONLY, default="frames", annotation=str),
+        inspect.Parameter("text_to_references", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=bool),
+    ]
+    return signature.replace(parameters=[*signature.parameters.values(), *options])
+
+
 class TokenMask(nn.Module):
     """1 for video tokens and 0 for reference tokens, `(1, tokens, 1)`: a module, so that context parallelism can split
     what it returns over the ranks as it splits the tokens."""
@@ -149,11 +164,61 @@ class TokenMask(nn.Module):
         return (positions < num_video_tokens).to(hidden_states.dtype)[None, :, None]
 
 
+class SourceRotaryPosEmbed(WanRotaryPosEmbed):
+    """
+    Wan's rotary positions, in which each reference is a source of its own (SA-3D of Bernini-R, arXiv 2605.22344).
+
+    Every source has a grid that starts at (0, 0, 0). To the angles of source i those of a position i are added, over
+    all channels of a head: pair j turns by `i * theta^(-2j / head_dim)` more. The video is source 0. One module makes
+    the positions of all sources, so that context parallelism can split them as it splits the tokens.
+    """
+
+    def forward(
+        self, hidden_states: torch.Tensor, references: Sequence[torch.Tensor] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            hidden_states (`torch.Tensor` of shape `(batch, channels, frames, height, width)`): the video's latents.
+            references (`Sequence[torch.Tensor]`): each `(batch, channels, 1, height, width)`, of any height and width.
+
+        Returns:
+            `tuple`: cosines and sines, each `(1, tokens, 1, head_dim)`, the video's first.
+        """
+        positions: list[Any] = [super().forward(hidden_states)]  # diffusers types each pair as one tensor
+        for source, latents in zip(source_ids(len(references)), references, strict=True):
+            grid: Any = super().forward(latents)
+            positions.append(self._turned(grid, source))
+        cosines, sines = zip(*positions, strict=True)
+        return torch.cat(cosines, dim=1), torch.cat(sines, dim=1)
+
+    def _turned(self, position: tuple[torch.Tensor, torch.Tensor], source: float) -> tuple[torch.Tensor, torch.Tensor]:
+        cosine, sine = position
+        pairs = torch.arange(0, self.attention_head_dim, 2, dtype=torch.float64)
+        angles = (source * SOURCE_THETA ** (-pairs / self.attention_head_dim)).repeat_interleave(2)
+        cosine_i, sine_i = angles.cos().to(cosine), angles.sin().to(sine)
+        return cosine * cosine_i - sine * sine_i, sine * cosine_i + cosine * sine_i
+
+
+def source_ids(num_references: int) -> list[float]:
+    """The source of each reference: 1, 2, ...; more than were trained share the trained range evenly."""
+    if num_references <= TRAINED_SOURCES:
+        return [float(source) for source in range(1, num_references + 1)]
+    return torch.linspace(1, TRAINED_SOURCES, num_references, dtype=torch.float64).tolist()
+
+
 class RefAlignWanTransformer3DModel(WanTransformer3DModel):
     r"""
-    [`WanTransformer3DModel`] with a reference branch: same configuration, same parameters, same state dict.
+    [`WanTransformer3DModel`] with a reference branch: same parameters, same state dict, and two entries more in the
+    configuration.
 
     Without `reference_hidden_states` it is exactly [`WanTransformer3DModel`].
+
+    Args:
+        reference_rope (`str`, defaults to `"frames"`): where references stand. `"frames"`: they are latent frames
+            behind the video's, of its size (RefAlign). `"sources"`: each has a grid of its own, in any size, told
+            apart by a rotation ([`SourceRotaryPosEmbed`]; Bernini-R).
+        text_to_references (`bool`, defaults to `False`): whether references read the text too (Bernini-R).
+        args, kwargs: [`WanTransformer3DModel`]'s.
     """
 
     _no_split_modules = ["RefAlignWanTransformerBlock"]
@@ -165,14 +230,25 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
         "all_tokens": ContextParallelOutput(gather_dim=1, expected_dims=3),
     }
 
-    # `wraps` keeps the signature, from which diffusers reads the names of the configuration
     @functools.wraps(WanTransformer3DModel.__init__)
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, reference_rope: str = "frames", text_to_references: bool = False, **kwargs: Any
+    ) -> None:
+        if reference_rope not in REFERENCE_ROPES:
+            raise ValueError(f"`reference_rope` must be one of {REFERENCE_ROPES}, but is {reference_rope!r}.")
         super().__init__(*args, **kwargs)
+        self.register_to_config(reference_rope=reference_rope, text_to_references=text_to_references)
         self._take_reference_blocks()
+        if reference_rope == "sources":
+            self.rope.__class__ = SourceRotaryPosEmbed  # same buffers, another forward
         # Both without parameters: places where context parallelism splits the mask and gathers the tokens
         self.token_mask = TokenMask()
         self.all_tokens = nn.Identity()
+
+    # diffusers reads the names of the configuration from the signature
+    __init__.__signature__ = _with_reference_options(  # pyright: ignore[reportAttributeAccessIssue]
+        inspect.signature(WanTransformer3DModel.__init__)
+    )
 
     @classmethod
     def from_wan(cls, transformer: WanTransformer3DModel) -> "RefAlignWanTransformer3DModel":
@@ -235,7 +311,7 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
         *,
-        reference_hidden_states: torch.Tensor | None = None,
+        reference_hidden_states: torch.Tensor | Sequence[torch.Tensor] | None = None,
         output_reference_layers: Sequence[int] | None = None,
     ) -> RefAlignWanTransformerOutput | Transformer2DModelOutput | tuple:
         """
@@ -254,10 +330,11 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
                 Whether to return an output class instead of a tuple.
             attention_kwargs (`dict`, *optional*):
                 `{"scale": s}` scales the LoRA layers by `s` for this call.
-            reference_hidden_states (`torch.Tensor`, *optional*):
+            reference_hidden_states (`torch.Tensor` or `list[torch.Tensor]`, *optional*):
                 Clean latents of shape `(batch, channels, references, height, width)`: one latent frame per
-                reference, normalised as the video's are. Zeros are the null reference. `None`: exactly
-                [`WanTransformer3DModel`].
+                reference, normalised as the video's are. Zeros are the null reference. With `reference_rope`
+                `"sources"` also a list of `(batch, channels, 1, height, width)`, each of its own size. `None`:
+                exactly [`WanTransformer3DModel`].
             output_reference_layers (`Sequence[int]`, *optional*):
                 Blocks, counted from 0, after which the reference tokens are returned too.
 
@@ -286,14 +363,12 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
             )
         self._check_references(hidden_states, timestep, reference_hidden_states, layers)
 
-        # 1. Tokens: references are latent frames behind the video's, in the patches and in the rotary positions
+        # 1. Tokens: the references' stand behind the video's
         batch_size, _, num_frames, height, width = hidden_states.shape
         _, patch_height, patch_width = self.config["patch_size"]
         grid = (num_frames, height // patch_height, width // patch_width)
         num_video_tokens = grid[0] * grid[1] * grid[2]
-        latents = torch.cat([hidden_states, reference_hidden_states.to(hidden_states.dtype)], dim=2)
-        rotary_emb = self.rope(latents)
-        hidden_states = self.patch_embedding(latents).flatten(2).transpose(1, 2).contiguous()
+        hidden_states, rotary_emb, reference_lengths = self._tokens(hidden_states, reference_hidden_states)
         num_tokens = hidden_states.shape[1]
 
         # 2. Conditions
@@ -307,12 +382,14 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
         # 3. Which tokens are the video's. Only where a rank holds a part of the tokens is the mask shorter than they
         # are, and only there it is needed: a slice costs less.
         token_mask = self.token_mask(hidden_states, num_video_tokens)
-        if token_mask.shape[1] == num_tokens:
-            token_mask = None
+        is_split = token_mask.shape[1] != num_tokens
+        branch = (num_video_tokens, token_mask if is_split else None)
+        if self.config["text_to_references"]:
+            branch = (None, None)  # all tokens are alike: Wan's own block
 
         # 4. Transformer blocks
         reference_tokens = {}
-        arguments = (encoder_hidden_states, timestep_proj, rotary_emb, num_video_tokens, token_mask)
+        arguments = (encoder_hidden_states, timestep_proj, rotary_emb, *branch)
         for index, block in enumerate(self.blocks):
             if torch.is_grad_enabled() and self.gradient_checkpointing:
                 checkpointed = self._gradient_checkpointing_func
@@ -320,10 +397,11 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
             else:
                 hidden_states = block(hidden_states, *arguments)
             if index in (layers or ()):
-                reference_tokens[index] = self.all_tokens(hidden_states)[:, num_video_tokens:]
+                tokens = self.all_tokens(hidden_states)[:, num_video_tokens:]
+                reference_tokens[index] = tokens if reference_lengths is None else tokens.split(reference_lengths, 1)
 
         # 5. Head, for the video alone. Where a rank holds a part of the tokens, `proj_out` gathers them first.
-        if token_mask is None:
+        if not is_split:
             hidden_states = hidden_states[:, :num_video_tokens]
         shift, scale = (self.scale_shift_table.to(temb.device) + temb.unsqueeze(1)).chunk(2, dim=1)
         shift, scale = shift.to(hidden_states.device), scale.to(hidden_states.device)
@@ -339,20 +417,41 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
             return (sample,) if references is None else (sample, references)
         return RefAlignWanTransformerOutput(sample=sample, reference_hidden_states=references)
 
+    def _tokens(
+        self, hidden_states: torch.Tensor, references: torch.Tensor | Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor], list[int] | None]:
+        """The tokens of video and references, `(batch, tokens, dim)`, their rotary positions, and, for a list of
+        references, how many tokens each has."""
+        dtype = hidden_states.dtype
+        if self.config["reference_rope"] == "frames":
+            # References are latent frames behind the video's, in the patches and in the rotary positions
+            latents = torch.cat([hidden_states, cast("torch.Tensor", references).to(dtype)], dim=2)
+            return self._patches(latents).contiguous(), self.rope(latents), None
+        is_list = not isinstance(references, torch.Tensor)
+        sources = references if is_list else references.split(1, dim=2)
+        sources = [latents.to(dtype) for latents in sources]
+        tokens = [self._patches(latents) for latents in (hidden_states, *sources)]
+        lengths = [part.shape[1] for part in tokens[1:]] if is_list else None
+        return torch.cat(tokens, dim=1), self.rope(hidden_states, sources), lengths
+
+    def _patches(self, latents: torch.Tensor) -> torch.Tensor:
+        return self.patch_embedding(latents).flatten(2).transpose(1, 2)
+
     def _check_references(
         self,
         hidden_states: torch.Tensor,
         timestep: torch.Tensor,
-        reference_hidden_states: torch.Tensor,
+        reference_hidden_states: torch.Tensor | Sequence[torch.Tensor],
         layers: Sequence[int] | None,
     ) -> None:
-        video, references = tuple(hidden_states.shape), tuple(reference_hidden_states.shape)
-        if len(references) != 5 or references[:2] != video[:2] or references[3:] != video[3:] or references[2] == 0:
-            raise ValueError(
-                f"`reference_hidden_states` has shape {references}; beside `hidden_states` of shape {video} it must "
-                f"be (batch, channels, references, height, width) = ({video[0]}, {video[1]}, 1 or more, {video[3]}, "
-                f"{video[4]}). Pass `None` where there are no references."
-            )
+        video, references = tuple(hidden_states.shape), reference_hidden_states
+        if isinstance(references, torch.Tensor):
+            if self.config["reference_rope"] == "frames" or references.ndim != 5:
+                self._check_frames(video, tuple(references.shape))
+            else:
+                self._check_sources(video, references.split(1, dim=2))
+        else:
+            self._check_sources(video, references)
         if timestep.ndim != 1:
             raise ValueError(
                 f"`timestep` has shape {tuple(timestep.shape)}; with references it must be (batch,): one timestep "
@@ -367,6 +466,34 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
             if not 0 <= layer < len(self.blocks):
                 raise ValueError(
                     f"`output_reference_layers` names block {layer}, but the blocks are 0 to {len(self.blocks) - 1}."
+                )
+
+    @staticmethod
+    def _check_frames(video: tuple[int, ...], references: tuple[int, ...]) -> None:
+        if len(references) != 5 or references[:2] != video[:2] or references[3:] != video[3:] or references[2] == 0:
+            raise ValueError(
+                f"`reference_hidden_states` has shape {references}; beside `hidden_states` of shape {video} it must "
+                f"be (batch, channels, references, height, width) = ({video[0]}, {video[1]}, 1 or more, {video[3]}, "
+                f"{video[4]}). Pass `None` where there are no references."
+            )
+
+    def _check_sources(self, video: tuple[int, ...], references: Sequence[torch.Tensor]) -> None:
+        if self.config["reference_rope"] != "sources":
+            raise ValueError(
+                "`reference_hidden_states` is a list, which only a model with `reference_rope` 'sources' (Bernini-R) "
+                "takes. Pass one tensor (batch, channels, references, height, width)."
+            )
+        if not references:
+            raise ValueError("`reference_hidden_states` is an empty list. Pass `None` where there are no references.")
+        _, patch_height, patch_width = self.config["patch_size"]
+        for number, latents in enumerate(references, 1):
+            shape = tuple(latents.shape)
+            fits = len(shape) == 5 and shape[:2] == video[:2] and shape[2] == 1 and min(shape[3:]) > 0
+            if not fits or shape[3] % patch_height or shape[4] % patch_width:
+                raise ValueError(
+                    f"Reference {number} of `reference_hidden_states` has shape {shape}; beside `hidden_states` of "
+                    f"shape {video} it must be (batch, channels, 1, height, width) = ({video[0]}, {video[1]}, 1, a "
+                    f"multiple of {patch_height}, a multiple of {patch_width})."
                 )
 
     # -- What diffusers 0.42 does not offer; tests/pipelines/test_diffusers.py tells which of it can go ---------------

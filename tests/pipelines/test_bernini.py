@@ -1,0 +1,181 @@
+"""Bernini-R (arXiv 2605.22344) by our classes, against tensors that its authors' code computed."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from refalign import RefAlignWanTransformer3DModel, prepare_reference_image
+from tests.parallel import run_on_two_ranks
+
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+
+
+@pytest.fixture(scope="module")
+def bernini() -> SimpleNamespace:
+    """What the authors' implementation computed (`t`), the references (`references`), and our model (`model`)."""
+    file = FIXTURES / "bernini_forward_sample.safetensors"
+    tensors = load_file(file)
+    with safe_open(file, "pt") as opened:
+        config = json.loads(opened.metadata()["config"])
+    model = RefAlignWanTransformer3DModel(**config["transformer"], reference_rope="sources", text_to_references=True)
+    model.load_state_dict({k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")})
+    references = [tensors[f"in.reference_{number}"] for number in (1, 2, 3)]
+    many = [tensors[f"in.many_reference_{number}"] for number in range(1, 8)]
+    return SimpleNamespace(t=tensors, c=config, references=references, many=many, model=model.eval())
+
+
+def velocity(bernini, timestep, references, prompt="in.prompt_embeds", **changes):
+    with torch.no_grad():
+        return bernini.model(
+            bernini.t["in.latents"],
+            torch.tensor([timestep]),
+            bernini.t[prompt],
+            reference_hidden_states=references,
+            **changes,
+        )
+
+
+# -- The transformer --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("timestep", [999, 537, 25])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_velocity_with_references_of_their_own_sizes_equals_the_authors(bernini, timestep, number):
+    output = velocity(bernini, timestep, bernini.references[:number]).sample
+    assert (output - bernini.t[f"out.forward_t{timestep}_{number}_references"]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("timestep", [999, 537, 25])
+def test_velocity_without_references_equals_the_authors(bernini, timestep):
+    output = velocity(bernini, timestep, None, "in.negative_prompt_embeds").sample
+    assert (output - bernini.t[f"out.forward_t{timestep}_null"]).abs().max() < 1e-4
+
+
+def test_more_references_than_were_trained_share_the_trained_range(bernini):
+    output = velocity(bernini, 537, bernini.many).sample
+    assert (output - bernini.t["out.forward_t537_7_references"]).abs().max() < 1e-4
+
+
+def test_rotary_positions_equal_the_authors(bernini):
+    cosines, sines = bernini.model.rope(bernini.t["in.latents"], bernini.references)
+    names = ["out.rope_video", *(f"out.rope_reference_{number}" for number in (1, 2, 3))]
+    expected = torch.cat([bernini.t[name] for name in names])
+    ours = torch.stack([cosines[0, :, 0, ::2], sines[0, :, 0, ::2]], dim=-1)
+    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
+
+
+def test_one_tensor_of_references_is_a_list_of_equal_sizes(bernini):
+    references = [bernini.references[1], bernini.references[1].flip(-1)]
+    as_list = velocity(bernini, 537, references).sample
+    as_tensor = velocity(bernini, 537, torch.cat(references, dim=2)).sample
+    torch.testing.assert_close(as_tensor, as_list, atol=1e-5, rtol=1e-5)
+
+
+def test_reference_tokens_come_for_each_reference(bernini):
+    output = velocity(bernini, 537, bernini.references, output_reference_layers=(1, 0))
+    for layer in output.reference_hidden_states:
+        assert [tokens.shape[1] for tokens in layer] == [12, 30, 14]
+
+
+def test_the_order_of_references_is_seen(bernini):
+    first, second, _ = bernini.references
+    expected = velocity(bernini, 537, [first, second]).sample
+    assert (velocity(bernini, 537, [second, first]).sample - expected).abs().max() > 1e-3
+
+
+def test_sources_and_switches_are_kept(bernini, tmp_path):
+    bernini.model.save_pretrained(tmp_path)
+    model = RefAlignWanTransformer3DModel.from_pretrained(tmp_path)
+    loaded = SimpleNamespace(t=bernini.t, model=model)
+    expected = velocity(bernini, 537, bernini.references).sample
+    ours = velocity(loaded, 537, bernini.references).sample
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_checkpointing_gives_equal_gradients(bernini):
+    gradients = []
+    for checkpointing in (False, True):
+        model = bernini.model
+        model.zero_grad()
+        if checkpointing:
+            model.enable_gradient_checkpointing()
+        arguments = (bernini.t["in.latents"], torch.tensor([537]), bernini.t["in.prompt_embeds"])
+        model(*arguments, reference_hidden_states=bernini.references).sample.square().mean().backward()
+        gradients.append(model.patch_embedding.weight.grad.clone())
+    bernini.model.disable_gradient_checkpointing()
+    bernini.model.zero_grad()
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("references", "message"),
+    [
+        ([], "empty list"),
+        ([torch.zeros(1, 16, 2, 4, 4)], r"Reference 1 .* \(1, 16, 2, 4, 4\)"),
+        ([torch.zeros(1, 16, 1, 4, 4), torch.zeros(1, 16, 1, 5, 4)], r"Reference 2 .* a multiple of 2"),
+    ],
+)
+def test_wrong_references_are_named(bernini, references, message):
+    with pytest.raises(ValueError, match=message):
+        velocity(bernini, 537, references)
+
+
+def test_a_list_is_refused_where_references_are_frames(transformer, inputs):
+    with pytest.raises(ValueError, match="reference_rope"):
+        transformer(**{**inputs, "reference_hidden_states": [inputs["reference_hidden_states"]]})
+
+
+def test_an_unknown_rope_is_refused():
+    with pytest.raises(ValueError, match="'rows'"):
+        RefAlignWanTransformer3DModel(num_layers=1, reference_rope="rows")
+
+
+def test_context_parallel_on_two_ranks_is_exact(bernini):
+    """Ulysses over two gloo processes; the half of 128 tokens cuts through the video."""
+    inputs = {
+        "hidden_states": bernini.t["in.latents"],
+        "timestep": torch.tensor([537]),
+        "encoder_hidden_states": bernini.t["in.prompt_embeds"],
+        "reference_hidden_states": bernini.references,
+    }
+    expected = velocity(bernini, 537, bernini.references, output_reference_layers=(0, 1))
+    for sample, references in run_on_two_ranks(bernini.model, inputs):
+        torch.testing.assert_close(sample, expected.sample, atol=1e-5, rtol=1e-4)
+        for ours, theirs in zip(references, expected.reference_hidden_states, strict=True):
+            torch.testing.assert_close(ours, torch.cat(theirs, dim=1), atol=1e-5, rtol=1e-4)
+
+
+# -- Reference images -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def resized() -> dict[str, np.ndarray]:
+    return dict(np.load(FIXTURES / "bernini_reference_resize.npz"))
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_references_are_resized_as_the_authors_do(resized, number):
+    long_edge = int(resized["max_image_size"])
+    image = prepare_reference_image(resized[f"in_{number}"], 480, 848, cut_out=False, long_edge=long_edge)
+    pixels = np.asarray(image, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1
+    np.testing.assert_allclose(pixels, resized[f"out_{number}"], atol=1e-6)
+
+
+def test_sizes_of_references_equal_the_authors(resized):
+    for long_edge, width, height, *expected in resized["sizes"].tolist():
+        image = prepare_reference_image(Image.new("RGB", (width, height)), 480, 848, False, long_edge)
+        assert [*image.size] == expected, (long_edge, width, height)
+
+
+@pytest.mark.parametrize("long_edge", [15, 0, 848.0, True])
+def test_a_wrong_long_edge_is_named(long_edge):
+    with pytest.raises(ValueError, match="`long_edge` must be 16"):
+        prepare_reference_image(Image.new("RGB", (32, 32)), 480, 848, False, long_edge)
