@@ -3,6 +3,7 @@
 Nothing heavy is imported before it is needed, so that `--help` answers at once.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,8 +54,8 @@ def run(command: Demo) -> int:
 
     if not 1 <= len(command.subjects) <= 2:
         raise ValueError(f"{len(command.subjects)} subjects are named; the tiny model was trained with one or two.")
-    references = [_picture_of(subject) for subject in command.subjects]
-    frames = _generate(command, references)
+    references = pictures_of(command.subjects)
+    frames = make_frames(command, references)
     picture, video = command.output / "demo.png", command.output / "demo.mp4"
     # Sixty-four pixels are a stamp on a screen
     large = [frame.resize((VIDEO_SIDE, VIDEO_SIDE)) for frame in frames]
@@ -65,6 +66,11 @@ def run(command: Demo) -> int:
         write_video(large, video, settings=settings, overwrite=True)
     print(f"{command.prompt}\nWrote {video} and {picture}, the references beside frames of it.")
     return 0
+
+
+def pictures_of(subjects: Iterable[str]) -> "list[Image.Image]":
+    """The subjects by their names, or pictures of the user's own; ValueError for what is neither."""
+    return list(map(_picture_of, subjects))
 
 
 def _picture_of(subject: str) -> "Image.Image":
@@ -78,12 +84,13 @@ def _picture_of(subject: str) -> "Image.Image":
     return load_reference_image(subject)
 
 
-def _generate(command: Demo, references: "list[Image.Image]") -> "list[Image.Image]":
+def make_frames(command: Demo, references: "list[Image.Image]", model: Path = FOLDER) -> "list[Image.Image]":
+    """The frames that a model of the small world makes of references and the prompt."""
     import torch
 
     from refalign import RefAlignWanPipeline
 
-    pipeline = RefAlignWanPipeline.from_pretrained(FOLDER)
+    pipeline = RefAlignWanPipeline.from_pretrained(model)
     generator = torch.Generator().manual_seed(command.seed)
     return pipeline(command.prompt, reference_images=references, generator=generator, output_type="pil").frames[0]
 

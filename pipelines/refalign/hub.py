@@ -34,6 +34,8 @@ from refalign.variants import WEIGHTS_FILE, copy_plain, plain_names
 logger = logging.getLogger(__name__)
 
 REPO_PLACEHOLDER = "ORG/NAME"
+# The Hub has none for reference-to-video. With `image-to-video` it shows `pipe(image=...)`, which is not our call
+PIPELINE_TAG = "image-text-to-video"
 UNKNOWN = "FILL-IN"  # what a card leaves to the user: `push` refuses it
 # The authors' releases, for which we have cards with published results
 RELEASES = {"gudaochangsheng/RefAlign-1.3B": "refalign-1.3b", "gudaochangsheng/RefAlign-14B": "refalign-14b"}
@@ -272,6 +274,7 @@ def fill_card(
     licence: str = "apache-2.0",
     relation: str = "finetune",
     tags: tuple[str, ...] = (),
+    widget: list[dict[str, Any]] | None = None,
     **facts: Any,
 ) -> str:
     """
@@ -284,16 +287,18 @@ def fill_card(
         licence (`str`, defaults to `"apache-2.0"`): the Hub's name for the licence.
         relation (`str`, defaults to `"finetune"`): the relation to the base: `finetune` or `adapter`.
         tags (`tuple[str]`, defaults to `()`): tags besides those of every card.
+        widget (`list[dict]`, *optional*): what `<Gallery />` shows, as the Hub reads it.
         facts: values for what else the template names.
     """
     data = ModelCardData(
         license=licence,
         library_name="diffusers",
-        pipeline_tag="image-to-video",
+        pipeline_tag=PIPELINE_TAG,
         base_model=base_model,
         base_model_relation=relation if base_model else None,
         datasets=datasets,
         tags=["refalign", "reference-to-video", "subject-to-video", "wan", *tags],
+        widget=widget,
     )
     template = _card(card)
     return ModelCard.from_template(data, template_str=template, repo=REPO_PLACEHOLDER, **facts).content

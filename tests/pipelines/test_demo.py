@@ -1,21 +1,25 @@
 """The demo and the model that comes with the package: whole, open by every door, and good at what it is for."""
 
 import dataclasses
+import json
 import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import AutoModel, DiffusionPipeline
+from huggingface_hub import ModelCard
 from PIL import Image
 
-from refalign import RefAlignWanPipeline, RefAlignWanTransformer3DModel
+from refalign import RefAlignWanPipeline, RefAlignWanTransformer3DModel, model_cards
 from refalign.cli import main
 from refalign.convert import export_native
+from refalign.demo import Demo
 from refalign.sprites import FOLDER, SUBJECTS, subject_names
 from refalign.video import read_settings, read_video
 from refalign_evaluation.judge import Case
@@ -80,13 +84,51 @@ def test_its_transformer_opens_as_a_native_file(sprites, tmp_path):
 def test_it_can_be_pushed(capsys):
     assert main(["push", str(FOLDER), "--repo", "org/sprites", "--dry-run"]) == 0
     told = capsys.readouterr().out
-    assert "model_index.json" in told and "README.md" in told
+    assert "model_index.json" in told and "README.md" in told and "assets/demo.mp4" in told
 
 
 def test_its_card_says_what_was_measured_and_on_how_many_clips():
     card = (FOLDER / "README.md").read_text("utf-8")
     assert "on 96 clips of one and 96 of two figures" in card
     assert "| both_right |" in card and "| psnr |" in card
+
+
+def test_its_card_is_made_of_the_template():
+    own = (FOLDER / "README.md").read_text("utf-8")
+    template = (Path(model_cards.__file__).parent / "sprites.md").read_text("utf-8").replace("{{ repo }}", "ORG/NAME")
+    _, _, intended = template.partition("# Sprites")
+    assert own.partition("# Sprites")[2].startswith(intended.partition("{{")[0])
+
+
+def test_its_card_begins_with_a_whole_snippet_that_needs_nothing_of_ours():
+    before, _, after = ModelCard.load(FOLDER / "README.md").text.partition("```")
+    snippet = after.partition("```")[0]
+    assert "##" not in before
+    assert "trust_remote_code=True" in snippet and "reference_images=" in snippet
+
+
+def test_its_card_shows_a_video_that_is_there():
+    card = ModelCard.load(FOLDER / "README.md")
+    assert card.data.pipeline_tag == "image-text-to-video" and "\n<Gallery />\n" in card.text
+    (shown,) = card.data.to_dict()["widget"]
+    assert shown["text"] == Demo.prompt == read_settings(FOLDER / shown["output"]["url"])["prompt"]
+    assert read_video(FOLDER / shown["output"]["url"]).shape == (17, 384, 576, 3)
+
+
+def test_its_recipe_writes_that_video(tmp_path):
+    """By a model that takes one step."""
+    from refalign_training.sprites.recipe import write_sample
+
+    folder = shutil.copytree(FOLDER, tmp_path / "model", ignore=shutil.ignore_patterns("assets"))
+    index = json.loads((folder / "model_index.json").read_text("utf-8"))
+    index["call_defaults"]["num_inference_steps"] = 1
+    (folder / "model_index.json").write_text(json.dumps(index), "utf-8")
+    (shown,) = ModelCard.load(FOLDER / "README.md").data.to_dict()["widget"]
+    assert write_sample(folder) == shown
+    made, shipped = (read_video(where / shown["output"]["url"]) for where in (folder, FOLDER))
+    assert made.shape == shipped.shape
+    references = np.s_[:, :, :192]
+    assert np.abs(made[references].astype(int) - shipped[references]).mean() < 1
 
 
 def test_the_subjects_it_is_shown_with_are_held_out():

@@ -947,7 +947,7 @@ def python_blocks(card: ModelCard) -> list[str]:
 @pytest.mark.parametrize(
     ("field", "values"),
     [
-        ("pipeline_tag", ["image-to-video"]),
+        ("pipeline_tag", ["image-text-to-video"]),
         ("library_name", ["diffusers"]),
         ("base_model", ["Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffusers"]),
         ("base_model_relation", ["finetune"]),
@@ -959,13 +959,14 @@ def test_a_cards_front_matter_has(field, values, card):
 
 
 def test_a_cards_front_matter_lists_its_tags(card):
-    assert "refalign" in card.data.to_dict()["tags"]
+    assert {"refalign", "reference-to-video", "subject-to-video"} <= set(card.data.to_dict()["tags"])
 
 
 @pytest.mark.parametrize(("name", "known"), [("refalign-1.3b", True), ("refalign-14b", True), ("template", False)])
 def test_a_card_names_the_data_and_the_licence_of_known_weights_alone(name, known):
     card = ModelCard(hub.model_card({"num_layers": 30}, name))
     assert ("BestWishYsh/OpenS2V-5M" in (card.data.to_dict().get("datasets") or ())) is known
+    assert ("OpenS2V-5M" in card.text) is ("Phantom-Data" in card.text) is known
     assert (hub.UNKNOWN not in card.content) is known
 
 
@@ -1008,6 +1009,13 @@ def test_a_card_shows_how_to_load_with_and_without_the_package(card):
         "DiffusionPipeline.from_pretrained('ORG/NAME', dtype=torch.bfloat16, trust_remote_code=True)",
         "RefAlignWanPipeline.from_pretrained('ORG/NAME', dtype=torch.bfloat16)",
     ]
+
+
+def test_a_card_begins_with_a_whole_snippet_that_needs_nothing_of_ours(card):
+    """The Hub's own leaves out trust_remote_code and the references."""
+    before, _, after = card.text.partition("```")
+    assert after.startswith("python\n") and re.findall("^## .*", before, re.MULTILINE) == ["## Use"]
+    assert "trust_remote_code=True" in after and "reference_images=" in after.partition("```")[0]
 
 
 def test_a_cards_call_fits_the_pipelines_arguments(card):

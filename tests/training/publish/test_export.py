@@ -436,7 +436,7 @@ def test_the_front_matter_of_a_local_base(export_folder, relation, request):
     assert read_card(request.getfixturevalue(export_folder)).data.to_dict() == {
         "license": hub.UNKNOWN,
         "library_name": "diffusers",
-        "pipeline_tag": "image-to-video",
+        "pipeline_tag": "image-text-to-video",
         "datasets": ["BestWishYsh/OpenS2V-5M"],
         "tags": tags,
     }
@@ -522,6 +522,13 @@ def test_a_lora_card_shows_how_to_load_with_and_without_the_package(lora_export,
         f"RefAlignWanPipeline.from_pretrained('{base}', dtype=torch.bfloat16)",
         "pipe.load_lora_weights('ORG/NAME')",
     ]
+
+
+@pytest.mark.parametrize("export_folder", ["lora_export", "full_export"])
+def test_a_card_begins_with_a_whole_snippet_that_needs_nothing_of_ours(export_folder, request):
+    before, _, after = read_card(request.getfixturevalue(export_folder)).text.partition("```")
+    assert after.startswith("python\n") and re.findall("^## .*", before, re.MULTILINE) == ["## Use"]
+    assert "trust_remote_code=True" in after and "reference_images=" in after.partition("```")[0]
 
 
 @pytest.mark.parametrize("export_folder", ["lora_export", "full_export"])

@@ -104,6 +104,7 @@ def _is_done(command: SpritesCommand, stage: Stage) -> bool:
 
 
 MEASURED = "measured.json"
+SAMPLE = "assets/demo.mp4"
 PRODUCTS = {"vae": "vae", "text": "text_encoder", "teacher": "teacher", "base": "base", "model": "model"}
 
 
@@ -263,9 +264,36 @@ def make_model(command: SpritesCommand, run: Path, output: Path) -> None:
         weights = sum(parameter.numel() for parameter in pipeline.transformer.parameters())
         rows = [(name, *_shown(name, figures)) for name in figures["intervals"]]
         numbers = {"steps": state["step"], "seen": seen, "weights": weights}
-        card = fill_card("sprites", None, None, rows=rows, figures=figures, parts=parts, **numbers)
+        widget = [write_sample(folder)]
+        card = fill_card("sprites", None, None, widget=widget, rows=rows, figures=figures, parts=parts, **numbers)
         (folder / "README.md").write_text(card, "utf-8")
         complete_repo(folder)
+
+
+def write_sample(folder: Path) -> dict[str, Any]:
+    """
+    Writes the video of `refalign demo` into a model's folder, with its references at the left.
+
+    Returns:
+        `dict`: what the card's front matter says of it.
+    """
+    from PIL import Image
+
+    from refalign.demo import VIDEO_SIDE, Demo, make_frames, pictures_of
+    from refalign.reference_images import prepare_reference_image
+    from refalign.video import write_video
+
+    demo, half = Demo(), VIDEO_SIDE // 2
+    references = pictures_of(demo.subjects)
+    shown = Image.new("RGB", (half + VIDEO_SIDE, VIDEO_SIDE), "white")
+    for number, reference in enumerate(references):
+        shown.paste(prepare_reference_image(reference, half, half, cut_out=False), (0, number * half))
+    frames = []
+    for frame in make_frames(demo, references, folder):
+        frames.append(shown.copy())
+        frames[-1].paste(frame.resize((VIDEO_SIDE, VIDEO_SIDE)), (half, 0))
+    write_video(frames, folder / SAMPLE, settings={"prompt": demo.prompt, "seed": demo.seed})
+    return {"text": demo.prompt, "output": {"url": SAMPLE}}
 
 
 def measure(model: Path, output: Path, samples: int, options: Sequence[str] = ()) -> dict[str, Any]:
