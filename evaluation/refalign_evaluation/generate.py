@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from refalign.generate import Generate as VideoCommand
 from refalign.generate import Job, check_options, checked, filled, generate_all, kept_settings, load_for
+from refalign.presets import with_preset
 from refalign.privacy import shown, source_name
 from refalign.sprites import FOLDER
 from refalign.video_options import VideoOptions
@@ -65,6 +66,7 @@ def run(command: Generate) -> int:
     _check(command)
     samples = list(read_benchmark(command.benchmark, command.split).values())[: command.limit]
     defaults = read_defaults(command.base or command.model or str(FOLDER))
+    defaults = with_preset(command.fast, command.device, defaults)
     jobs = [filled(_job(command, sample), defaults) for sample in samples]
     for job in jobs:
         check_options(job.command)
@@ -156,26 +158,30 @@ def _make(pipeline: "RefAlignWanPipeline", jobs: Sequence[Job], output: Path) ->
 
 def _plan(command: Generate, jobs: Sequence[Job], processes: int) -> str:
     """The samples that are left, their passes and hours, for a terminal."""
-    from refalign.pipeline_refalign_wan import guidance_passes
+    from refalign.pipeline_refalign_wan import count_passes, guidance_passes
 
     if not jobs:
         return "Nothing is left to make."
     options = check_options(jobs[0].command)
     steps = options["num_inference_steps"]
-    passes = len(guidance_passes(options["guidance_scale"], options["image_guidance_scale"], True))
+    names = [name for name, _ in guidance_passes(options["guidance_scale"], options["image_guidance_scale"], True)]
+    passes = count_passes(names, options["guidance_gate"], steps)
     by_count = _by_count(jobs)
     counts = ", ".join(f"{len(some)} with {count}" for count, some in sorted(by_count.items()))
     size = f"{options['num_frames']} frames of {options['width']}x{options['height']}"
     lines = [
         f"left: {len(jobs)} samples ({counts} references), {size}",
-        f"passes: {len(jobs) * steps * passes:,} ({steps} steps of {passes} passes each)",
+        f"passes: {len(jobs) * passes:,} ({passes:,} in {steps} steps for each)",
     ]
     costs = dict.fromkeys(by_count, Cost(command.seconds_per_step or 0.0, 0.0))
     if command.seconds_per_step is None:
         costs = _measure(load_for(jobs[0].command), by_count)
         for count, cost in sorted(costs.items()):
             lines.append(f"measured with {count} references: {cost.step:.3g} s per step, {cost.rest:.3g} s besides")
-    seconds = sum((costs[count].step * steps + costs[count].rest) * len(some) for count, some in by_count.items())
+    whole_steps = passes / len(names)  # a measured step makes all passes
+    seconds = 0.0
+    for count, some in by_count.items():
+        seconds += (costs[count].step * whole_steps + costs[count].rest) * len(some)
     shared = "" if processes == 1 else f" on each of {processes} processes"
     return "\n".join([*lines, f"time: {seconds / processes / 3600:.3g} hours{shared}"])
 
@@ -204,7 +210,7 @@ def _measure(pipeline: "RefAlignWanPipeline", by_count: Mapping[int, Sequence[Jo
     pipeline.set_progress_bar_config(disable=True)
     costs = {}
     for count, jobs in by_count.items():
-        arguments = {**prepare(jobs[0].command), "num_inference_steps": 2}
+        arguments = {**prepare(jobs[0].command), "num_inference_steps": 2, "guidance_gate": None}
         ends: list[float] = []
 
         def note_end(*call: Any, ends: list[float] = ends) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from refalign.files import new_file
 
@@ -46,6 +46,10 @@ class Sprites:
     """How closely the prompt is followed. By default it is the model's own."""
     image_guidance_scale: float | None = None
     """How closely the references are followed. By default it is the model's own."""
+    guidance_gate: tuple[float, float] | None = None
+    """The shares of the steps that make a null pass, and a reference pass. By default all steps make both."""
+    fast: Literal["exact", "balanced", "fast"] | None = None
+    """Settings for speed at once, as `refalign generate` has them."""
     sheet: Path | None = None
     """The PNG file to draw references and frames of the first clips to. It is replaced if it exists."""
     drawn: bool = False
@@ -212,14 +216,20 @@ def swapped(case: "Case") -> "Case":
 def generate(command: Sprites, cases: "Sequence[Case]") -> "Iterator[np.ndarray]":
     """The model's clips of the cases, uint8 `(17, 64, 64, 3)`."""
     from refalign import RefAlignWanPipeline
+    from refalign.levers import set_cache
+    from refalign.presets import with_preset
     from refalign.sprites import FOLDER
 
     pipeline = RefAlignWanPipeline.from_pretrained(command.model or FOLDER)
     pipeline.set_progress_bar_config(disable=True)
+    preset = with_preset(command.fast, "cpu", pipeline.call_defaults)
+    steps = command.steps or preset["num_inference_steps"]
+    set_cache(pipeline, preset.get("cache"), command.model or str(FOLDER), steps)
     settings = {
-        "num_inference_steps": command.steps,
+        "num_inference_steps": steps,
         "guidance_scale": command.guidance_scale,
         "image_guidance_scale": command.image_guidance_scale,
+        "guidance_gate": command.guidance_gate or preset.get("guidance_gate"),
     }
     yield from generate_by(pipeline, cases, command.seed, **settings)
 

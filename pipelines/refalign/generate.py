@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import arg
 
+from refalign.presets import with_preset
 from refalign.privacy import shown, source_name
 from refalign.sprites import FOLDER
 from refalign.video_options import SpeedOptions, VideoOptions
@@ -62,8 +63,8 @@ JOB_SETTINGS: dict[str, type | tuple[type, ...]] = {
 }
 SPEED = tuple(option.name for option in fields(SpeedOptions))
 CUT_OUT: dict[str, "CutOut"] = {"auto": "auto", "true": True, "false": False}
-# They do not change the video
-NOT_KEPT = ("output", "batch", "preview", "overwrite", "device", "offload", "trust_kernels")
+# They do not change the video, or (`fast`) by other options alone
+NOT_KEPT = ("output", "batch", "preview", "overwrite", "device", "offload", "trust_kernels", "fast")
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,14 @@ def run(command: Generate) -> int:
     from refalign.loading import read_defaults  # takes seconds, in which mistakes have been told
 
     defaults = read_defaults(command.base or command.model or str(FOLDER))
+    defaults = with_preset(command.fast, command.device, defaults)
     jobs = [filled(job, defaults) for job in jobs]
     if command.batch is not None:
         return _run_batch(command, jobs)
     (job,) = jobs
     with _owned(job):
         arguments = prepare(job.command)  # first of all, so that a mistake shows before the model is loaded
-        _generate_one(load_for(command), job, arguments)
+        _generate_one(load_for(job.command), job, arguments)
     return 0
 
 
@@ -118,7 +120,7 @@ def _run_batch(command: Generate, jobs: list[Job]) -> int:
         except ValueError as error:
             _tell_failed(job, error, failed)
     if good := [job for job in left if job not in failed]:
-        for job, error in generate_all(load_for(command), good):
+        for job, error in generate_all(load_for(good[0].command), good):
             if error is not None:
                 _tell_failed(job, error, failed)
     if failed:
@@ -270,7 +272,7 @@ def filled(job: Job, defaults: dict[str, Any]) -> Job:
     defaults = {**defaults, "steps": defaults["num_inference_steps"]}
     missing = {}
     for name in defaults.keys() & settings.keys():
-        if settings[name] is None:
+        if settings[name] is None or settings[name] is False:  # a switch that is not given
             missing[name] = defaults[name]
     return replace(job, command=replace(job.command, **missing))
 
@@ -301,10 +303,11 @@ def check_options(command: Generate) -> dict[str, Any]:
         "num_inference_steps": command.steps,
         "guidance_scale": command.guidance_scale,
         "image_guidance_scale": command.image_guidance_scale,
+        "guidance_gate": command.guidance_gate,
     }
     check_size(arguments["height"], arguments["width"], arguments["num_frames"])
     scales = (arguments["guidance_scale"], arguments["image_guidance_scale"])
-    check_settings(arguments["num_inference_steps"], *scales)
+    check_settings(arguments["num_inference_steps"], *scales, arguments["guidance_gate"])
     return arguments
 
 
@@ -339,19 +342,33 @@ def _generate_one(pipeline: "RefAlignWanPipeline", job: Job, arguments: dict[str
 
 
 def _plan(arguments: dict[str, Any]) -> str:
-    from refalign.pipeline_refalign_wan import FRAMES_PER_LATENT, TOKEN_PIXELS, guidance_passes
+    from refalign.pipeline_refalign_wan import FRAMES_PER_LATENT, TOKEN_PIXELS
 
     height, width, num_frames = arguments["height"], arguments["width"], arguments["num_frames"]
     num_references = len(arguments["reference_images"] or ())
     per_frame = (height // TOKEN_PIXELS) * (width // TOKEN_PIXELS)
     references = num_references * per_frame
     video = ((num_frames - 1) // FRAMES_PER_LATENT + 1) * per_frame
-    passes = guidance_passes(arguments["guidance_scale"], arguments["image_guidance_scale"], num_references > 0)
     return (
         f"frames: {num_frames} of {width}x{height}, references: {num_references}, tokens: {video + references:,} "
         f"({video:,} of the video, {references:,} of references), steps: {arguments['num_inference_steps']}, "
-        f"passes per step: {len(passes)}"
+        f"passes per step: {_passes(arguments)}"
     )
+
+
+def _passes(arguments: dict[str, Any]) -> str:
+    """How many passes a step makes, and from which step on it makes fewer."""
+    from refalign.pipeline_refalign_wan import guidance_passes, passes_made
+
+    scales = (arguments["guidance_scale"], arguments["image_guidance_scale"])
+    names = [name for name, _ in guidance_passes(*scales, bool(arguments["reference_images"]))]
+    steps, told, last = arguments["num_inference_steps"], str(len(names)), len(names)
+    for step in range(steps):
+        count = len(passes_made(names, arguments["guidance_gate"], step, steps))
+        if count != last:
+            told += f", {count} from step {step + 1}"
+            last = count
+    return told
 
 
 def kept_settings(command: Generate) -> dict[str, Any]:

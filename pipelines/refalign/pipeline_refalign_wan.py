@@ -96,6 +96,62 @@ def combine_passes(predictions: Sequence[torch.Tensor], weights: Sequence[float]
     return velocity
 
 
+def passes_made(names: Sequence[str], guidance_gate: Sequence[float] | None, step: int, num_steps: int) -> list[str]:
+    """
+    Which passes a step makes with a guidance gate: from its share of the steps on, the null pass and then the
+    reference pass are left out. The last pass of a step is always made, and so are all of the first step.
+
+    Args:
+        names (`Sequence[str]`): the step's passes, in the order of [`guidance_passes`].
+        guidance_gate (`Sequence[float]`, *optional*): the shares of the steps that make a null pass, and a reference
+            pass. `None` leaves nothing out.
+        step (`int`): counted from 0.
+        num_steps (`int`): of how many.
+    """
+    if guidance_gate is None or step == 0:
+        return list(names)
+    ends = {"null": round(guidance_gate[0] * num_steps), "reference": round(guidance_gate[1] * num_steps)}
+    return [name for name in names if name == names[-1] or step < ends[name]]
+
+
+def gate_closes(guidance_gate: Sequence[float] | None, step: int, num_steps: int) -> bool:
+    """Whether a step is the last one to make a pass that later steps leave out."""
+    names = ("null", "reference", "full")
+    this, following = (passes_made(names, guidance_gate, step + later, num_steps) for later in (0, 1))
+    return step + 1 < num_steps and this != following
+
+
+def count_passes(names: Sequence[str], guidance_gate: Sequence[float] | None, num_steps: int) -> int:
+    """How many passes all steps of a video take together."""
+    return sum(len(passes_made(names, guidance_gate, step, num_steps)) for step in range(num_steps))
+
+
+def complete_passes(
+    names: Sequence[str], made: Mapping[str, torch.Tensor], differences: dict[str, torch.Tensor]
+) -> list[torch.Tensor]:
+    """
+    The predictions of all passes, float32, of those that a gated step has made: one that is left out is as far from
+    the next one as it was when it was last made (Adaptive Guidance, arXiv 2312.12487, for two levels of guidance).
+
+    Args:
+        names (`Sequence[str]`): the step's passes, in the order of [`guidance_passes`].
+        made (`Mapping[str, torch.Tensor]`): the predictions of those that were made; the last one is among them.
+        differences (`dict[str, torch.Tensor]`): of each pass, how far the next one is from it. Those of the passes
+            that were made are put in.
+    """
+    following = made[names[-1]].float()
+    predictions = [following]
+    for name in reversed(names[:-1]):
+        if name in made:
+            prediction = made[name].float()
+            differences[name] = following - prediction
+        else:
+            prediction = following - differences[name]
+        predictions.insert(0, prediction)
+        following = prediction
+    return predictions
+
+
 def paper_scheduler() -> FlowMatchEulerDiscreteScheduler:
     """The scheduler of RefAlign's results: Euler, shift 5 (arXiv 2603.25743)."""
     return FlowMatchEulerDiscreteScheduler(shift=5.0)
@@ -204,12 +260,13 @@ class RefAlignWanPipeline(WanPipeline):
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = (),
         max_sequence_length: int = 512,
+        guidance_gate: Sequence[float] | None = None,
     ) -> None:
         """Raises ValueError for the first argument that is wrong, with its value and what would be right."""
         _, patch_height, patch_width = self.transformer.config.patch_size
         multiples = (self.vae_scale_factor_spatial * patch_height, self.vae_scale_factor_spatial * patch_width)
         check_size(height, width, num_frames, multiples, self.vae_scale_factor_temporal)
-        check_settings(num_inference_steps, guidance_scale, image_guidance_scale)
+        check_settings(num_inference_steps, guidance_scale, image_guidance_scale, guidance_gate)
         _check_count("num_videos_per_prompt", num_videos_per_prompt)
         _check_count("max_sequence_length", max_sequence_length)
         if output_type not in ("pil", "np", "pt", "latent"):
@@ -366,12 +423,17 @@ class RefAlignWanPipeline(WanPipeline):
         references: torch.Tensor | None,
         context_suffix: str,
         context: dict[str, Any],
+        guidance_gate: Sequence[float] | None,
+        differences: dict[str, torch.Tensor],
     ) -> torch.Tensor:
-        """The guided velocity, float32, for samples with the same number of references."""
+        """The guided velocity, float32, for samples with the same number of references. `differences` are those of
+        [`complete_passes`], without any if all passes must be made."""
         dtype = self.transformer.dtype
         passes = guidance_passes(self.guidance_scale, self.image_guidance_scale, references is not None)
-        predictions = []
-        for name, _ in passes:
+        names = [name for name, _ in passes]
+        gate = guidance_gate if differences else None
+        made = {}
+        for name in passes_made(names, gate, context["step_index"], context["num_inference_steps"]):
             if references is None or name != "null":
                 pass_references = references
             else:
@@ -386,8 +448,11 @@ class RefAlignWanPipeline(WanPipeline):
                     return_dict=False,
                     reference_hidden_states=pass_references,
                 )[0]
-            predictions.append(prediction)
-        return combine_passes(predictions, [weight for _, weight in passes])
+            made[name] = prediction
+        weights = [weight for _, weight in passes]
+        if guidance_gate is None:
+            return combine_passes(list(made.values()), weights)
+        return combine_passes(complete_passes(names, made, differences), weights)
 
     @torch.no_grad()
     def __call__(
@@ -413,6 +478,7 @@ class RefAlignWanPipeline(WanPipeline):
         callback_on_step_end: Callable | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (diffusers' own signature)
         max_sequence_length: int | None = None,
+        guidance_gate: tuple[float, float] | None = None,
     ) -> WanPipelineOutput | tuple:
         r"""
         Makes a video of the references' subjects acting out the prompt.
@@ -467,6 +533,11 @@ class RefAlignWanPipeline(WanPipeline):
                 Which tensors `callback_kwargs` holds: of `latents`, `prompt_embeds`, `negative_prompt_embeds`.
             max_sequence_length (`int`, defaults to `512`):
                 The number of text tokens; Wan was trained with 512.
+            guidance_gate (`tuple[float, float]`, *optional*):
+                `(null_until, reference_until)`, shares of the steps from 0 to 1, for speed: after the first the null
+                pass is left out, after the second the reference pass too, and the guidance that each added when it
+                was last made is added again ([`complete_passes`]). The first step makes all passes. A callback that
+                changes the scales or the embeddings lets one more step make all passes. `None` is exact.
 
         Returns:
             [`WanPipelineOutput`] or `tuple`: the videos, as `frames`.
@@ -521,6 +592,7 @@ class RefAlignWanPipeline(WanPipeline):
             callback_on_step_end=callback_on_step_end,
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             max_sequence_length=max_sequence_length,
+            guidance_gate=guidance_gate,
         )
         self._guidance_scale = guidance_scale
         self._image_guidance_scale = image_guidance_scale
@@ -571,6 +643,7 @@ class RefAlignWanPipeline(WanPipeline):
             generator=generator,
             callback=callback_on_step_end and partial(callback_on_step_end, self),
             callback_tensors=callback_on_step_end_tensor_inputs or (),
+            guidance_gate=guidance_gate,
         )
 
         # 6. Decode
@@ -589,18 +662,23 @@ class RefAlignWanPipeline(WanPipeline):
         generator: torch.Generator | list[torch.Generator] | None,
         callback: Callable | None,
         callback_tensors: Sequence[str],
+        guidance_gate: Sequence[float] | None,
     ) -> torch.Tensor:
         """Makes latents of noise; `groups` come from [`group_by_references`]."""
+        differences: list[dict[str, torch.Tensor]] = [{} for _ in groups]
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         step_arguments = {"generator": generator} if takes_generator else {}
-        self._forget_broken_call()
+        self._reset_caches()
         with self.progress_bar(total=len(timesteps)) as progress_bar:  # pyright: ignore[reportCallIssue]
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
                 self._current_timestep = t
+                if gate_closes(guidance_gate, i, len(timesteps)):
+                    # What is added again in all later steps must not be a cache's approximation
+                    self._reset_caches()
                 context = {
                     "step_index": i,
                     "sigma": float(self.scheduler.sigmas[i]),
@@ -617,6 +695,8 @@ class RefAlignWanPipeline(WanPipeline):
                         references=references,
                         context_suffix=f"_{number}" if number else "",
                         context=context,
+                        guidance_gate=guidance_gate,
+                        differences=differences[number],
                     )
                 latents = self.scheduler.step(velocity, t, latents, **step_arguments, return_dict=False)[0]
                 if callback is not None:
@@ -626,13 +706,23 @@ class RefAlignWanPipeline(WanPipeline):
                         "negative_prompt_embeds": negative_prompt_embeds,
                     }
                     asked = {name: tensors[name] for name in callback_tensors}
+                    guidance = self._copy_guidance(prompt_embeds, negative_prompt_embeds)
                     tensors |= callback(i, t, asked) or {}
                     latents = tensors["latents"]
                     prompt_embeds = tensors["prompt_embeds"]
                     negative_prompt_embeds = tensors["negative_prompt_embeds"]
+                    if not _are_equal(guidance, self._copy_guidance(prompt_embeds, negative_prompt_embeds)):
+                        differences = [{} for _ in groups]
+                        if guidance_gate is not None:
+                            self._reset_caches()  # those of passes that were left out are of long ago
                 progress_bar.update()
         self._current_timestep = None
         return latents
+
+    def _copy_guidance(self, *embeds: torch.Tensor | None) -> list[torch.Tensor]:
+        """What a callback may change of the guidance, also in place."""
+        scales = torch.tensor([self._guidance_scale, self._image_guidance_scale])
+        return [scales, *(tensor.clone() for tensor in embeds if tensor is not None)]
 
     def _set_timesteps(self, num_inference_steps: int, device: torch.device) -> None:
         if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
@@ -763,8 +853,9 @@ class RefAlignWanPipeline(WanPipeline):
                     "to save it without, or `fuse_lora()` and then `unload_lora_weights()` to save it with the LoRA."
                 )
 
-    def _forget_broken_call(self) -> None:
-        # diffusers/models/cache_utils.py: a call that was broken off leaves its cache behind, and only this removes it
+    def _reset_caches(self) -> None:
+        # diffusers/models/cache_utils.py: what a cache holds of an earlier call, or of a pass that was left out for a
+        # while, is wrong, and only this removes it
         if hasattr(self.transformer, "_reset_stateful_cache"):
             self.transformer._reset_stateful_cache()
 
@@ -891,11 +982,17 @@ def check_size(
         raise ValueError(f"`num_frames` must be {frame_step}k + 1, but is {num_frames}. Nearest: {nearest}.")
 
 
-def check_settings(num_inference_steps: int, guidance_scale: float, image_guidance_scale: float) -> None:
-    """Raises ValueError unless there is a step to make, and the scales are numbers from 0 up."""
+def check_settings(
+    num_inference_steps: int,
+    guidance_scale: float,
+    image_guidance_scale: float,
+    guidance_gate: Sequence[float] | None = None,
+) -> None:
+    """Raises ValueError unless there is a step to make, the scales are numbers from 0 up, and the gate is of shares."""
     _check_count("num_inference_steps", num_inference_steps)
     _check_scale("guidance_scale", guidance_scale)
     _check_scale("image_guidance_scale", image_guidance_scale)
+    _check_gate(guidance_gate)
 
 
 def split_reference_images(reference_images: Any, batch_size: int) -> list[list[Any]]:
@@ -995,6 +1092,12 @@ def _repeat(tensor: torch.Tensor, repeats: int) -> torch.Tensor:
     return tensor if repeats == 1 else tensor.repeat_interleave(repeats, dim=0)
 
 
+def _are_equal(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> bool:
+    if [tensor.shape for tensor in first] != [tensor.shape for tensor in second]:
+        return False
+    return all(bool((one == other).all()) for one, other in zip(first, second, strict=True))
+
+
 Value = TypeVar("Value")
 
 
@@ -1023,6 +1126,18 @@ def _check_scale(name: str, value: Any) -> None:
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or value < 0:
         raise ValueError(f"`{name}` must be a number from 0 up, but is {value!r}.")
+
+
+def _check_gate(gate: Any) -> None:
+    if gate is None:
+        return
+    shares = list(gate) if isinstance(gate, (tuple, list)) else []
+    are_numbers = all(isinstance(share, numbers.Real) and not isinstance(share, bool) for share in shares)
+    if len(shares) != 2 or not are_numbers or not 0 <= shares[0] <= shares[1] <= 1:
+        raise ValueError(
+            "`guidance_gate` must be two shares of the steps, (null_until, reference_until), from 0 to 1 and the first "
+            f"not above the second, but is {gate!r}."
+        )
 
 
 def _check_text(name: str, value: Any) -> None:

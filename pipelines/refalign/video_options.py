@@ -8,6 +8,12 @@ from typing import Literal
 class SpeedOptions:
     """What makes a model smaller or faster, and what it computes a little different."""
 
+    fast: Literal["exact", "balanced", "fast"] | None = None
+    """Settings for speed at once. They take the place of options that are not given. docs/speed.md has the table, with
+    what each costs."""
+    guidance_gate: tuple[float, float] | None = None
+    """Two shares of the steps, from 0 to 1, for speed: after the first the null pass is left out, after the second the
+    reference pass too, and what they last added is added again. Without it, every step makes all its passes."""
     quantize: str | None = None
     """Keep the blocks' weights in fewer bits: int8 or fp8 (about half the memory of bfloat16), or a GGUF file of this
     model, whose weights are taken."""

@@ -157,7 +157,7 @@ def test_a_dry_run_reckons_and_writes_nothing(benchmark, tmp_path, capfd):
     assert generate(benchmark, tmp_path / "run", "--dry-run", "--seconds-per-step", 600) == 0
     output = capfd.readouterr().out
     assert "left: 6 samples (3 with 1, 2 with 2, 1 with 3 references), 17 frames of 64x64" in output
-    assert "passes: 24 (2 steps of 2 passes each)" in output
+    assert "passes: 24 (4 in 2 steps for each)" in output
     assert "time: 2 hours" in output
     assert not (tmp_path / "run").exists()
 

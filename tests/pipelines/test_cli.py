@@ -298,6 +298,8 @@ def not_loaded(monkeypatch):
         ("--guidance-scale", "nan"),
         ("--image-guidance-scale", -1),
         ("--num-frames", 6),
+        ("--guidance-gate", 0.6, 0.5),
+        ("--guidance-gate", 0, 1.5),
         ("--device", "toaster"),
         ("--lora", "nowhere.safetensors"),
         ("--lora", "wide.safetensors"),

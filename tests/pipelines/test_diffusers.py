@@ -111,5 +111,5 @@ def test_from_pipe_hands_on_the_very_class_alone(monkeypatch, wan_folder):
 
 
 def test_a_broken_call_leaves_its_cache():
-    """Else `_forget_broken_call` can go."""
+    """Else `_reset_caches` can go."""
     assert "_reset_stateful_cache" not in inspect.getsource(WanPipeline.__call__)

@@ -29,7 +29,10 @@ from refalign.pipeline_refalign_wan import (
     DEFAULT_NEGATIVE_PROMPT,
     check_size,
     combine_passes,
+    complete_passes,
+    count_passes,
     guidance_passes,
+    passes_made,
 )
 from refalign.reference_images import prepare_reference_image
 from tests.drawn_references import draw_face, draw_pet, draw_place
@@ -349,6 +352,11 @@ def test_references_that_do_not_fit_are_named(pipeline, prompt, images, message)
         ({"callback_on_step_end_tensor_inputs": ["noise"]}, "noise"),
         ({"callback_on_step_end": 3}, "callable"),
         ({"attention_kwargs": "scale"}, "attention_kwargs"),
+        ({"guidance_gate": (0.5, 1.5)}, r"`guidance_gate` must be two shares.*is \(0.5, 1.5\)"),
+        ({"guidance_gate": (0.6, 0.5)}, "first not above the second"),
+        ({"guidance_gate": (float("nan"), 1.0)}, "guidance_gate"),
+        ({"guidance_gate": 0.5}, "guidance_gate"),
+        ({"guidance_gate": (True, True)}, "guidance_gate"),
         ({"max_sequence_length": 0}, "max_sequence_length"),
         ({"max_sequence_length": "16"}, "max_sequence_length"),
         ({"guidance_scale": True}, "guidance_scale"),
@@ -631,6 +639,130 @@ def test_a_cache_keeps_groups_of_samples_apart(pipeline, cache):
     for i in range(2):
         alone = run(pipeline, prompt="ab"[i], reference_images=references[i], latents=noise[i], **call)
         torch.testing.assert_close(together[i : i + 1], alone, atol=1e-4, rtol=1e-4)
+
+
+# -- The guidance gate ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("step", "made"),
+    [(0, ["null", "reference", "full"]), (2, ["reference", "full"]), (5, ["reference", "full"]), (6, ["full"])],
+)
+def test_a_gate_leaves_out_the_null_pass_and_then_the_reference_pass(step, made):
+    assert passes_made(["null", "reference", "full"], (0.2, 0.6), step, 10) == made
+
+
+def test_a_gate_leaves_the_last_pass_and_the_first_step():
+    assert passes_made(["null", "reference"], (0.0, 0.0), 1, 10) == ["reference"]
+    assert passes_made(["null", "reference"], (0.0, 0.0), 0, 10) == ["null", "reference"]
+    assert count_passes(["null", "reference", "full"], (0.2, 0.6), 10) == 10 + 6 + 2
+
+
+def test_a_pass_that_is_left_out_keeps_its_distance():
+    null, reference, full, later = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    names, differences = ["null", "reference", "full"], {}
+    complete_passes(names, {"null": null, "reference": reference, "full": full}, differences)
+    predictions = complete_passes(names, {"full": later}, differences)
+    expected = [later + null - full, later + reference - full, later]
+    torch.testing.assert_close(predictions, expected)
+
+
+@pytest.mark.parametrize("changes", [{}, {"guidance_scale": 5.0}, {"reference_images": None}], ids=str)
+def test_an_open_gate_changes_no_bit(pipeline, changes):
+    assert torch.equal(run(pipeline, guidance_gate=(1, 1), **changes), run(pipeline, **changes))
+
+
+def test_a_gate_saves_passes_and_changes_the_video_a_little(pipeline, calls):
+    exact = run(pipeline, num_inference_steps=10)
+    calls.clear()
+    gated = run(pipeline, num_inference_steps=10, guidance_gate=(0.5, 0.8))
+    assert len(calls) == 5 + 8 + 10
+    assert not torch.equal(gated, exact)
+    assert (gated - exact).abs().mean() < 0.3 * exact.abs().mean()
+
+
+def test_a_gate_keeps_groups_of_samples_apart(pipeline):
+    references = [[draw_pet(0.1)], [draw_face(0.3), draw_pet(0.6)], []]
+    noise = [torch.randn(1, 16, 2, 4, 6, generator=torch.Generator().manual_seed(i)) for i in range(6)]
+    call = {"num_inference_steps": 4, "guidance_gate": (0.25, 0.5)}
+    together = run(
+        pipeline,
+        prompt=["a", "b", "c"],
+        reference_images=references,
+        latents=torch.cat(noise),
+        num_videos_per_prompt=2,
+        **call,
+    )
+    for i in range(6):
+        alone = run(pipeline, prompt="abc"[i // 2], reference_images=references[i // 2], latents=noise[i], **call)
+        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-4, rtol=1e-4)
+
+
+def change_scale(pipe, step, kwargs):
+    pipe._guidance_scale = 3.0
+
+
+def change_prompt_in_place(pipe, step, kwargs):
+    kwargs["prompt_embeds"] *= 2
+
+
+def change_negative_prompt(pipe, step, kwargs):
+    return {"negative_prompt_embeds": kwargs["negative_prompt_embeds"] * 2}
+
+
+def change_latents(pipe, step, kwargs):
+    return {"latents": kwargs["latents"] * 2}
+
+
+@pytest.mark.parametrize(
+    ("change", "passes"),
+    [
+        (change_scale, [3, 2, 2, 3, 1]),
+        (change_prompt_in_place, [3, 2, 2, 3, 1]),
+        (change_negative_prompt, [3, 2, 2, 3, 1]),
+        (change_latents, [3, 2, 2, 1, 1]),
+    ],
+)
+def test_a_callback_that_changes_the_guidance_lets_a_step_make_all_passes(pipeline, calls, change, passes):
+    counts = []
+
+    def callback(pipe, step, timestep, kwargs):
+        counts.append(len(calls) - sum(counts))
+        return change(pipe, step, kwargs) if step == 2 else {}
+
+    tensors = pipeline._callback_tensor_inputs
+    call = {"num_inference_steps": 5, "guidance_gate": (0.2, 0.6)}
+    run(pipeline, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=tensors, **call)
+    assert counts == passes
+
+
+def test_the_step_before_a_gate_closes_takes_nothing_from_a_cache(pipeline):
+    """What it adds is added again in all later steps."""
+    computed = []
+    last = pipeline.transformer.blocks[-1].attn1.to_q
+    pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=10.0))  # all but what must be computed
+    last.register_forward_pre_hook(lambda *_: computed.append(1))
+    run(pipeline, num_inference_steps=10)
+    assert len(computed) == 3
+    computed.clear()
+    run(pipeline, num_inference_steps=10, guidance_gate=(0.3, 0.6))
+    assert len(computed) == 3 + 3 + 2
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_a_gate_works_with_a_cache_and_with_passes_that_come_back(pipeline, cache):
+    """The change is so small that the caches must tell their states of before the gate by something else."""
+
+    def callback(pipe, step, timestep, kwargs):
+        if step == 4:
+            pipe._guidance_scale = 7.5 + 1e-3
+
+    call = {"num_inference_steps": 6, "callback_on_step_end": callback}
+    plain = run(pipeline, guidance_gate=(0.5, 0.7), **call)
+    pipeline.transformer.enable_cache(CACHES[cache])
+    cached = run(pipeline, guidance_gate=(0.5, 0.7), **call)
+    assert torch.equal(run(pipeline, guidance_gate=(0.5, 0.7), **call), cached)
+    assert (cached - plain).abs().mean() < 0.3 * plain.abs().mean()
 
 
 # -- LoRA -------------------------------------------------------------------------------------------------------------
