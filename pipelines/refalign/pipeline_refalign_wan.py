@@ -988,7 +988,7 @@ def check_settings(
     image_guidance_scale: float,
     guidance_gate: Sequence[float] | None = None,
 ) -> None:
-    """Raises ValueError unless there is a step to make, the scales are numbers from 0 up, and the gate is of shares."""
+    """Raises ValueError unless there is a step to make, scales are numbers from 0 up, and a gate is of shares."""
     _check_count("num_inference_steps", num_inference_steps)
     _check_scale("guidance_scale", guidance_scale)
     _check_scale("image_guidance_scale", image_guidance_scale)
@@ -1135,7 +1135,7 @@ def _check_gate(gate: Any) -> None:
     are_numbers = all(isinstance(share, numbers.Real) and not isinstance(share, bool) for share in shares)
     if len(shares) != 2 or not are_numbers or not 0 <= shares[0] <= shares[1] <= 1:
         raise ValueError(
-            "`guidance_gate` must be two shares of the steps, (null_until, reference_until), from 0 to 1 and the first "
+            "`guidance_gate` must be two shares of the steps, (null_until, reference_until), from 0 to 1, the first "
             f"not above the second, but is {gate!r}."
         )
 
