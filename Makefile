@@ -24,8 +24,8 @@ lint: $(VENV)/installed
 	$(BIN)/lint-imports
 	$(BIN)/pyright
 
-docs: $(VENV)/installed  # pages in site/; the variable leaves out a notice about mkdocs' future
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+docs: $(VENV)/installed  # pages in site/. Not --quiet, with which --strict passes over warnings
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 $(VENV)/installed: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -11,6 +11,12 @@ from docs.scripts import house, messages, site_checks, site_links
 from docs.scripts.docstrings import Docstrings
 
 
+def test_the_build_ends_with_warnings():
+    """With --quiet, mkdocs counts no warnings, and --strict would let all pass."""
+    (command,) = re.findall("^\t.*mkdocs .*", (house.ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    assert command.endswith(" build --strict")
+
+
 @pytest.fixture
 def site(tmp_path):
     """A built site of two pages without a fault."""

@@ -29,7 +29,9 @@ MARGIN = 120  # for the scales' names and the references
 def main(output: Path) -> None:
     pipeline = RefAlignWanPipeline.from_pretrained(FOLDER)
     references = [load_reference_image(SUBJECTS / f"{name}.png") for name in SUBJECT_NAMES]
-    rows = [[generate(pipeline, references, text, image) for text in TEXT_SCALES] for image in IMAGE_SCALES]
+    rows = []
+    for image in IMAGE_SCALES:
+        rows.append([generate(pipeline, references, text, image) for text in TEXT_SCALES])
     draw(references, rows).save(output, optimize=True)
 
 

@@ -61,10 +61,13 @@ def room_of(module: str) -> str | None:
 
 def reduced(graph: Graph) -> Graph:
     """The graph without the arrows that go the way of others."""
-    return {
-        room: {name for name in below if not any(name in reach(graph, other) for other in below - {name})}
-        for room, below in graph.items()
-    }
+    slim = {}
+    for room, below in graph.items():
+        beyond: set[str] = set()
+        for name in below:
+            beyond |= reach(graph, name)
+        slim[room] = below - beyond
+    return slim
 
 
 def reach(graph: Graph, room: str) -> set[str]:
@@ -93,7 +96,9 @@ def draw(graph: Graph) -> str:
         for column, room in enumerate(rooms):
             x = (width - taken) // 2 + column * (WIDTH + GAP_X)
             places[room] = (x, height - MARGIN - HEIGHT - number * (HEIGHT + GAP_Y))
-    parts = [arrow(places[room], places[name]) for room in graph for name in sorted(reduced(graph)[room])]
+    parts = []
+    for room, below in reduced(graph).items():
+        parts += [arrow(places[room], places[name]) for name in sorted(below)]
     parts += [box(room, places[room]) for room in graph]
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '

@@ -34,9 +34,10 @@ def error_messages() -> str:
     parts = []
     for package, folder in PACKAGES.items():
         for path in sources(folder):
+            module = ".".join([package, *path.relative_to(folder).with_suffix("").parts]).removesuffix(".__init__")
             texts = sorted(set(raised(ast.parse(path.read_text("utf-8")))))
             if texts:
-                parts.append(f"\n## {package}: {path.relative_to(folder).with_suffix('').as_posix()}\n")
+                parts.append(f"\n## {module}\n")
                 parts += [f"- `` {text} ``" for text in texts]
     return "\n".join(parts)
 

@@ -32,7 +32,7 @@ class BuiltPage(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = {name: value or "" for name, value in attrs}
-        self.anchors |= {values[name] for name in ("id", "name") if name in values}
+        self.anchors.add(values.get("id", ""))
         urls = [values[name] for name in ("href", "src", "poster", "data") if name in values]
         urls += [part.split()[0] for part in values.get("srcset", "").split(",") if part.strip()]
         self.links += urls

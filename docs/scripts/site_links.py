@@ -17,17 +17,19 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"\]\(((?:\.\./)+[^)#\s]*)(#[^)\s]*)?\)")
 SHOWN_AT = "repository"
+PICTURES = {".gif", ".jpg", ".mp4", ".png", ".svg", ".webp"}  # are taken as they are
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".md": "markdown", ".json": "json", ".toml": "toml"}
 
 logger = logging.getLogger("mkdocs.hooks.site_links")  # below "mkdocs": its warnings are counted
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds a page for each file of the repository that a page links."""
+    """Adds a page, or the picture itself, for each file of the repository that a page links."""
     texts = {file.src_uri: file.content_string for file in files.documentation_pages()}
     for name in sorted(linked(texts)):
-        content = listing(ROOT / name, name)
-        files.append(File.generated(config, page_of(name), content=content, inclusion=InclusionLevel.NOT_IN_NAV))
+        path, place = ROOT / name, shown_at(name)
+        source = {"abs_src_path": str(path)} if path.suffix in PICTURES else {"content": listing(path, name)}
+        files.append(File.generated(config, place, inclusion=InclusionLevel.NOT_IN_NAV, **source))
     return files
 
 
@@ -61,15 +63,15 @@ def is_shown(name: str) -> bool:
     return not name.startswith("..") and (ROOT / name).exists()
 
 
-def page_of(name: str) -> str:
-    return f"{SHOWN_AT}/{name}.md"
+def shown_at(name: str) -> str:
+    return f"{SHOWN_AT}/{name}" if Path(name).suffix in PICTURES else f"{SHOWN_AT}/{name}.md"
 
 
 def rewritten(match: re.Match[str], page: str) -> str:
     name = target(page, match[1])
     if name is None or not is_shown(name):
         return match[0]
-    shown = posixpath.relpath(page_of(name), posixpath.dirname(page) or ".")
+    shown = posixpath.relpath(shown_at(name), posixpath.dirname(page) or ".")
     return f"]({shown})"
 
 
