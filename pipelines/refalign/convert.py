@@ -18,11 +18,11 @@ from refalign.files import (
     StoredTensor,
     fetch,
     find_safetensors,
-    find_shards,
     naming_component,
     new_file,
     new_folder,
     open_safetensors,
+    plain_weights,
     read,
     read_headers,
     read_json,
@@ -36,7 +36,7 @@ from refalign.transformer_refalign_wan import (
     check_is_wan21,
     other_model,
 )
-from refalign.variants import WEIGHTS_FILE, copy_plain, plain_names
+from refalign.variants import WEIGHTS_FILE, copy_plain
 
 
 logger = logging.getLogger(__name__)
@@ -146,8 +146,7 @@ def _find_base(base: str | Path) -> Path:
         )
     check_weights(path, ("vae", "text_encoder"))
     for component in BASE_COMPONENTS:
-        for index in (path / component).glob("*.safetensors.index.json"):
-            find_shards(index)
+        plain_weights(path / component)
         for file in (path / component).glob("*.safetensors"):
             with open_safetensors(file):
                 pass
@@ -207,7 +206,7 @@ def check_weights(folder: Path, parts: Sequence[str]) -> None:
 
 def _copy_component(source: Path, target: Path) -> None:
     target.mkdir(exist_ok=True)
-    names = plain_names(source)
+    names = plain_weights(source)
     for pattern in BASE_FILES:
         for file in source.glob(pattern):
             if not WEIGHTS_FILE.fullmatch(file.name):

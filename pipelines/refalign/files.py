@@ -12,13 +12,14 @@ import re
 import reprlib
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from refalign.owner import owned, short
+from refalign.variants import WEIGHTS_FILE, plain_names
 
 
 # torch and the Hub's client are imported where they are needed: command lines that write a file answer at once
@@ -183,13 +184,13 @@ def find_safetensors(checkpoint: str | Path) -> list[Path]:
             )
         return [path]
     if not path.is_dir():
-        path = fetch(str(checkpoint), ["*.safetensors", "*.safetensors.index.json"], ignore_patterns="*/*")
-    indices = sorted(path.glob("*.safetensors.index.json"))
+        path = fetch(str(checkpoint), ["*.safetensors", "*.safetensors.index*.json"], ignore_patterns="*/*")
+    indices = _of_one_variant(path, "*.safetensors.index*.json")
     if len(indices) > 1:
         raise ValueError(f"{path} has {len(indices)} checkpoints: {_names(indices)}. Keep one, or name a file.")
     if indices:
         return find_shards(indices[0])
-    files = sorted(path.glob("*.safetensors"))
+    files = _of_one_variant(path, "*.safetensors")
     if len(files) != 1:
         others = _names(file for file in path.iterdir() if file.suffix in OTHER_FORMATS)
         refused = f" Other formats are refused, some can run code when they are opened: {others}." if others else ""
@@ -197,6 +198,13 @@ def find_safetensors(checkpoint: str | Path) -> list[Path]:
             f"{path} has {len(files)} safetensors files and no index: {_names(files)}. Name the file.{refused}"
         )
     return files
+
+
+def _of_one_variant(folder: Path, pattern: str) -> list[Path]:
+    """The files of a folder that match; of weights that are there in several variants, those of [`plain_names`]."""
+    names = plain_names(folder)
+    files = sorted(folder.glob(pattern))
+    return [file for file in files if file.name in names or not WEIGHTS_FILE.fullmatch(file.name)]
 
 
 def _names(files: Iterable[Path]) -> list[str]:
@@ -215,6 +223,15 @@ def find_shards(index: Path) -> list[Path]:
     if missing:
         raise ValueError(f"{index} names shards that are missing: {missing}. Download them again.")
     return [index.parent / name for name in names]
+
+
+def plain_weights(folder: Path) -> dict[str, str]:
+    """[`plain_names`] of a component's folder; ValueError if a shard is missing."""
+    names = plain_names(folder)
+    for name in names:
+        if name.endswith(".json"):
+            find_shards(folder / name)
+    return names
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -326,6 +343,17 @@ def fetch(name: str, patterns: Sequence[str], revision: str | None = None, ignor
             f"{name} is not a file or folder here, and the Hub does not give it. Check the name and revision, or pass "
             f"a local folder. The Hub's client says: {without_breaks(error)}"
         ) from error
+
+
+def list_files(name: str, folder: Path) -> list[str]:
+    """The names, with slashes, of all files of a folder, or of the Hub's repo that [`fetch`] gave `folder` of."""
+    if not Path(name).is_dir():
+        from huggingface_hub import get_cached_repo_tree
+        from huggingface_hub.errors import CachedRepoTreeNotFoundError
+
+        with suppress(CachedRepoTreeNotFoundError):  # an old download, and offline: what it has is all there is
+            return [file.path for file in get_cached_repo_tree(name, revision=folder.name)]
+    return [file.relative_to(folder).as_posix() for file in files_below(folder)]
 
 
 @cache

@@ -24,11 +24,12 @@ from refalign.files import (
     files_below,
     find_safetensors,
     new_folder,
+    plain_weights,
     read_headers,
     read_json,
 )
 from refalign.privacy import check_links, check_nothing_private, shown
-from refalign.variants import WEIGHTS_FILE, copy_plain, plain_names
+from refalign.variants import WEIGHTS_FILE, copy_plain
 
 
 logger = logging.getLogger(__name__)
@@ -312,7 +313,7 @@ def _copy_repo(source: Path, target: Path, link_weights: bool = False) -> list[s
     """Copies what belongs to a pipeline, or to a LoRA, and returns the names of what does not."""
     check_links(source)
     allowed, left_out = _allowed_files(source), []
-    plain = {folder: plain_names(source / folder) for folder in allowed if (source / folder).is_dir()}
+    plain = {folder: plain_weights(source / folder) for folder in allowed if (source / folder).is_dir()}
     for file in files_below(source):
         name = file.relative_to(source)
         place = name.parent.as_posix()

@@ -1,7 +1,8 @@
 """The pipeline that a command line asks for: of a folder, the Hub or a native checkpoint, with LoRAs, on a device."""
 
+import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,26 @@ import torch
 
 from refalign.convert import CONFIGS, check_shapes, check_weights, find_config, read_native
 from refalign.devices import find_device
-from refalign.files import HUB_ID, OTHER_FORMATS, fetch, find_safetensors, open_safetensors, read, read_json
+from refalign.files import (
+    HUB_ID,
+    OTHER_FORMATS,
+    fetch,
+    find_safetensors,
+    list_files,
+    open_safetensors,
+    plain_weights,
+    read,
+    read_json,
+)
 from refalign.levers import apply_levers, check_levers
 from refalign.lora_loading import prepare_lora
 from refalign.pipeline_refalign_wan import CALL_DEFAULTS, RefAlignWanPipeline, paper_scheduler
 from refalign.transformer_refalign_wan import RefAlignWanTransformer3DModel, check_finite
+from refalign.variants import find_variant
 from refalign.video_options import SpeedOptions
+
+
+logger = logging.getLogger(__name__)
 
 
 def read_defaults(pipeline: str) -> dict[str, Any]:
@@ -80,12 +95,32 @@ def _load_parts(model: str, base: str | None, dtype: torch.dtype) -> RefAlignWan
     elif index.get("_class_name") == "WanPipeline":
         # Plain Wan, which with a LoRA is a RefAlign model: it takes the schedule that LoRAs are trained with
         parts["scheduler"] = paper_scheduler()
-    return RefAlignWanPipeline.from_pretrained(name, **parts)
+    variant = _find_variant(name, index.keys() - parts.keys())
+    return RefAlignWanPipeline.from_pretrained(name, variant=variant, **parts)
+
+
+def _find_variant(name: str, components: Iterable[str]) -> str | None:
+    """The variant that diffusers must be told, if some of a pipeline's components have weights of it alone."""
+    files: dict[str, list[str]] = {component: [] for component in components}
+    for file in list_files(name, fetch(name, CONFIGS)):
+        folder, _, file_name = file.rpartition("/")
+        if folder in files:
+            files[folder].append(file_name)
+    found = {find_variant(Path(name, component), names) for component, names in files.items()}
+    variants = sorted(filter(None, found))
+    if len(variants) > 1:
+        raise ValueError(f"{name} has weights of the variants {', '.join(variants)} alone. Keep those of one.")
+    if variants:
+        logger.warning("%s has weights of the variant %s alone: they are taken.", name, variants[0])
+    return variants[0] if variants else None
 
 
 def _check_files(folder: Path) -> None:
     """Raises ValueError, naming the file, for one of a pipeline's components that is not whole: what diffusers and
     transformers say of it names none."""
+    for component in ("vae", "text_encoder", "transformer"):
+        if (folder / component).is_dir():
+            plain_weights(folder / component)
     for file in sorted(folder.glob("*/*.safetensors")):
         with open_safetensors(file):
             pass

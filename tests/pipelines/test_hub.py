@@ -26,7 +26,7 @@ from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import load_file, save_file
 
 from refalign import RefAlignWanPipeline, RefAlignWanTransformer3DModel, cli, hub
-from refalign.convert import convert, export_native
+from refalign.convert import export_native
 from tests.mock_hub import MockHub
 from tests.tiny_pipeline import tiny_transformer, tiny_wan_pipeline
 
@@ -123,6 +123,7 @@ WITH_PACKAGE = (
     CHILD
     + """
 from refalign import RefAlignWanPipeline, RefAlignWanTransformer3DModel
+from refalign.loading import load_pipeline
 """
     + CALLS
     + """
@@ -137,6 +138,8 @@ model = RefAlignWanTransformer3DModel.from_single_file(
     "https://huggingface.co/org/native/blob/main/native.safetensors", config="org/refalign", subfolder="transformer"
 )
 results["door 4, Hub"] = velocity(model)
+fp16 = load_pipeline("org/fp16", base=None, loras=(), dtype="float32", device="cpu", offload="none")
+results["text encoder of org/fp16"] = torch.cat([weight.flatten() for weight in fp16.text_encoder.parameters()])
 save_file({name: tensor.contiguous() for name, tensor in results.items()}, folder / "with.safetensors")
 notes["modules"] = [name for name in sys.modules if name.startswith("diffusers_modules.")]
 print(json.dumps(notes))
@@ -295,6 +298,7 @@ def work(tmp_path_factory, repo_folder, wan_folder, converted, tensors) -> Path:
     hub.export_repo(converted, work / "object")
     shutil.copytree(repo_folder, work / "hub/org/refalign")
     shutil.copytree(wan_folder, work / "hub/org/wan")
+    tiny_wan_pipeline().save_pretrained(work / "hub/org/fp16", variant="fp16", max_shard_size="20KB")
     export_native(repo_folder, work / "hub/org/native/native.safetensors")
 
     shutil.copytree(work / "repo", work / "trained")
@@ -413,6 +417,11 @@ def test_a_door_without_the_package_gives_what_the_package_gives(door, without_p
 @pytest.mark.parametrize("door", ["door 2, Hub", "door 2, pushed", "door 2, pushed plain Wan", "door 4, Hub"])
 def test_a_door_of_the_package_on_the_hub_gives_what_the_package_gives(door, with_package, expected):
     assert_door(door, with_package.results[door], expected)
+
+
+def test_a_base_on_the_hub_that_has_a_variant_alone_is_loaded_for_generate(with_package):
+    expected = torch.cat([weight.flatten() for weight in tiny_wan_pipeline().text_encoder.parameters()])
+    assert torch.equal(with_package.results["text encoder of org/fp16"], expected)
 
 
 def test_the_packages_doors_run_no_code_of_the_repo(with_package):
@@ -865,52 +874,6 @@ def test_a_pipeline_with_a_lora_is_not_saved_until_it_is_unloaded(state, pipelin
     pipeline.unload_lora_weights()
     pipeline.save_pretrained(tmp_path / "saved")
     hub.push(fill_in_card(hub.export_repo(tmp_path / "saved", tmp_path / "repo")), "tester/model", dry_run=True)
-
-
-# Variants
-
-
-@pytest.fixture(scope="module")
-def variants(tmp_path_factory, plain) -> Path:
-    """Plain Wan saved as fp16 alone, in shards, and in both ways; and without."""
-    folder, wan = tmp_path_factory.mktemp("variants"), tiny_wan_pipeline()
-    wan.save_pretrained(folder / "whole", variant="fp16")
-    wan.save_pretrained(folder / "sharded", variant="fp16", max_shard_size="20KB")
-    wan.save_pretrained(folder / "both")
-    wan.save_pretrained(folder / "both", variant="fp16")
-    return folder
-
-
-@pytest.mark.parametrize("name", ["whole", "sharded", "both"])
-def test_weights_of_a_variant_are_exported_under_plain_names_once(name, variants, plain, tensors, tmp_path):
-    hub.export_repo(variants / name, tmp_path / "repo")
-    files = digests(tmp_path / "repo")
-    assert [file for file in files if "fp16" in file] == []
-    assert len([file for file in files if file.startswith("vae/diffusion")]) == (3 if name == "sharded" else 1)
-    pipeline = RefAlignWanPipeline.from_pretrained(tmp_path / "repo")
-    torch.testing.assert_close(from_embeds(pipeline, tensors), from_embeds(plain, tensors), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["whole", "sharded", "both"])
-def test_weights_of_a_variant_of_the_base_are_converted_under_plain_names_once(name, variants, native_file, tmp_path):
-    convert(native_file, variants / name, tmp_path / "repo")
-    assert [file for file in digests(tmp_path / "repo") if "fp16" in file] == []
-    assert RefAlignWanPipeline.from_pretrained(tmp_path / "repo").vae is not None
-
-
-def test_several_variants_and_none_without_are_refused(variants, tmp_path):
-    folder = shutil.copytree(variants / "whole", tmp_path / "wan")
-    weights = folder / "vae/diffusion_pytorch_model.fp16.safetensors"
-    shutil.copyfile(weights, weights.with_name("diffusion_pytorch_model.bf16.safetensors"))
-    with pytest.raises(ValueError, match="vae has weights in the variants bf16, fp16, but none without"):
-        hub.export_repo(folder, tmp_path / "repo")
-
-
-def test_a_missing_shard_of_a_variant_is_told(variants, tmp_path):
-    folder = shutil.copytree(variants / "sharded", tmp_path / "wan")
-    next((folder / "vae").glob("*-00001-of-*")).unlink()
-    with pytest.raises(ValueError, match="names shards that are missing"):
-        hub.export_repo(folder, tmp_path / "repo")
 
 
 @pytest.mark.parametrize("repo_id", ["model", "a/b/c", "tester/", "https://huggingface.co/tester/model"])

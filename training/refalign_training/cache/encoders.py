@@ -23,6 +23,7 @@ from refalign.devices import find_device
 from refalign.files import fetch, identity, naming_component
 from refalign.pipeline_refalign_wan import TOKEN_PIXELS
 from refalign.transformer_refalign_wan import check_finite
+from refalign.variants import find_variant
 from refalign_training.cache.command import CacheCommand
 from refalign_training.cache.items import Outcome
 from refalign_training.data.decoding import Decoded, Task
@@ -69,7 +70,11 @@ class VaeEncoder:
         self.dtype, self.device, self.references = dtype, device, references
         with naming_component("VAE", model):
             self.vae = vae or AutoencoderKLWan.from_pretrained(
-                model, subfolder="vae", torch_dtype=vae_dtype, use_safetensors=True
+                model,
+                subfolder="vae",
+                torch_dtype=vae_dtype,
+                use_safetensors=True,
+                variant=find_variant(model / "vae"),
             )
         check_finite(self.vae.named_parameters(), f"The VAE of {model}")
         self.vae.to(device).eval()  # pyright: ignore[reportArgumentType]  (diffusers wraps `to`)
@@ -98,7 +103,11 @@ class TextEncoder:
         with naming_component("text encoder or tokenizer", model):
             self.tokenizer = AutoTokenizer.from_pretrained(model, subfolder="tokenizer")
             self.text_encoder = UMT5EncoderModel.from_pretrained(
-                model, subfolder="text_encoder", dtype=dtype, use_safetensors=True
+                model,
+                subfolder="text_encoder",
+                dtype=dtype,
+                use_safetensors=True,
+                variant=find_variant(model / "text_encoder"),
             )
         self._has_told = False
         check_finite(self.text_encoder.named_parameters(), f"The text encoder of {model}")

@@ -16,6 +16,7 @@ from refalign.files import naming_component
 from refalign.loading import read_defaults
 from refalign.pipeline_refalign_wan import FRAMES_PER_LATENT, denormalize_latents, paper_scheduler
 from refalign.transformer_refalign_wan import WAN_CHANNELS
+from refalign.variants import find_variant
 from refalign.video import write_video
 from refalign_training.data.decoding import Decoded
 from refalign_training.method.objective import Objective
@@ -99,7 +100,11 @@ class Videos:
             return pictures
         with naming_component("VAE", model):
             vae = AutoencoderKLWan.from_pretrained(
-                model, subfolder="vae", torch_dtype=torch.float32, use_safetensors=True
+                model,
+                subfolder="vae",
+                torch_dtype=torch.float32,
+                use_safetensors=True,
+                variant=find_variant(model / "vae"),
             )
         vae.to(self.parallel.device)  # pyright: ignore[reportArgumentType]  # diffusers' decorator hides `self`
         for one, video in zip(shown, latents, strict=True):
