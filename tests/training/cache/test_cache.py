@@ -16,8 +16,9 @@ from refalign.pipeline_refalign_wan import normalize_latents
 from refalign_training.cache import run
 from refalign_training.cache.command import FAMILIES, CacheCommand
 from refalign_training.cache.encoders import NOT_FINITE, VaeEncoder, vae_config
+from refalign_training.cache.holders import READERS, hold
 from refalign_training.cache.items import digest, text_key
-from refalign_training.cache.reader import Cache, hold, open_index
+from refalign_training.cache.reader import Cache, open_index
 from refalign_training.cache.writer import write_index
 from refalign_training.cli import PROGRAM
 from refalign_training.data import decoding
@@ -677,7 +678,7 @@ def test_prune_waits_for_a_command_that_has_not_come_to_its_end(command, monkeyp
 
 
 def test_prune_waits_for_a_run_that_reads(command):
-    run_ = hold(command.output)
+    run_ = hold(command.output, READERS)
     with pytest.raises(ValueError, match=rf"is read by process {os.getpid()} on .*Prune it when that has ended"):
         run(change(command, prune=True))
     run_.release()

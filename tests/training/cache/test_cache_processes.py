@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from refalign_training.cache import run, writer
 from refalign_training.cache.command import CacheCommand
+from refalign_training.cache.holders import WRITERS, writing
 from refalign_training.cache.reader import Cache
 from refalign_training.data.workers import free_videos
 from tests.training.small_cache import assert_same_items, cache_command, change, stamps, write_clip, write_clips
@@ -70,6 +71,8 @@ def start(command: CacheCommand, rank: int = 0, processes: int = 1, last_file: i
 
 
 def assert_equals(command: CacheCommand, undisturbed: CacheCommand) -> None:
+    """And nothing is left of processes that were killed."""
+    assert [path.name for path in command.output.rglob(".*")] == [".lock"]
     assert run(dataclasses.replace(command, verify=True)) == 0
     assert_same_items(command.output, undisturbed.output)
 
@@ -130,6 +133,40 @@ def test_a_killed_process_does_not_stop_the_others_and_its_part_is_done_by_the_n
     assert 6 < len(kept) < ITEMS
     assert run(command) == 0
     assert stamps(command.output).items() > kept.items()
+    assert_equals(command, undisturbed)
+
+
+# -- What is left -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def left(undisturbed, tmp_path) -> tuple[CacheCommand, Path]:
+    """A command that was killed, and the folder of a file that it had not finished."""
+    command = dataclasses.replace(undisturbed, output=tmp_path / "cache")
+    killed = start(command, last_file=6)
+    killed.join()
+    (partial,) = command.output.rglob(".*.partial")
+    assert killed.exitcode == -signal.SIGKILL and list(partial.iterdir())
+    return command, partial
+
+
+def test_what_a_killed_process_left_stays_while_another_writes(left, undisturbed):
+    command, partial = left
+    with writing(command.output):
+        assert run(command) == 0
+        assert list(partial.iterdir())
+        with pytest.raises(ValueError, match=rf"is written by process {os.getpid()} on .*Prune it when"):
+            run(dataclasses.replace(command, prune=True))
+    assert run(command) == 0
+    assert_equals(command, undisturbed)
+
+
+def test_what_a_killed_process_left_stays_while_one_on_another_machine_may_write(left, undisturbed):
+    command, partial = left
+    (command.output / WRITERS / "process 1 on elsewhere, 12ab.lock").touch()
+    assert run(command) == 0
+    assert list(partial.iterdir())
+    assert run(dataclasses.replace(command, prune=True)) == 0
     assert_equals(command, undisturbed)
 
 

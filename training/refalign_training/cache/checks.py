@@ -9,8 +9,9 @@ from tqdm.auto import tqdm
 
 from refalign.files import read_json
 from refalign_training.cache.command import FAMILIES
+from refalign_training.cache.holders import READERS, WRITERS, find_holders, root_lock, writing
 from refalign_training.cache.items import Items, Place, text_key
-from refalign_training.cache.reader import INDEX, PLAN, check_format, find_readers, open_families, open_index
+from refalign_training.cache.reader import INDEX, PLAN, check_format, open_families, open_index
 from refalign_training.cache.writer import write_index
 
 
@@ -41,7 +42,8 @@ def verify(root: Path) -> int:
     if text and _is_broken(text, text.place(text_key([""])), "the empty prompt"):
         broken.append("the empty prompt")
     rows = tqdm(_rows(table), desc="verify", total=table.metadata.num_rows, unit="sample")
-    write_index(root, header, _without_broken(rows, families, broken))
+    with writing(root):
+        write_index(root, header, _without_broken(rows, families, broken))
     print(f"{root}: {len(broken)} broken items. " + ("The next run makes them anew." if broken else "All is whole."))
     return 1 if broken else 0
 
@@ -85,14 +87,23 @@ def prune(root: Path) -> int:
     that have left the dataset, and what killed processes were writing.
 
     Raises:
-        ValueError: if the last command has not come to its end, whose items would be lost, or a run reads the cache.
+        ValueError: if the last command has not come to its end, whose items would be lost, or another process reads or
+            writes the cache.
     """
     header, table = open_index(root)
     families = open_families(root, header["families"])
     if not _is_finished(root, _read_plan(root)):
         raise ValueError(f"The last command on {root} has not come to its end. Run it to its end first.")
-    if readers := find_readers(root):
-        raise ValueError(f"{root} is read by {', '.join(readers)}. Prune it when that has ended.")
+    with root_lock(root):
+        for role, what in ((READERS, "read"), (WRITERS, "written")):
+            if alive := find_holders(root, role)[0]:
+                raise ValueError(f"{root} is {what} by {', '.join(alive)}. Prune it when that has ended.")
+        sizes = list(map(_remove, _find_unneeded(root, families, table)))
+    print(f"{root}: removed {len(sizes)} files and folders, {sum(sizes) / 1e6:,.1f} MB.")
+    return 0
+
+
+def _find_unneeded(root: Path, families: dict[str, Items], table: Any) -> set[Path]:
     unneeded = set(root.glob(".*")) - {root / ".lock"}
     for family in FAMILIES:
         unneeded.update(root.glob(f"{family}-*"))
@@ -103,9 +114,7 @@ def prune(root: Path) -> int:
                 keys.add(place[:16].hex())
         unneeded.discard(items.folder)
         unneeded.update(items.without(keys))
-    sizes = list(map(_remove, unneeded))
-    print(f"{root}: removed {len(sizes)} files and folders, {sum(sizes) / 1e6:,.1f} MB.")
-    return 0
+    return unneeded
 
 
 def _read_plan(root: Path) -> dict[str, Any]:

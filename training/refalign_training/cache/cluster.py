@@ -14,6 +14,7 @@ from typing import Any
 
 from refalign_training.cache import encoders
 from refalign_training.cache.command import CacheCommand
+from refalign_training.cache.holders import writing
 from refalign_training.cache.items import Items, Outcome
 from refalign_training.cache.plan import Plan
 from refalign_training.data.decoding import Task, try_decode
@@ -84,7 +85,8 @@ class _Encoder:
         self.encoder = encoders.make_encoder(family, command, model)
 
     def __call__(self, block: dict[str, Any]) -> dict[str, Any]:
-        self.items.write_shard(self._encode(zip(block["task"], block["decoded"], strict=True)))
+        with writing(self.items.folder.parent):
+            self.items.write_shard(self._encode(zip(block["task"], block["decoded"], strict=True)))
         return {"done": [len(block["task"])]}
 
     def _encode(self, rows: Iterator[tuple[Task, Any]]) -> Iterator[tuple[Task, Outcome]]:

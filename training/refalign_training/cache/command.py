@@ -70,7 +70,8 @@ class CacheCommand:
     verify: bool = False
     """Only read every item. Broken ones are removed, the exit code is 1, and the next run computes them."""
     prune: bool = False
-    """Only remove what the last command does not need: other recipes, samples that are gone, unfinished files."""
+    """Only remove what the last command does not need: other recipes, samples that are gone, and what killed processes
+    of other machines have left unfinished (that of this machine's goes with the next command)."""
 
 
 OPTIONS = "options.json"

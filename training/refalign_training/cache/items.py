@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 
 from refalign.files import new_file, read_json
+from refalign_training.cache.holders import root_lock
 from refalign_training.data.decoding import Task
 from refalign_training.data.sample import Unusable
 
@@ -186,7 +186,7 @@ class Items:
         path = self.path(place)
         if len(place) == _PLACE.size:
             index = path.with_suffix(".json")
-            with FileLock(self.folder.parent / ".lock"):
+            with root_lock(self.folder.parent):
                 kept = read_json(index) if index.exists() else {}
                 if kept.pop(place[:16].hex(), None):
                     write_json(index, kept)

@@ -16,10 +16,7 @@ import hashlib
 import itertools
 import json
 import logging
-import os
 import re
-import secrets
-import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +28,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from filelock import FileLock, Timeout
 from pyarrow import parquet
 
 from refalign.files import read_json
@@ -43,7 +39,7 @@ from refalign_training.cache.items import RECIPE, Items, text_key
 logger = logging.getLogger(__name__)
 
 FORMAT = 2  # of samples.parquet
-PLAN, INDEX, FAILED, READERS = "plan.json", "samples.parquet", "failed.jsonl", ".readers"
+PLAN, INDEX, FAILED = "plan.json", "samples.parquet", "failed.jsonl"
 BUCKET = ("frames", "height", "width", "num_references")
 
 # (frames, height, width, number of references), in pixels of the video
@@ -89,33 +85,6 @@ def open_families(root: Path, families: Mapping[str, Any]) -> dict[str, Items]:
             raise ValueError(f"{root} names {made['folder']!r} as a folder of its own. Do not use this cache.")
         opened[family] = Items(root / made["folder"])
     return opened
-
-
-def hold(root: Path) -> FileLock:
-    """A lock that keeps `--prune` from removing what this process reads. It ends with the process, if not before.
-    Raises ValueError if the folder is not a cache."""
-    open_index(root)
-    name = f"process {os.getpid()} on {socket.gethostname()}, {secrets.token_hex(4)}.lock"
-    lock = FileLock(root / READERS / name)
-    try:
-        with FileLock(root / ".lock"):
-            (root / READERS).mkdir(exist_ok=True)
-            lock.acquire()
-    except OSError as error:
-        logger.warning("%s cannot be written (%s): `cache --prune` elsewhere would not know of this run.", root, error)
-    return lock
-
-
-def find_readers(root: Path) -> list[str]:
-    """The processes that [`hold`] the cache; what others have left is removed."""
-    readers = []
-    for path in (root / READERS).glob("*.lock"):
-        try:
-            with FileLock(path, blocking=False):
-                path.unlink()
-        except Timeout:
-            readers.append(path.stem.rpartition(",")[0])
-    return readers
 
 
 # -- Samples ----------------------------------------------------------------------------------------------------------

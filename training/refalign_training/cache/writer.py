@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import pyarrow as pa
-from filelock import FileLock
 from pyarrow import parquet
 from tqdm.auto import tqdm
 
 from refalign.files import new_file, read_json
 from refalign_training.cache import cluster, encoders
 from refalign_training.cache.command import OPTIONS, CacheCommand, write_options
+from refalign_training.cache.holders import remove_leftovers, root_lock, writing
 from refalign_training.cache.items import RECIPE, Items, digest, text_key, write_json
 from refalign_training.cache.plan import Plan
 from refalign_training.cache.reader import BUCKET, FAILED, FORMAT, INDEX, PLAN, check_format, open_families, open_index
@@ -60,19 +60,19 @@ def fill(command: CacheCommand) -> int:
         recipes[root / families[family]["folder"]] = recipe
     if not command.allow_changes:
         _check_changes(root, recipes.values())
-    for folder, recipe in recipes.items():
-        write_json(folder / RECIPE, recipe)
-    write_options(command, root / OPTIONS)
-    with tempfile.TemporaryFile("w+", encoding="utf-8", dir=root) as file:
-        plan = Plan(file, command, families)
-        write_json(root / PLAN, plan.header)
-        for family in command.families:
-            items = Items(root / families[family]["folder"])
-            if command.ray:
-                cluster.compute(family, command, models[family], items, plan)
-            else:
-                _compute(family, command, models[family], items, plan)
-        return _finish(root, plan, command.families)
+    remove_leftovers(root)
+    with writing(root):
+        for folder, recipe in recipes.items():
+            write_json(folder / RECIPE, recipe)
+        write_options(command, root / OPTIONS)
+        with tempfile.TemporaryFile("w+", encoding="utf-8", dir=root) as file:
+            plan = Plan(file, command, families)
+            write_json(root / PLAN, plan.header)
+            for family in command.families:
+                items = Items(root / families[family]["folder"])
+                compute = cluster.compute if command.ray else _compute
+                compute(family, command, models[family], items, plan)
+            return _finish(root, plan, command.families)
 
 
 def _check_output(root: Path) -> None:
@@ -141,7 +141,7 @@ def _finish(root: Path, plan: Plan, computed: Sequence[str]) -> int:
     """Writes samples.parquet and failed.jsonl, if nothing is missing, and says how it went."""
     counts: Counter[str] = Counter()
     # With the lock: the process that comes last to it finds what all others have done
-    with FileLock(root / ".lock"):
+    with root_lock(root):
         try:
             with new_file(root / FAILED, overwrite=True) as file, file.open("w", encoding="utf-8") as failed:
                 write_index(root, plan.header, _rows(root, plan, computed, failed, counts))

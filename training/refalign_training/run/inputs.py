@@ -11,7 +11,8 @@ import torch
 
 from refalign.pipeline_refalign_wan import normalize_latents
 from refalign_training.cache.encoders import Model, TeacherEncoder, TextEncoder, VaeEncoder, fetch_models, vae_config
-from refalign_training.cache.reader import Cache, hold
+from refalign_training.cache.holders import READERS, hold
+from refalign_training.cache.reader import Cache, open_index
 from refalign_training.data.decoding import Decoded, decode
 from refalign_training.data.pixels import draw_prompt
 from refalign_training.data.randomness import numpy_generator
@@ -78,7 +79,8 @@ class CachedSamples:
     ValueError if the cache lacks something that training needs."""
 
     def __init__(self, folder: Path, needs_teacher: bool) -> None:
-        self._hold = hold(folder)
+        open_index(folder)  # nothing is written into what is not a cache
+        self._hold = hold(folder, READERS)
         self.cache = Cache(folder, FAMILIES if needs_teacher else FAMILIES[:-1])
         self.buckets = self.cache.samples.buckets
         self.name, self.fingerprint = folder.name, self.cache.fingerprint
