@@ -6,22 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from refalign.credentials import find_credential
 from refalign.files import files_below, open_safetensors, read_json
 
 
-# By their fixed beginnings, as the services document them
-SECRET = re.compile(
-    r"hf_[A-Za-z0-9]{30,}"  # Hugging Face, inside of words too
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
-    r"|(?<![A-Za-z0-9])("
-    r"github_pat_\w{20,}|gh[pousr]_\w{30,}|glpat-[\w-]{20,}"  # GitHub, GitLab
-    r"|sk-[A-Za-z0-9_-]{20,}|r8_\w{37,}|wandb_v\d_\w{40,}"  # OpenAI, Anthropic, Replicate, Weights & Biases
-    r"|(AKIA|ASIA)[0-9A-Z]{16}|AIza[\w-]{35}|ya29\.[\w-]{20,}"  # Amazon, Google
-    r"|xox[abeoprs]-[\w-]{10,}|[rs]k_live_\w{20,}"  # Slack, Stripe
-    r"|npm_\w{36}|pypi-[\w-]{50,}|dop_v1_\w{60,}"  # npm, PyPI, DigitalOcean
-    r"|eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,})"  # JSON web tokens
-    r"|(?<=://)[^\s/:@]+:[^\s/@]+(?=@)"  # the user of a URL, with a password
-)
 ABSOLUTE_PATH = re.compile(
     r"((?<![\w.:/])|(?<=file://))/(home|root|Users|mnt|data|workspace|work|tmp|var|scratch|opt)/[^\s\"'`)]+"
     r"|(?<![\w.:/])[A-Za-z]:(\\\\?|/)\w+"
@@ -59,8 +47,8 @@ def check_nothing_private(folder: Path) -> None:
     for file in files_below(folder):
         name = file.relative_to(folder).as_posix()
         text = _text(file, name)
-        if found := SECRET.search(text):
-            raise ValueError(f"{name} holds what looks like a token ({found[0][:7]}...). Remove it before pushing.")
+        if found := find_credential(text):
+            raise ValueError(f"{name} holds what looks like a token or key ({found}). Remove it before pushing.")
         if file.name in ("tokenizer.json", "vocab.json"):  # vocabularies hold slashes of every kind, and no paths
             continue
         found = ABSOLUTE_PATH.search(text)
@@ -133,8 +121,11 @@ def _video_metadata(file: Path) -> dict[str, str]:
 
 
 def _strings(content: Any) -> Iterator[str]:
-    """All strings in a JSON value, keys too."""
+    """All strings in a JSON value, keys too, also with their values."""
     if isinstance(content, dict):
+        for key, value in content.items():
+            if isinstance(value, str):
+                yield f"{key}={value}"
         content = [*content, *content.values()]
     if isinstance(content, str):
         yield content
