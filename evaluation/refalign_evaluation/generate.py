@@ -65,7 +65,7 @@ def run(command: Generate) -> int:
 
     _check(command)
     samples = list(read_benchmark(command.benchmark, command.split).values())[: command.limit]
-    defaults = read_defaults(command.base or command.model or str(FOLDER))
+    defaults = read_defaults(command.base or command.model or str(FOLDER), command.lora)
     defaults = with_preset(command.fast, command.device, defaults)
     jobs = [filled(_job(command, sample), defaults) for sample in samples]
     for job in jobs:

@@ -127,9 +127,11 @@ def inspect_lora(command: LoraInspect) -> int:
 
 def convert_lora(command: LoraConvert) -> int:
     from refalign import lora
+    from refalign.lora_defaults import as_metadata, read_file_defaults
 
     found = lora.read_lora(command.file)
-    print(f"Wrote {lora.write_lora(found.layers, command.output, command.to, found.differences)}")
+    metadata = as_metadata(read_file_defaults(command.file))
+    print(f"Wrote {lora.write_lora(found.layers, command.output, command.to, found.differences, metadata)}")
     if found.passed_over:
         print(lora.passed_over(found).replace("applied", "written"))
     return 0

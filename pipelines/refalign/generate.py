@@ -91,9 +91,10 @@ def run(command: Generate) -> int:
     jobs = _read_jobs(command)
     from refalign.loading import read_defaults  # takes seconds, in which mistakes have been told
 
-    defaults = read_defaults(command.base or command.model or str(FOLDER))
+    defaults = read_defaults(command.base or command.model or str(FOLDER), command.lora)
     defaults = with_preset(command.fast, command.device, defaults)
     jobs = [filled(job, defaults) for job in jobs]
+    tell_other_scales(command.lora, jobs)
     if command.batch is not None:
         return _run_batch(command, jobs)
     (job,) = jobs
@@ -275,6 +276,18 @@ def filled(job: Job, defaults: dict[str, Any]) -> Job:
         if settings[name] is None or settings[name] is False:  # a switch that is not given
             missing[name] = defaults[name]
     return replace(job, command=replace(job.command, **missing))
+
+
+def tell_other_scales(loras: Sequence[str], jobs: Sequence[Job]) -> None:
+    """Prints in a line for each LoRA which guidance scales it was made for, and which jobs have others."""
+    from refalign.loading import parse_lora
+    from refalign.lora_defaults import read_lora_defaults, told
+
+    for source, _ in map(parse_lora, loras):
+        if wanted := read_lora_defaults(source):
+            others = [job.name for job in jobs if wanted.items() - vars(job.command).items()]
+            exception = f", but others were given for {', '.join(map(shown, others))}" if others else ""
+            print(f"LoRA {source} is distilled for {told(wanted)}{exception}.")
 
 
 def prepare(command: Generate) -> dict[str, Any]:

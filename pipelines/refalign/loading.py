@@ -23,6 +23,7 @@ from refalign.files import (
     read_json,
 )
 from refalign.levers import apply_levers, check_levers
+from refalign.lora_defaults import read_lora_defaults
 from refalign.lora_loading import prepare_lora
 from refalign.pipeline_refalign_wan import CALL_DEFAULTS, RefAlignWanPipeline, paper_scheduler
 from refalign.transformer_refalign_wan import RefAlignWanTransformer3DModel, check_finite
@@ -33,14 +34,18 @@ from refalign.video_options import SpeedOptions
 logger = logging.getLogger(__name__)
 
 
-def read_defaults(pipeline: str) -> dict[str, Any]:
+def read_defaults(pipeline: str, loras: Sequence[str] = ()) -> dict[str, Any]:
     """
-    What a pipeline's folder or repo, or else the published models, take for settings that are not given.
+    What a pipeline's folder or repo, or else the published models, take for settings that are not given; and before
+    that the LoRAs, each `FILE[:SCALE]`, that are loaded into it: a distilled one wants both scales at 1.
 
     Raises:
-        ValueError: if there is no such pipeline, or it is of another kind than Wan 2.1's text-to-video model.
+        ValueError: if there is no such pipeline or LoRA, or it is of another kind than Wan 2.1's text-to-video model.
     """
-    return CALL_DEFAULTS | (_read_index(pipeline).get("call_defaults") or {})
+    defaults = CALL_DEFAULTS | (_read_index(pipeline).get("call_defaults") or {})
+    for source, _ in map(parse_lora, loras):
+        defaults |= read_lora_defaults(source)
+    return defaults
 
 
 def load_pipeline(

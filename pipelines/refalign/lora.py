@@ -325,6 +325,7 @@ def write_lora(
     output: str | Path,
     style: str,
     differences: Mapping[str, torch.Tensor] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> Path:
     """
     Writes a native LoRA ([`native_lora`], [`read_lora`]) in a style; each so that every reader's scale is 1.
@@ -333,9 +334,9 @@ def write_lora(
         layers (`Mapping[str, torch.Tensor]`): native keys, alpha baked in.
         output (`str` or `Path`): a .safetensors file that does not exist yet.
         style (`str`): `native` (ComfyUI and diffusers), `diffusers`, or `kohya` (musubi-tuner, ComfyUI).
-
         differences (`Mapping[str, torch.Tensor]`, *optional*): [`Lora.differences`]; native and kohya's style can hold
             them.
+        metadata (`Mapping[str, str]`, *optional*): what the file says besides ([`refalign.lora_defaults`]).
 
     Raises:
         ValueError: if `output` exists or does not end in .safetensors, or the style is unknown or cannot hold it.
@@ -365,7 +366,7 @@ def write_lora(
         layer, _, kind = key.removeprefix(_PREFIX).rpartition(".")
         tensors[f"{lora_name(layer, style)}.{kind}"] = tensor.contiguous()
     with new_file(output) as partial:
-        save_file(tensors, partial, metadata={"format": "pt"})
+        save_file(tensors, partial, metadata={"format": "pt", **(metadata or {})})
     return output
 
 

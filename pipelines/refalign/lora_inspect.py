@@ -9,6 +9,7 @@ import torch
 from refalign.files import open_safetensors
 from refalign.keys import LORA_BLOCK_LAYERS, LORA_TOP_LAYERS, split_layer
 from refalign.lora import WIDTHS, Lora, lora_widths, passed_over, read_lora
+from refalign.lora_defaults import read_file_defaults, told
 
 
 def describe(file: str | Path) -> str:
@@ -26,6 +27,8 @@ def describe(file: str | Path) -> str:
         f"{'layer':<20}{'blocks':<16}{'change: mean norm':>18}{'largest':>12}",
         *_kinds(lora),
     ]
+    if wanted := read_file_defaults(Path(file)):
+        lines.append(f"distilled for {told(wanted)}")
     if lora.differences:
         lines.append(f"changes of whole weights and biases (diff, diff_b): {len(lora.differences)}")
     if lora.passed_over:

@@ -7,17 +7,19 @@ from typing import Any
 
 import torch
 from diffusers.loaders.lora_base import _fetch_state_dict
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 
 from refalign.files import OTHER_FORMATS, tell_of_hub, without_breaks
+from refalign.hub import LORA_WEIGHTS
 from refalign.keys import diffusers_key, native_key, split_layer
 from refalign.lora import WIDTHS, Lora, lora_widths, parse_lora, passed_over, read_lora
+from refalign.lora_defaults import read_file_defaults, told
 from refalign.transformer_refalign_wan import RefAlignWanTransformer3DModel
 
 
 logger = logging.getLogger(__name__)
 
-WEIGHTS = "pytorch_lora_weights.safetensors"
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -47,17 +49,35 @@ def prepare_lora(source: str | Path | Mapping, config: Mapping[str, Any], **opti
         )
     if sentence := passed_over(lora):
         logger.warning("%s: %s", name, sentence)
+    if wanted := _stated_defaults(source, options):
+        logger.warning("%s is distilled: call the pipeline with %s.", name, told(wanted))
     if lora.is_plain and not (missing or lora.passed_over):
         return source  # with its metadata, so that it can be saved again
     return _as_diffusers(lora, shapes)
 
 
+def _local_path(source: str | Path, options: Mapping[str, Any]) -> Path:
+    path = Path(source) / (options.get("subfolder") or "") if Path(source).is_dir() else Path(source)
+    return path / (options.get("weight_name") or _only_file(path)) if path.is_dir() else path
+
+
+def _stated_defaults(source: str | Path | Mapping, options: Mapping[str, Any]) -> dict[str, float]:
+    """What the file that was read says of how it is called."""
+    if isinstance(source, Mapping):
+        return {}
+    path = _local_path(source, options)
+    if not path.is_file():
+        name = f"{options.get('subfolder') or ''}/{options.get('weight_name') or LORA_WEIGHTS}".lstrip("/")
+        where: dict[str, Any] = {key: options.get(key) for key in ("cache_dir", "revision")}
+        cached = try_to_load_from_cache(str(source), name, **where)  # the Hub has just given it
+        path = Path(cached if isinstance(cached, str) else "")
+    return read_file_defaults(path) if path.is_file() else {}
+
+
 def _read(source: str | Path | Mapping, options: Mapping[str, Any]) -> Lora:
     if isinstance(source, Mapping):
         return parse_lora(source)
-    path = Path(source) / (options.get("subfolder") or "") if Path(source).is_dir() else Path(source)
-    if path.is_dir():
-        path = path / (options.get("weight_name") or _only_file(path))
+    path = _local_path(source, options)
     if path.suffix in OTHER_FORMATS or path.is_file():
         return read_lora(path)
     wanted = ("weight_name", "local_files_only", "cache_dir", "force_download", "proxies", "token", "revision")
@@ -79,8 +99,8 @@ def _read(source: str | Path | Mapping, options: Mapping[str, Any]) -> Lora:
 
 def _only_file(folder: Path) -> str:
     names = sorted(file.name for file in folder.glob("*.safetensors"))
-    if WEIGHTS in names:
-        return WEIGHTS
+    if LORA_WEIGHTS in names:
+        return LORA_WEIGHTS
     if len(names) != 1:
         raise ValueError(f"{folder} has {len(names)} safetensors files: {names}. Name the LoRA's file.")
     return names[0]

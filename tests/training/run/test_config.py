@@ -29,7 +29,8 @@ from refalign_training.run.yaml_file import read_yaml
 
 
 CONFIGS = Path(__file__).parents[3] / "training/configs"
-RECIPES = sorted(path for path in CONFIGS.glob("*.yaml") if path.stem != "sprites")  # Wan's
+RECIPES = sorted(CONFIGS.glob("[!sd]*.yaml"))  # Wan's
+DISTILLATIONS = sorted(CONFIGS.glob("distil-*.yaml"))
 ACCELERATE = {path.stem: path for path in (CONFIGS / "accelerate").glob("*.yaml")}
 OF_THE_CALL = ("config", "resume", "allow_changes", "dry_run")
 
@@ -172,7 +173,7 @@ def test_a_file_of_something_else_is_refused_by_name(read, text):
 
 
 def test_a_missing_file_is_named():
-    with pytest.raises(ValueError, match=r"nowhere\.yaml does not exist\. .* recipes: lora-1\.3b, "):
+    with pytest.raises(ValueError, match=r"nowhere\.yaml does not exist\. .* recipes: .*lora-1\.3b, "):
         parse("--config", "nowhere.yaml")
 
 
@@ -517,6 +518,13 @@ def test_all_recipes_are_there():
 
 def test_the_recipe_of_the_small_world_is_understood_and_passes_the_checks():
     check(parse("--config", str(CONFIGS / "sprites.yaml")))
+
+
+@pytest.mark.parametrize("path", DISTILLATIONS, ids=lambda path: path.stem)
+def test_a_recipe_that_distils_is_understood_and_passes_the_checks(path):
+    command = parse("--config", str(path))
+    check(command)
+    assert command.objective.kind == "distil"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

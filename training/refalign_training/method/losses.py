@@ -65,6 +65,12 @@ def flow_matching_loss(
     return loss * weights.float()
 
 
+def velocity_loss(velocity: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """mean (v - target)^2, one value per sample `(batch,)` in float32, of velocities `(batch, ...)` of one shape."""
+    _check_same_shape(velocity=velocity, target=target)
+    return (velocity.float() - target.float()).square().flatten(1).mean(1)
+
+
 def detail(latents: torch.Tensor, threshold: float = 0.7) -> torch.Tensor:
     """
     Where clean latents `(batch, channels, frames, h, w)` differ from those at their left or right by more than a

@@ -12,9 +12,16 @@ from refalign_training.bounds import InvalidOption, Many, Options, Share
 class ObjectiveOptions(Options):
     """What is predicted under which conditions (RefAlign, arXiv 2603.25743, section 4)."""
 
+    kind: Literal["refalign", "distil"] = "refalign"
+    """What is learnt. refalign: to denoise, with the alignment of references. distil: that one pass of the trained
+    model equals the guided passes of the base, which takes two or three; the result is used with both scales at 1."""
+    guidance_scale: NonNegativeFloat = 7.5
+    """The guidance scale that distil teaches: how closely the prompt is followed."""
+    image_guidance_scale: NonNegativeFloat = 5.0
+    """The image guidance scale that distil teaches: how closely the references are followed."""
     timesteps: Literal["refalign", "logit_normal", "uniform"] = "refalign"
     """How timesteps are drawn and weighted. refalign is the paper's: shift 5 and bump weights. logit_normal has shift
-    3 and no weights. uniform has shift 7 and no weights, for tiny models."""
+    3 and no weights. uniform has shift 7 and no weights, for tiny models. distil takes no weights from any."""
     detail_weight: NonNegativeFloat = 1.0
     """The weight of positions whose latents differ from their neighbours', beside 1 for the others."""
     detail_steps: NonNegativeInt = 0

@@ -77,6 +77,7 @@ def write_card(
         steps=int(state["step"]),
         rows=rows,
         aligned=options["alignment.weight"] > 0,
+        distilled=_distilled(options),
         losses=losses,
         curve=CURVE if (folder / CURVE).is_file() else None,
         sample=write_sample(run / "samples", state["step"], folder) if shows_sample else None,
@@ -156,6 +157,7 @@ def training_facts(state: Mapping[str, Any], base: str, dataset: str, weights: s
         ("Videos", ", ".join(videos)),
         ("Steps", f"{state['step']:,} of {o['steps']:,}, global batch {o['batch.size']}: {seen:,} samples seen"),
         ("Optimiser", _optimiser(o)),
+        ("Distilled", f"guidance at the scales {_distilled(given)}, into one pass" if _distilled(given) else ""),
         ("Timesteps", f"`{o['objective.timesteps']}`"),
         ("Dropped", "{:.0%} text, {:.0%} references, {:.0%} both".format(*dropped)),
         ("Reference alignment", _alignment(o, state["dataset"].get("teacher") or given["data.teacher"])),
@@ -179,6 +181,13 @@ def _optimiser(o: Mapping[str, Any]) -> str:
         f"{o['optimizer.name']}, learning rate {o['optimizer.lr']:g}, {o['optimizer.schedule']}{warmup}; "
         f"weight decay {o['optimizer.weight_decay']:g}"
     )
+
+
+def _distilled(o: Mapping[str, Any]) -> str:
+    """The scales that a distillation taught; empty for another run, or one of an older version."""
+    if o.get("objective.kind") != "distil":
+        return ""
+    return f"{o['objective.guidance_scale']:g} (prompt) and {o['objective.image_guidance_scale']:g} (references)"
 
 
 def _alignment(o: Mapping[str, Any], teacher: str | None) -> str:

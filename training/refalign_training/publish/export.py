@@ -8,6 +8,7 @@ A LoRA run gives its adapters, as diffusers and ComfyUI read them. A full run gi
 its transformer as one native file. Nothing heavy is imported before it is needed, so that `--help` answers at once.
 """
 
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
-from refalign.files import new_folder
+from refalign.files import new_folder, read_json
+from refalign.lora_defaults import ONE_PASS, as_metadata
 
 
 if TYPE_CHECKING:
@@ -94,13 +96,15 @@ def export(command: ExportCommand) -> None:
         base = command.base or state.get("base", options["model.base"])
         has_average = options["optimizer.ema_decay"] is not None
         average = command.weights == "average" or (command.weights == "auto" and has_average)
+        defaults = ONE_PASS if options.get("objective.kind") == "distil" else {}  # older runs have no such option
         if options["training"] == "lora":
             base_folder = Path(base) if Path(base).is_dir() else None
             scale = options["lora.alpha"] / options["lora.rank"]
-            _write_lora(folder, read_weights(checkpoint, average), scale, command.dtype)
+            _write_lora(folder, read_weights(checkpoint, average), scale, command.dtype, defaults)
         else:
             base_folder = _fetch_base(base, options["model.revision"] if base == options["model.base"] else None)
             _write_pipeline(folder, read_weights(checkpoint, average), base_folder, command)
+            _add_call_defaults(folder / "model_index.json", defaults)
         if projectors := read_projectors(checkpoint):
             _save(projectors, folder / PROJECTORS)
         weights = f"moving average, decay {options['optimizer.ema_decay']:g}" if average else "of the last step"
@@ -119,13 +123,16 @@ def export(command: ExportCommand) -> None:
         check_nothing_private(folder)
 
 
-def _write_lora(folder: Path, weights: dict[str, "torch.Tensor"], scale: float, dtype: str) -> None:
+def _write_lora(
+    folder: Path, weights: dict[str, "torch.Tensor"], scale: float, dtype: str, defaults: Mapping[str, float]
+) -> None:
     from refalign.community_script import write_community_script
     from refalign.hub import COMMUNITY_SCRIPT, LORA_WEIGHTS
     from refalign.lora import native_lora, write_lora
 
     dtype = "float32" if dtype == "auto" else dtype
-    write_lora(_cast(native_lora(weights, scale), dtype), folder / LORA_WEIGHTS, "native")
+    layers = _cast(native_lora(weights, scale), dtype)
+    write_lora(layers, folder / LORA_WEIGHTS, "native", metadata=as_metadata(defaults))
     write_community_script(folder / COMMUNITY_SCRIPT)
 
 
@@ -144,6 +151,14 @@ def _write_pipeline(folder: Path, weights: dict[str, "torch.Tensor"], base: Path
         convert(native, base, folder)
         if command.native:
             native.rename(folder / NATIVE)
+
+
+def _add_call_defaults(file: Path, defaults: Mapping[str, float]) -> None:
+    """Adds what a call takes by default to a pipeline's `model_index.json`."""
+    if defaults:
+        index = read_json(file)
+        index["call_defaults"] = {**(index.get("call_defaults") or {}), **defaults}
+        file.write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
 def _fetch_base(base: str, revision: str | None) -> Path:

@@ -320,11 +320,35 @@ def check(command: RunCommand) -> None:
     accumulation(command, world_size=1)
     _check_data(command)
     _check_prompts(command.validation.prompts)
+    _check_distillation(command)
     optimizer = command.optimizer
     if optimizer.warmup_steps > command.steps:
         raise ValueError(f"optimizer.warmup_steps is {optimizer.warmup_steps}, more than the {command.steps} steps.")
     if optimizer.name != "adamw" and wants_shards(command.parallel):
         raise ValueError(f"optimizer.name {optimizer.name} does not work with fsdp2. Choose adamw, or parallel ddp.")
+
+
+# What a distillation must have: one pass can equal guided ones only where all conditions are there
+DISTILLED = {
+    "alignment.weight": 0,
+    "objective.no_text": 0,
+    "objective.no_references": 0,
+    "objective.neither": 0,
+    "objective.detail_weight": 1,
+    "validation.guidance_scale": 1,
+    "validation.image_guidance_scale": 1,
+}
+
+
+def _check_distillation(command: RunCommand) -> None:
+    objective, options = command.objective, flatten(command)
+    if objective.kind != "distil":
+        return
+    wrong = [f"{name} {needed}" for name, needed in DISTILLED.items() if options[name] != needed]
+    if wrong:
+        raise ValueError(f"objective.kind distil needs {', '.join(wrong)}. The recipe distil-1.3b has all of it.")
+    if objective.guidance_scale == objective.image_guidance_scale == 1:
+        raise ValueError("objective.guidance_scale and image_guidance_scale are 1: that is one pass already.")
 
 
 def _check_data(command: RunCommand) -> None:

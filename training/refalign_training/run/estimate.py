@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 from refalign import RefAlignWanTransformer3DModel
 from refalign.devices import rank_and_processes
+from refalign.pipeline_refalign_wan import guidance_passes
 from refalign_training.method.alignment import ReferenceAlignment
 from refalign_training.method.options import AlignmentOptions
 from refalign_training.run.batches import read_first
@@ -86,7 +87,8 @@ class Estimate:
     projectors: int
     memory: Memory
     pflop: float
-    """Forward, backward and recomputation of a sample, in 10^15 floating-point operations."""
+    """Forward, backward and recomputation of a sample, and the passes of a distillation's teacher, in 10^15
+    floating-point operations."""
     hours: float
     world_size: int
     sharded: bool
@@ -132,7 +134,8 @@ def estimate(
     whole, block = _count_weights_and_flop(command, transformer_config, shape)
     projectors = _count_projectors(command.alignment, shape)
     again = shape.blocks * block.forward if command.model.gradient_checkpointing else 0
-    pflop = (whole.forward + whole.backward + again) / 1e15
+    taught = _teacher_passes(command) * whole.forward
+    pflop = (whole.forward + whole.backward + again + taught) / 1e15
     parts = world_size if sharded else 1
     memory = _memory(command, shape, whole, block, projectors, parts)
     seconds = command.steps * command.batch.size * pflop * 1000 / (ASSUMED_TFLOPS * world_size)
@@ -243,6 +246,13 @@ def _count_blocks(command: RunCommand, config: Mapping[str, Any], shape: _Shape,
     return _Counts(parameters, trained, forward.get_total_flops(), backward.get_total_flops())
 
 
+def _teacher_passes(command: RunCommand) -> int:
+    options = command.objective
+    if options.kind != "distil":
+        return 0
+    return len(guidance_passes(options.guidance_scale, options.image_guidance_scale))
+
+
 def _count_projectors(options: AlignmentOptions, shape: _Shape) -> int:
     if not options.weight:
         return 0
@@ -258,10 +268,11 @@ def _memory(command: RunCommand, shape: _Shape, whole: _Counts, block: _Counts, 
     """`parts`: into how many all weights are split."""
     is_full, trained, learned = command.training == "full", whole.trained, whole.trained + projectors
     compute_bytes = 2 if command.model.precision == "bfloat16" else 4
-    frozen = 0 if is_full else whole.parameters * compute_bytes
+    has_teacher = bool(_teacher_passes(command))  # of a LoRA it is the frozen network itself
+    frozen = 0 if is_full and not has_teacher else whole.parameters * compute_bytes
     gathered = 0
     if parts > 1:  # a block in use, the next one, and the buffer that they arrive in; gradients and what they leave in
-        frozen_block = 0 if is_full else block.parameters * compute_bytes
+        frozen_block = 0 if is_full and not has_teacher else block.parameters * compute_bytes
         gathered = 3 * (frozen_block + 4 * block.trained) + 2 * 4 * block.trained
     encoders = ENCODERS * compute_bytes / 2 if command.data.cache is None else 0
     return Memory(

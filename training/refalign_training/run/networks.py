@@ -14,8 +14,9 @@ from refalign.files import fetch, find_safetensors, naming_component, read, read
 from refalign.transformer_refalign_wan import check_finite
 from refalign_training.method.alignment import ReferenceAlignment
 from refalign_training.method.options import AlignmentOptions
+from refalign_training.run.checkpoint import read_weights
 from refalign_training.run.config import LoraOptions, ModelOptions, RunCommand
-from refalign_training.run.resume import Start
+from refalign_training.run.resume import Start, find_start
 
 
 def transformer_config(options: ModelOptions) -> dict[str, Any]:
@@ -43,6 +44,21 @@ def load_transformer(command: RunCommand, start: Start, resumes: bool = False) -
     if options.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     return transformer.train()
+
+
+def load_teacher(command: RunCommand) -> RefAlignWanTransformer3DModel:
+    """The frozen teacher of a distillation of all weights: what the run started from, in the precision of the
+    computation. Raises ValueError as [`load_transformer`]."""
+    start = find_start(command)
+    with init_empty_weights():
+        teacher = RefAlignWanTransformer3DModel.from_config(transformer_config(command.model))
+    if start.checkpoint is None:
+        weights = _stored_weights(command.model, transformer_config(command.model), start)
+    else:
+        weights = read_weights(start.checkpoint, average=False)
+    teacher.load_state_dict(weights, assign=True)
+    _keep_time_embedding_in_float32(teacher)
+    return teacher.cast_weights(getattr(torch, command.model.precision)).requires_grad_(False).eval()
 
 
 def _stored_weights(options: ModelOptions, config: Mapping[str, Any], start: Start) -> dict[str, torch.Tensor]:

@@ -46,8 +46,8 @@ class Parallel:
 
     def wrap(self, module: nn.Module, parts: Iterable[nn.Module] = (), dtype: torch.dtype | None = None) -> nn.Module:
         """A module with the same weights in every process, on this one's device and perhaps in another dtype, ready to
-        be trained together. `parts`, its blocks, are sharded each for itself and moved one by one, so that a device
-        never holds all that is sharded."""
+        be trained together if something of it is trained. `parts`, its blocks, are sharded each for itself and moved
+        one by one, so that a device never holds all that is sharded."""
         if self.is_sharded:
             # It warns of the tokens that are returned beside the velocity; nothing changes them in place
             warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
@@ -59,7 +59,7 @@ class Parallel:
                 fully_shard(part, mesh=mesh, reshard_after_forward=True)
             return module
         _move(module, self.device, dtype)
-        if self.world_size == 1:
+        if self.world_size == 1 or not any(parameter.requires_grad for parameter in module.parameters()):
             return module
         ids = None if self.device.type == "cpu" else [self.device]
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # that it will be as we ask for

@@ -22,7 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from refalign.files import fetch
 from refalign_training.cache.encoders import vae_config
-from refalign_training.method.objective import Batch, Objective
+from refalign_training.method.objective import Batch
 from refalign_training.run import resume
 from refalign_training.run.batches import load_batches, read_first
 from refalign_training.run.checkpoint import checkpoint_name, read_state, remove_old_checkpoints, save_checkpoint
@@ -31,6 +31,7 @@ from refalign_training.run.config_files import keep_options
 from refalign_training.run.inputs import CachedSamples, open_samples
 from refalign_training.run.log import Bar, Metrics, RunLog, append_skipped, check_tracker
 from refalign_training.run.networks import load_transformer, make_alignment, take_plain_attention
+from refalign_training.run.objectives import make_objective
 from refalign_training.run.order import Order, hold_out, nothing_held_out
 from refalign_training.run.parallel import Parallel, gradient_norm, owned_by_all
 from refalign_training.run.plots import describe_timesteps, plot_timesteps
@@ -187,17 +188,11 @@ class Trainer:
         dtype = torch.float32 if command.training == "full" else None
         wrapped = parallel.wrap(transformer, transformer.blocks, dtype)
         alignment = parallel.wrap(modules["alignment"]) if "alignment" in modules else None
-        precision = getattr(torch, command.model.precision)
-        self.objective = Objective(wrapped, alignment, command.alignment, precision, self._detail_weight)
+        self.objective = make_objective(command, wrapped, alignment, transformer, self.samples, parallel)
         self.state = TrainState(modules, command.optimizer, command.steps)
         if start.checkpoint is not None:
             resume.check_start(start.checkpoint, command, self.frozen)
             self.state.load_weights(start.checkpoint, parallel.world_size > 1)
-
-    def _detail_weight(self, step: int) -> float:
-        options = self.command.objective
-        done = min(step / options.detail_steps, 1.0) if options.detail_steps else 0.0
-        return options.detail_weight + done * (1 - options.detail_weight)
 
     def _start_reading(self) -> None:
         self.batches = load_batches(

@@ -71,7 +71,10 @@ class Validation:
 
     def gains(self, objective: Objective, step: int) -> dict[str, float]:
         """What the loss rises by, at a high t, if a sample gets another one's references (`reference_gain`), or its
-        own in reverse order (`order_gain`): early signs that references are followed, and are told from each other."""
+        own in reverse order (`order_gain`): early signs that references are followed, and are told from each other.
+        A distillation has none: its teacher follows the same references."""
+        if self.objective_options.kind == "distil":
+            return {}
         names = ("validation/reference_gain", "validation/order_gain")
         sums = torch.zeros(2, len(names), device=self.parallel.device)  # of the gains, and how many samples have them
         with torch.no_grad(), evaluating(objective):
