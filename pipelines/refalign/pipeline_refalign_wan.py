@@ -61,21 +61,23 @@ CALL_DEFAULTS = {
     "guidance_scale": 7.5,
     "image_guidance_scale": 5.0,
     "max_sequence_length": 512,
+    "guidance_projection": None,
 }
 TOKEN_PIXELS = 16  # the side of a token in pixels: the VAE's 8 times the transformer's patch of 2
-TRAINED_REFERENCES = 3  # the most that RefAlign's samples have
+TRAINED_REFERENCES = {"frames": 3, "sources": 5}  # the most in a sample, of RefAlign and of Bernini-R
 FRAMES_PER_LATENT = 4  # frames of the video in a latent frame, except for the first, which has one
 
 
 def guidance_passes(
-    guidance_scale: float, image_guidance_scale: float, has_references: bool = True
+    guidance_scale: float, image_guidance_scale: float, has_references: bool = True, is_projected: bool = False
 ) -> list[tuple[str, float]]:
     """
     The forward passes that a step needs, in order, each with its weight in [`combine_passes`].
 
     `"null"` is the negative prompt with null references, `"reference"` the negative prompt with the references,
     `"full"` the prompt with the references: `v = null + g_ref (reference - null) + g_text (full - reference)`. A pass
-    whose coefficient in that sum is zero is left out. Without references it is Wan's text guidance.
+    whose coefficient in that sum is zero is left out, but not with [`project_guidance`], where no difference is as it
+    was. Without references it is Wan's text guidance.
     """
     if not has_references:
         return [("null", 1.0), ("full", guidance_scale)] if guidance_scale > 1 else [("full", 1.0)]
@@ -84,7 +86,7 @@ def guidance_passes(
         ("reference", image_guidance_scale, image_guidance_scale - guidance_scale),
         ("full", guidance_scale, guidance_scale),
     ]
-    return [(name, weight) for name, weight, coefficient in passes if coefficient != 0]
+    return [(name, weight) for name, weight, coefficient in passes if is_projected or coefficient != 0]
 
 
 def combine_passes(predictions: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
@@ -94,6 +96,54 @@ def combine_passes(predictions: Sequence[torch.Tensor], weights: Sequence[float]
     for previous, prediction, weight in zip(predictions, predictions[1:], weights[1:], strict=False):
         velocity = velocity + weight * (prediction - previous)
     return velocity
+
+
+def project_guidance(
+    predictions: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    latents: torch.Tensor,
+    sigma: float,
+    projection: Mapping[str, Any],
+    running: dict[int, torch.Tensor],
+) -> torch.Tensor:
+    """
+    [`combine_passes`] by adaptive projected guidance (arXiv 2410.02416), as Bernini-R does it (arXiv 2605.22344):
+    between denoised latents, each latent frame by itself, the part of each difference that is parallel to its target
+    is scaled by `eta`.
+
+    Args:
+        predictions (`Sequence[torch.Tensor]`): velocities `(batch, channels, frames, height, width)`, as in
+            [`combine_passes`].
+        weights (`Sequence[float]`): of the passes, as in [`combine_passes`].
+        latents (`torch.Tensor`): the noisy latents.
+        sigma (`float`): their noise level.
+        projection (`Mapping`): `eta` (1: nothing is projected), `momentum` (0: none) and `thresholds` of the image's
+            and the text's difference (the largest norm of a frame; 0: any), all optional.
+        running (`dict[int, torch.Tensor]`): the differences of earlier steps, for the momentum; written to.
+    """
+    latents = latents.float()
+    denoised = [latents - sigma * prediction.float() for prediction in predictions]
+    thresholds = projection.get("thresholds", (0, 0))[-(len(denoised) - 1) :]
+    guided = denoised[0]
+    for number, threshold in enumerate(thresholds[: len(denoised) - 1], 1):
+        difference = denoised[number] - denoised[number - 1]
+        if momentum := projection.get("momentum", 0):
+            difference = difference + momentum * running.get(number, 0)
+            running[number] = difference
+        projected = _projected(difference, denoised[number], projection.get("eta", 1), threshold)
+        guided = guided + weights[number] * projected
+    return (latents - guided) / sigma
+
+
+def _projected(difference: torch.Tensor, target: torch.Tensor, eta: float, threshold: float) -> torch.Tensor:
+    dims = (1, 3, 4)  # of a latent frame
+    if threshold > 0:
+        norm = difference.norm(p=2, dim=dims, keepdim=True)
+        difference = difference * (threshold / norm.clamp(min=1e-12)).clamp(max=1)
+    target = target.double()
+    unit = target / target.norm(p=2, dim=dims, keepdim=True).clamp(min=1e-12)
+    parallel = ((difference.double() * unit).sum(dims, keepdim=True) * unit).to(difference)
+    return difference - parallel + eta * parallel
 
 
 def passes_made(names: Sequence[str], guidance_gate: Sequence[float] | None, step: int, num_steps: int) -> list[str]:
@@ -195,7 +245,13 @@ class RefAlignWanPipeline(WanPipeline):
         transformer ([`RefAlignWanTransformer3DModel`]): a plain [`WanTransformer3DModel`] is given the reference
             branch, sharing its weights.
         call_defaults (`dict`, *optional*): arguments of a call that suit this model better than the published models'
-            ([`CALL_DEFAULTS`]); kept in `model_index.json`.
+            ([`CALL_DEFAULTS`]); kept in `model_index.json`, as what follows is.
+        prompt_prefix (`dict`, *optional*): what stands before every prompt, `{"references": ..., "no_references":
+            ...}`, for models that were trained so.
+        reference_long_edge (`int`, *optional*): the longer side of a reference in pixels, for models that read
+            references in their own aspect (`reference_rope="sources"`). `None`: letterboxed to the video's size.
+        first_sigma (`float`, *optional*): the noise level of the first step, before the scheduler's shift; the
+            others follow in equal steps. `None`: the scheduler's own, or 1 with [`FlowMatchEulerDiscreteScheduler`].
     """
 
     model_cpu_offload_seq = "text_encoder->transformer->vae"
@@ -210,6 +266,9 @@ class RefAlignWanPipeline(WanPipeline):
         scheduler: FlowMatchEulerDiscreteScheduler,
         transformer: WanTransformer3DModel,
         call_defaults: dict[str, Any] | None = None,
+        prompt_prefix: dict[str, str] | None = None,
+        reference_long_edge: int | None = None,
+        first_sigma: float | None = None,
     ) -> None:
         if unknown := sorted((call_defaults or {}).keys() - CALL_DEFAULTS.keys()):
             raise ValueError(f"`call_defaults` names {unknown}; it can name {sorted(CALL_DEFAULTS)}.")
@@ -224,7 +283,12 @@ class RefAlignWanPipeline(WanPipeline):
         self.register_modules(
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, scheduler=scheduler, transformer=transformer
         )
-        self.register_to_config(call_defaults=call_defaults)
+        self.register_to_config(
+            call_defaults=call_defaults,
+            prompt_prefix=prompt_prefix,
+            reference_long_edge=reference_long_edge,
+            first_sigma=first_sigma,
+        )
         self.vae_scale_factor_temporal = vae.config["scale_factor_temporal"] if vae is not None else 4
         self.vae_scale_factor_spatial = vae.config["scale_factor_spatial"] if vae is not None else 8
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
@@ -233,6 +297,11 @@ class RefAlignWanPipeline(WanPipeline):
     def call_defaults(self) -> dict[str, Any]:
         """What a call of this model takes for arguments that are not given."""
         return CALL_DEFAULTS | (self.config.get("call_defaults") or {})
+
+    @property
+    def has_sources(self) -> bool:
+        """Whether each reference has a size of its own, and a pass without references has no tokens of them."""
+        return self.transformer.config.get("reference_rope", "frames") == "sources"
 
     @property
     def image_guidance_scale(self) -> float:
@@ -261,12 +330,14 @@ class RefAlignWanPipeline(WanPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] | None = (),
         max_sequence_length: int = 512,
         guidance_gate: Sequence[float] | None = None,
+        guidance_projection: Mapping[str, Any] | None = None,
     ) -> None:
         """Raises ValueError for the first argument that is wrong, with its value and what would be right."""
         _, patch_height, patch_width = self.transformer.config.patch_size
         multiples = (self.vae_scale_factor_spatial * patch_height, self.vae_scale_factor_spatial * patch_width)
         check_size(height, width, num_frames, multiples, self.vae_scale_factor_temporal)
         check_settings(num_inference_steps, guidance_scale, image_guidance_scale, guidance_gate)
+        check_projection(guidance_projection)
         _check_count("num_videos_per_prompt", num_videos_per_prompt)
         _check_count("max_sequence_length", max_sequence_length)
         if output_type not in ("pil", "np", "pt", "latent"):
@@ -321,9 +392,17 @@ class RefAlignWanPipeline(WanPipeline):
         if reference_images is not None and reference_latents is not None:
             raise ValueError("Pass either `reference_images` or `reference_latents`, not both.")
         split_reference_images(reference_images, batch_size)
-        if reference_latents is not None:
+        if self.has_sources:
+            self._check_sources(reference_latents, batch_size)
+        elif reference_latents is not None:
             _, channels, _, height, width = self._latents_shape(batch_size, 1, height, width)
             _check_tensor("reference_latents", reference_latents, (batch_size, channels, None, height, width))
+
+    def _check_sources(self, reference_latents: Any, batch_size: int) -> None:
+        channels = self.transformer.config.in_channels
+        for latents in split_reference_images(reference_latents, batch_size):
+            for one in latents:
+                _check_tensor("reference_latents", one, (1, channels, 1, None, None))
 
     def _check_callback(
         self, callback_on_step_end: Callable | None, callback_on_step_end_tensor_inputs: Sequence[str] | None
@@ -342,7 +421,7 @@ class RefAlignWanPipeline(WanPipeline):
         """(height, width, frames) of given latents, else those that the model was trained at"""
         defaults = self.call_defaults
         height, width, num_frames = defaults["height"], defaults["width"], defaults["num_frames"]
-        for tensor in (reference_latents, latents):
+        for tensor in (None if self.has_sources else reference_latents, latents):
             if isinstance(tensor, torch.Tensor) and tensor.ndim == 5:
                 height = tensor.shape[3] * self.vae_scale_factor_spatial
                 width = tensor.shape[4] * self.vae_scale_factor_spatial
@@ -379,19 +458,25 @@ class RefAlignWanPipeline(WanPipeline):
     def encode_reference(self, image: Any, height: int, width: int) -> torch.Tensor:
         """
         A reference image as latents of shape `(1, channels, 1, height / 8, width / 8)`, float32, normalised as the
-        video's are: letterboxed on white, encoded as a one-frame video (RefAlign, section 3).
+        video's are: letterboxed on white, encoded as a one-frame video (RefAlign, section 3). With the pipeline's
+        `reference_long_edge` its size is the reference's own.
         """
-        image = prepare_reference_image(image, height, width, cut_out=False)
+        long_edge = self.config.get("reference_long_edge")
+        image = prepare_reference_image(image, height, width, cut_out=False, long_edge=long_edge)
         pixels = self.video_processor.preprocess(image)[:, :, None]
         pixels = pixels.to(get_module_execution_device(self.vae), self.vae.dtype)
         return normalize_latents(self.vae.encode(pixels).latent_dist.mode(), self.vae.config)
 
     def prepare_references(
-        self, reference_images: Any, reference_latents: torch.Tensor | None, batch_size: int, height: int, width: int
-    ) -> list[torch.Tensor | None]:
-        """One entry per prompt: its references' latents, `(1, channels, references, h, w)` in float32, or `None`."""
-        if reference_latents is not None:
+        self, reference_images: Any, reference_latents: Any, batch_size: int, height: int, width: int
+    ) -> list[torch.Tensor | list[torch.Tensor] | None]:
+        """One entry per prompt: its references' latents, `(1, channels, references, h, w)` in float32, or `None`. For
+        a model with sources a list of `(1, channels, 1, h, w)`, each of its own size."""
+        if reference_latents is not None and not self.has_sources:
             return list(reference_latents.float().split(1))
+        if reference_latents is not None:
+            prompts = split_reference_images(reference_latents, batch_size)
+            return [[one.float() for one in latents] or None for latents in prompts]
         references = []
         for index, images in enumerate(split_reference_images(reference_images, batch_size)):
             latents = []
@@ -400,8 +485,21 @@ class RefAlignWanPipeline(WanPipeline):
                     latents.append(self.encode_reference(image, height, width))
                 except ValueError as error:
                     raise ValueError(f"Reference {number + 1} of prompt {index + 1}: {error}") from error
-            references.append(torch.cat(latents, dim=2) if latents else None)
+            if not self.has_sources and latents:
+                latents = torch.cat(latents, dim=2)
+            references.append(None if len(latents) == 0 else latents)
         return references
+
+    def _with_prefix(self, prompt: str | list[str] | None, references: Sequence[Any]) -> str | list[str] | None:
+        """The prompts with what this model wants before them."""
+        prefix = self.config.get("prompt_prefix")
+        if prompt is None or not prefix:
+            return prompt
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        prefixed = []
+        for text, own in zip(prompts, references, strict=True):
+            prefixed.append(prefix["no_references" if own is None else "references"] + prompt_clean(text))
+        return prefixed
 
     def _tell_cut_text(self, name: str, texts: str | list[str] | None, max_sequence_length: int) -> None:
         """Logs which end of a text the model does not read."""
@@ -420,24 +518,28 @@ class RefAlignWanPipeline(WanPipeline):
         timestep: torch.Tensor,
         prompt_embeds: torch.Tensor,
         negative_prompt_embeds: torch.Tensor | None,
-        references: torch.Tensor | None,
+        references: torch.Tensor | list[torch.Tensor] | None,
         context_suffix: str,
         context: dict[str, Any],
         guidance_gate: Sequence[float] | None,
         differences: dict[str, torch.Tensor],
+        guidance_projection: Mapping[str, Any] | None,
+        running: dict[int, torch.Tensor],
     ) -> torch.Tensor:
         """The guided velocity, float32, for samples with the same number of references. `differences` are those of
-        [`complete_passes`], without any if all passes must be made."""
+        [`complete_passes`], without any if all passes must be made; `running` those of [`project_guidance`]."""
         dtype = self.transformer.dtype
-        passes = guidance_passes(self.guidance_scale, self.image_guidance_scale, references is not None)
+        scales = (self.guidance_scale, self.image_guidance_scale)
+        passes = guidance_passes(*scales, references is not None, bool(guidance_projection))
         names = [name for name, _ in passes]
         gate = guidance_gate if differences else None
         made = {}
         for name in passes_made(names, gate, context["step_index"], context["num_inference_steps"]):
-            if references is None or name != "null":
-                pass_references = references
-            else:
+            pass_references = references
+            if name == "null" and isinstance(references, torch.Tensor):
                 pass_references = torch.zeros_like(references)  # the null reference is zeros, not a blank image
+            elif name == "null":
+                pass_references = None  # a model with sources was trained without tokens of references
             # A context of its own for each pass and group of samples, else caches mix them
             with self.transformer.cache_context(name + context_suffix, **context):
                 prediction = self.transformer(
@@ -450,9 +552,13 @@ class RefAlignWanPipeline(WanPipeline):
                 )[0]
             made[name] = prediction
         weights = [weight for _, weight in passes]
-        if guidance_gate is None:
-            return combine_passes(list(made.values()), weights)
-        return combine_passes(complete_passes(names, made, differences), weights)
+        predictions = list(made.values())
+        if guidance_gate is not None:
+            predictions = complete_passes(names, made, differences)
+        if guidance_projection and len(predictions) > 1:
+            sigma = context["sigma"]
+            return project_guidance(predictions, weights, latents, sigma, guidance_projection, running)
+        return combine_passes(predictions, weights)
 
     @torch.no_grad()
     def __call__(
@@ -471,7 +577,7 @@ class RefAlignWanPipeline(WanPipeline):
         latents: torch.Tensor | None = None,
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
-        reference_latents: torch.Tensor | None = None,
+        reference_latents: torch.Tensor | list[Any] | None = None,
         output_type: str = "np",
         return_dict: bool = True,
         attention_kwargs: dict[str, Any] | None = None,
@@ -479,6 +585,7 @@ class RefAlignWanPipeline(WanPipeline):
         callback_on_step_end_tensor_inputs: list[str] = ["latents"],  # noqa: B006 (diffusers' own signature)
         max_sequence_length: int | None = None,
         guidance_gate: tuple[float, float] | None = None,
+        guidance_projection: Mapping[str, Any] | None = None,
     ) -> WanPipelineOutput | tuple:
         r"""
         Makes a video of the references' subjects acting out the prompt.
@@ -520,7 +627,8 @@ class RefAlignWanPipeline(WanPipeline):
                 In place of `negative_prompt`.
             reference_latents (`torch.Tensor`, *optional*):
                 Latents of shape `(batch, channels, references, height / 8, width / 8)` in place of `reference_images`,
-                as [`~RefAlignWanPipeline.encode_reference`] makes them.
+                as [`~RefAlignWanPipeline.encode_reference`] makes them. For a model with sources a list of
+                `(1, channels, 1, h, w)`, or a list of such lists, one per prompt.
             output_type (`str`, defaults to `"np"`):
                 `"pil"`, `"np"`, `"pt"` or `"latent"`.
             return_dict (`bool`, defaults to `True`):
@@ -538,6 +646,10 @@ class RefAlignWanPipeline(WanPipeline):
                 pass is left out, after the second the reference pass too, and the guidance that each added when it
                 was last made is added again ([`complete_passes`]). The first step makes all passes. A callback that
                 changes the scales or the embeddings lets one more step make all passes. `None` is exact.
+
+            guidance_projection (`dict`, *optional*, defaults to the model's own):
+                `eta`, `thresholds` and `momentum` of [`project_guidance`], such as `{"eta": 0.5, "thresholds": [50,
+                50]}`: less of what makes colours burn at high scales. `{}` is plain guidance.
 
         Returns:
             [`WanPipelineOutput`] or `tuple`: the videos, as `frames`.
@@ -571,6 +683,7 @@ class RefAlignWanPipeline(WanPipeline):
         guidance_scale = _given_or(defaults["guidance_scale"], guidance_scale)
         image_guidance_scale = _given_or(defaults["image_guidance_scale"], image_guidance_scale)
         max_sequence_length = _given_or(defaults["max_sequence_length"], max_sequence_length)
+        guidance_projection = _given_or(defaults["guidance_projection"], guidance_projection)
         self.check_inputs(
             prompt=prompt,
             negative_prompt=negative_prompt,
@@ -593,6 +706,7 @@ class RefAlignWanPipeline(WanPipeline):
             callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
             max_sequence_length=max_sequence_length,
             guidance_gate=guidance_gate,
+            guidance_projection=guidance_projection,
         )
         self._guidance_scale = guidance_scale
         self._image_guidance_scale = image_guidance_scale
@@ -605,16 +719,18 @@ class RefAlignWanPipeline(WanPipeline):
         # 2. References, and the samples that have the same number of them
         references = self.prepare_references(reference_images, reference_latents, batch_size, height, width)
         groups = group_by_references(references, num_videos_per_prompt, device, dtype)
-        _tell_untrained_numbers(references)
+        _tell_untrained_numbers(groups, TRAINED_REFERENCES["sources" if self.has_sources else "frames"])
 
         # 3. Prompts
+        prompt = self._with_prefix(prompt, references)
         self._tell_cut_text("prompt", prompt, max_sequence_length)
         if negative_prompt_embeds is None:
             self._tell_cut_text("negative_prompt", negative_prompt, max_sequence_length)
         # A callback may raise the guidance
         needs_negative = callback_on_step_end is not None and self.text_encoder is not None
         for _, group in groups:
-            passes = guidance_passes(guidance_scale, image_guidance_scale, group is not None)
+            scales = (guidance_scale, image_guidance_scale)
+            passes = guidance_passes(*scales, group is not None, bool(guidance_projection))
             needs_negative = needs_negative or any(name != "full" for name, _ in passes)
         prompt_embeds, negative_prompt_embeds = self.encode_prompt(
             prompt=prompt,  # pyright: ignore[reportArgumentType] (None beside embeddings)
@@ -644,6 +760,7 @@ class RefAlignWanPipeline(WanPipeline):
             callback=callback_on_step_end and partial(callback_on_step_end, self),
             callback_tensors=callback_on_step_end_tensor_inputs or (),
             guidance_gate=guidance_gate,
+            guidance_projection=guidance_projection,
         )
 
         # 6. Decode
@@ -658,14 +775,16 @@ class RefAlignWanPipeline(WanPipeline):
         latents: torch.Tensor,
         prompt_embeds: torch.Tensor,
         negative_prompt_embeds: torch.Tensor | None,
-        groups: list[tuple[torch.Tensor | slice, torch.Tensor | None]],
+        groups: list[tuple[torch.Tensor | slice, torch.Tensor | list[torch.Tensor] | None]],
         generator: torch.Generator | list[torch.Generator] | None,
         callback: Callable | None,
         callback_tensors: Sequence[str],
         guidance_gate: Sequence[float] | None,
+        guidance_projection: Mapping[str, Any] | None,
     ) -> torch.Tensor:
         """Makes latents of noise; `groups` come from [`group_by_references`]."""
         differences: list[dict[str, torch.Tensor]] = [{} for _ in groups]
+        running: list[dict[int, torch.Tensor]] = [{} for _ in groups]
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
@@ -697,6 +816,8 @@ class RefAlignWanPipeline(WanPipeline):
                         context=context,
                         guidance_gate=guidance_gate,
                         differences=differences[number],
+                        guidance_projection=guidance_projection,
+                        running=running[number],
                     )
                 latents = self.scheduler.step(velocity, t, latents, **step_arguments, return_dict=False)[0]
                 if callback is not None:
@@ -713,6 +834,7 @@ class RefAlignWanPipeline(WanPipeline):
                     negative_prompt_embeds = tensors["negative_prompt_embeds"]
                     if not _are_equal(guidance, self._copy_guidance(prompt_embeds, negative_prompt_embeds)):
                         differences = [{} for _ in groups]
+                        running = [{} for _ in groups]
                         if guidance_gate is not None:
                             self._reset_caches()  # those of passes that were left out are of long ago
                 progress_bar.update()
@@ -725,10 +847,13 @@ class RefAlignWanPipeline(WanPipeline):
         return [scales, *(tensor.clone() for tensor in embeds if tensor is not None)]
 
     def _set_timesteps(self, num_inference_steps: int, device: torch.device) -> None:
-        if isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
-            # The paper's schedule (the scheduler applies its shift); the scheduler's own default ends at another sigma
-            sigmas = torch.linspace(1, 0, num_inference_steps + 1)[:-1]
-            self.scheduler.set_timesteps(sigmas=sigmas.tolist(), device=device)
+        if (first_sigma := self.config.get("first_sigma")) is not None:
+            steps = torch.linspace(1, 0, num_inference_steps + 1, dtype=torch.float64)[:-1]
+            self.scheduler.set_timesteps(sigmas=(first_sigma * steps).numpy(), device=device)  # it applies its shift
+        elif isinstance(self.scheduler, FlowMatchEulerDiscreteScheduler):
+            # The paper's schedule, in its own precision; the scheduler's own default ends at another sigma
+            steps = torch.linspace(1, 0, num_inference_steps + 1)[:-1]
+            self.scheduler.set_timesteps(sigmas=steps.tolist(), device=device)
         else:
             self.scheduler.set_timesteps(num_inference_steps, device=device)
         self.scheduler.set_begin_index(0)  # spares a copy from the device at each step
@@ -995,6 +1120,27 @@ def check_settings(
     _check_gate(guidance_gate)
 
 
+def check_projection(projection: Any) -> None:
+    """Raises ValueError unless it is `None`, or a mapping as [`project_guidance`] takes."""
+    if projection is None:
+        return
+    known = {"eta", "thresholds", "momentum"}
+    if not isinstance(projection, Mapping) or not projection.keys() <= known:
+        raise ValueError(f"`guidance_projection` must be a dict with some of {sorted(known)}, but is {projection!r}.")
+    thresholds = projection.get("thresholds", (0, 0))
+    if not isinstance(thresholds, (list, tuple)) or len(thresholds) != 2:
+        raise ValueError(
+            "`guidance_projection` needs two `thresholds`, for the references' difference and the prompt's, but has "
+            f"{thresholds!r}."
+        )
+    for value in (*thresholds, projection.get("eta", 1)):
+        _check_scale("guidance_projection", value)
+    momentum = projection.get("momentum", 0)
+    is_number = isinstance(momentum, numbers.Real) and not isinstance(momentum, bool)
+    if not is_number or not -1 < momentum < 1:
+        raise ValueError(f"`guidance_projection` needs a `momentum` between -1 and 1, but has {momentum!r}.")
+
+
 def split_reference_images(reference_images: Any, batch_size: int) -> list[list[Any]]:
     """
     The reference images of each prompt, from any form that [`RefAlignWanPipeline`] takes.
@@ -1027,30 +1173,35 @@ def split_reference_images(reference_images: Any, batch_size: int) -> list[list[
 
 
 def group_by_references(
-    references: Sequence[torch.Tensor | None], repeats: int, device: torch.device, dtype: torch.dtype
-) -> list[tuple[torch.Tensor | slice, torch.Tensor | None]]:
+    references: Sequence[torch.Tensor | list[torch.Tensor] | None],
+    repeats: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[tuple[torch.Tensor | slice, torch.Tensor | list[torch.Tensor] | None]]:
     """
-    Groups samples by their number of references, so that none is padded.
+    Groups samples by their number of references, and by the sizes of these, so that none is padded.
 
     Args:
-        references (`Sequence[torch.Tensor]`): one entry per prompt, `(1, channels, references, h, w)` or `None`.
+        references (`Sequence`): one entry per prompt, `(1, channels, references, h, w)`, a list of
+            `(1, channels, 1, h, w)` or `None`.
         repeats (`int`): how many videos of each prompt; they lie next to each other in the batch.
         device (`torch.device`): the result's device.
         dtype (`torch.dtype`): the dtype of the result's references.
 
     Returns:
-        `list[tuple]`: the samples' places in the batch, and their references, `(samples, channels, references, h, w)`
-        or `None`, in the order in which the numbers first occur.
+        `list[tuple]`: the samples' places in the batch, and their references, `(samples, channels, references, h, w)`,
+        a list of `(samples, channels, 1, h, w)` or `None`, in the order in which the sizes first occur.
     """
-    groups: dict[int, tuple[list[int], list[torch.Tensor]]] = {}
+    groups: dict[tuple, list[int]] = {}
     for index, latents in enumerate(references):
-        indices, members = groups.setdefault(0 if latents is None else latents.shape[2], ([], []))
-        indices.append(index)
-        if latents is not None:
-            members.append(latents)
+        groups.setdefault(_sizes(latents), []).append(index)
     result = []
-    for indices, members in groups.values():
-        latents = _repeat(torch.cat(members).to(device, dtype), repeats) if members else None
+    for indices in groups.values():
+        latents = _joined([references[index] for index in indices])
+        if isinstance(latents, torch.Tensor):
+            latents = _repeat(latents.to(device, dtype), repeats)
+        elif latents is not None:
+            latents = [_repeat(source.to(device, dtype), repeats) for source in latents]
         samples = slice(None)  # the usual single group is the batch as it is: a slice spares copies at every step
         if len(groups) > 1:
             first = torch.tensor(indices, device=device)[:, None] * repeats
@@ -1059,12 +1210,35 @@ def group_by_references(
     return result
 
 
-def _tell_untrained_numbers(references: Sequence[torch.Tensor | None]) -> None:
-    numbers_of_references = [0 if latents is None else latents.shape[2] for latents in references]
-    if (most := max(numbers_of_references)) > TRAINED_REFERENCES:
+def _sizes(references: torch.Tensor | list[torch.Tensor] | None) -> tuple:
+    """What samples of a group have in common."""
+    if references is None:
+        return ()
+    if isinstance(references, torch.Tensor):
+        return tuple(references.shape)
+    return tuple(tuple(latents.shape) for latents in references)
+
+
+def _joined(members: Sequence[Any]) -> torch.Tensor | list[torch.Tensor] | None:
+    """The references of a group's samples in one batch."""
+    if members[0] is None:
+        return None
+    if isinstance(members[0], torch.Tensor):
+        return torch.cat(list(members))
+    return [torch.cat(sources) for sources in zip(*members, strict=True)]
+
+
+def _tell_untrained_numbers(
+    groups: Sequence[tuple[Any, torch.Tensor | list[torch.Tensor] | None]], trained: int
+) -> None:
+    numbers_of_references = []
+    for _, references in groups:
+        is_tensor = isinstance(references, torch.Tensor)
+        numbers_of_references.append(references.shape[2] if is_tensor else len(references or ()))
+    if (most := max(numbers_of_references)) > trained:
         logging.getLogger(__name__).warning(
-            "A prompt has %d references, but RefAlign was trained with %d at most: some may be mixed or left out.",
-            *(most, TRAINED_REFERENCES),
+            "A prompt has %d references, but %s was trained with %d at most: some may be mixed or left out.",
+            *(most, "RefAlign" if trained == TRAINED_REFERENCES["frames"] else "Bernini-R", trained),
         )
 
 

@@ -7,11 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from diffusers import UniPCMultistepScheduler
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from refalign import RefAlignWanTransformer3DModel, prepare_reference_image
+from refalign import RefAlignWanPipeline, RefAlignWanTransformer3DModel, prepare_reference_image
+from refalign.pipeline_refalign_wan import combine_passes, project_guidance
 from tests.parallel import run_on_two_ranks
 
 
@@ -179,3 +181,100 @@ def test_sizes_of_references_equal_the_authors(resized):
 def test_a_wrong_long_edge_is_named(long_edge):
     with pytest.raises(ValueError, match="`long_edge` must be 16"):
         prepare_reference_image(Image.new("RGB", (32, 32)), 480, 848, False, long_edge)
+
+
+# -- Sampling ---------------------------------------------------------------------------------------------------------
+
+APG = {"eta": 0.5, "thresholds": [50, 50]}
+BINDING_APG = {"eta": 0.3, "thresholds": [9, 4], "momentum": -0.5}
+
+
+def bernini_pipeline(model, **parts) -> RefAlignWanPipeline:
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
+    parts = {"tokenizer": None, "text_encoder": None, "vae": None} | parts
+    return RefAlignWanPipeline(scheduler=scheduler, transformer=model, first_sigma=0.999, **parts)
+
+
+def sample(bernini, references, **changes):
+    pipeline = bernini_pipeline(bernini.model)
+    pipeline.set_progress_bar_config(disable=True)
+    arguments = {
+        "latents": bernini.t["in.noise"],
+        "prompt_embeds": bernini.t["in.prompt_embeds"],
+        "negative_prompt_embeds": bernini.t["in.negative_prompt_embeds"],
+        "reference_latents": references,
+        "num_inference_steps": 4,
+        "guidance_scale": 4.0,
+        "image_guidance_scale": 4.5,
+        "output_type": "latent",
+    }
+    return pipeline(**(arguments | changes)).frames
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "projection"),
+    [
+        ("plain", 3, {}),
+        ("plain_1_reference", 1, {}),
+        ("apg", 3, APG),
+        ("apg_binding", 3, BINDING_APG),
+        ("t2v", 0, {}),
+        ("t2v_apg", 0, APG),
+    ],
+)
+def test_samples_equal_the_authors(bernini, name, number, projection):
+    ours = sample(bernini, bernini.references[:number] or None, guidance_projection=projection)
+    assert (ours - bernini.t[f"out.sample_4_steps_{name}"]).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize(("steps", "name"), [(4, "sample_{}"), (40, "{}_40")])
+def test_timesteps_equal_the_authors(bernini, steps, name):
+    pipeline = bernini_pipeline(bernini.model)
+    pipeline._set_timesteps(steps, torch.device("cpu"))
+    assert torch.equal(pipeline.scheduler.timesteps, bernini.t["out." + name.format("timesteps")])
+    assert torch.equal(pipeline.scheduler.sigmas, bernini.t["out." + name.format("sigmas")])
+
+
+def test_samples_with_references_of_other_sizes_equal_one_by_one_runs(bernini):
+    one, two, _ = bernini.references
+    references = [[one, two], [two], [one, two], []]
+    batch = {name: bernini.t[f"in.{name}"].repeat(4, 1, 1) for name in ("prompt_embeds", "negative_prompt_embeds")}
+    noise = torch.randn(4, *bernini.t["in.noise"].shape[1:], generator=torch.Generator().manual_seed(0))
+    together = sample(bernini, references, latents=noise, guidance_projection=APG, **batch)
+    for number, own in enumerate(references):
+        alone = sample(bernini, own or None, latents=noise[number : number + 1], guidance_projection=APG)
+        torch.testing.assert_close(together[number : number + 1], alone, atol=1e-3, rtol=1e-3)
+
+
+def test_projection_that_keeps_all_is_plain_guidance():
+    generator = torch.Generator().manual_seed(0)
+    latents, *predictions = torch.randn(4, 2, 16, 3, 4, 4, generator=generator)
+    plain = combine_passes(predictions, [1, 4.5, 4.0])
+    projected = project_guidance(predictions, [1, 4.5, 4.0], latents, 0.7, {"eta": 1}, {})
+    torch.testing.assert_close(projected, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_equal_scales_make_all_passes_where_guidance_is_projected(bernini):
+    ours = sample(bernini, bernini.references, image_guidance_scale=4.0, guidance_projection={"eta": 1})
+    plain = sample(bernini, bernini.references, image_guidance_scale=4.0, guidance_projection={})
+    torch.testing.assert_close(ours, plain, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("projection", "message"),
+    [
+        ({"etta": 1}, "etta"),
+        ({"thresholds": 50}, "two `thresholds`"),
+        ({"eta": -1}, "-1"),
+        ({"momentum": 2}, "between -1 and 1"),
+        ("apg", "must be a dict"),
+    ],
+)
+def test_a_wrong_projection_is_named(bernini, projection, message):
+    with pytest.raises(ValueError, match=message):
+        sample(bernini, None, guidance_projection=projection)
+
+
+def test_more_references_than_bernini_was_trained_with_are_told(bernini, caplog):
+    sample(bernini, bernini.many, num_inference_steps=1)
+    assert "7 references, but Bernini-R was trained with 5" in caplog.text
