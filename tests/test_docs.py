@@ -118,3 +118,21 @@ def test_the_page_of_all_messages_has_them():
 def test_a_text_of_the_code_has_marks_for_what_differs():
     node = messages.ast.parse('f"a {b} " "c %s"').body[0].value
     assert messages.as_text(node) == "a … c %s"
+
+
+# Width, feed-forward's width and layers, as in the table of the page
+SIZES = {"1.3B": (1536, 8960, 30), "14B": (5120, 13824, 40)}
+
+
+@pytest.mark.parametrize(("size", "references"), [("1.3B", 1), ("1.3B", 3), ("14B", 1), ("14B", 3)])
+def test_reckoned_costs_follow_from_the_formula_of_the_page(size, references):
+    page = (house.ROOT / "docs/memory-and-speed.md").read_text("utf-8")
+    width, forward, layers = SIZES[size]
+    video, tokens = 21 * 1560, (21 + references) * 1560
+    linear = 4 * width**2 * tokens + 2 * width**2 * video + 1024 * width**2 + 2 * width * forward * tokens
+    attention = 4 * layers * width * (tokens**2 + 512 * video)
+    cost = 2 * layers * linear + attention
+    row = f"| {references} | {tokens:,} | {cost / 1e15:.2f} | {attention / cost:.0%} | {150 * cost / 1e15:.0f} |"
+    assert row.replace("%", " %") in page
+    minutes = 150 * cost / 344e12 / 60
+    assert references == 1 or f"| {size}, 3 references | {3 * cost / 344e12:.1f} s | {minutes:.1f} minutes |" in page
