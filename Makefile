@@ -5,17 +5,22 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint docs clean
+.PHONY: demo test test-slow lint docs chromium clean
 
 demo: $(VENV)/installed
 	$(BIN)/refalign demo --output demo
 
-test: $(VENV)/installed
+test: $(VENV)/installed chromium
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,background,ray]"
 	$(BIN)/python -m pytest -q -m slow
+
+chromium:  # for the tests of the app, which are skipped where there is none, but not in CI
+	@command -v chromium chromium-browser google-chrome >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+		&& apt-get -qq update && apt-get -qq install -y --no-install-recommends chromium >/dev/null 2>&1; } \
+		|| echo "There is no Chromium, and it cannot be installed here: the app is not tested in a browser." >&2
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

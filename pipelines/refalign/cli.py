@@ -1,10 +1,11 @@
-"""`refalign demo | generate | convert | export | push | lora`: reference-to-video from the command line.
+"""`refalign demo | generate | app | convert | export | push | lora`: reference-to-video from the command line.
 
 Nothing heavy is imported before the command line is understood, so that `--help` answers at once.
 """
 
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,17 @@ from refalign import demo, generate
 from refalign.command_line import Command, Program
 from refalign.demo import Demo
 from refalign.generate import Generate
+
+
+@dataclass(frozen=True)
+class App:
+    """Open the app: drop in pictures, write a prompt and watch the video in a browser. It needs the extra `app`."""
+
+    model: str | None = None
+    """The pipeline that makes the videos, as a folder or a Hub id. The default is what the variable REFALIGN_MODEL
+    names, or else the tiny one of drawn figures in this package."""
+    port: int | None = None
+    """The port of this machine to serve it at. The default is the first free one from 7860 on."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +93,15 @@ class LoraConvert:
     """The safetensors file to write. It must not exist."""
     to: Literal["native", "diffusers", "kohya"]
     """The key style to write. native is for ComfyUI and diffusers, kohya for musubi-tuner."""
+
+
+def run_app(command: App) -> int:
+    if find_spec("gradio") is None:
+        raise ImportError('The app needs gradio: `pip install "refalign[app]"`, in a clone `pip install ".[app]"`.')
+    from refalign.space.app import serve  # pyright: ignore[reportMissingImports] (space/, by pyproject.toml)
+
+    serve(command.model, command.port)
+    return 0
 
 
 def run_convert(command: Convert) -> int:
@@ -155,6 +176,7 @@ PROGRAM = Program(
             generate.run,
             '--model refalign-1.3b --prompt "A woman walks her dog." --reference woman.png dog.png --output walk.mp4',
         ),
+        "app": Command(App, run_app, "--model refalign-1.3b --port 7860"),
         "convert": Command(
             Convert,
             run_convert,

@@ -1,0 +1,72 @@
+"""A server of the app in a process of its own, as `refalign app` starts it, and a browser."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+PATIENCE = 40  # seconds; on a busy machine everything takes long
+START = 240  # seconds that the server may take to start
+
+
+@pytest.fixture(scope="package")
+def server(tmp_path_factory) -> Iterator[SimpleNamespace]:
+    """`url`, and `folder`: the temporary folder of the server's process."""
+    folder = tmp_path_factory.mktemp("server")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    # Under gradio's own test switch, what a visitor left behind goes a second after the visit, not an hour
+    environment = {**os.environ, "TMPDIR": str(folder), "GRADIO_IS_E2E_TEST": "1"}
+    log = folder / "log.txt"
+    command = [sys.executable, "-m", "refalign.cli", "app", "--port", str(port)]
+    with log.open("w") as opened:
+        process = subprocess.Popen(command, env=environment, stdout=opened, stderr=subprocess.STDOUT)
+    try:
+        _wait_for(url, process, log)
+        yield SimpleNamespace(url=url, folder=folder, log=log)
+    finally:
+        process.terminate()
+        process.wait(PATIENCE)
+    assert "Traceback" not in log.read_text()
+    assert list(folder.glob("refalign-app-*")) == []  # the files of all visits went with it
+
+
+def _wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
+    until = time.monotonic() + START
+    while time.monotonic() < until and process.poll() is None:
+        try:
+            urlopen(url).close()
+            return
+        except URLError:
+            time.sleep(0.2)
+    raise AssertionError(f"The app does not answer: {log.read_text()[-2000:]}")
+
+
+@pytest.fixture(scope="package")
+def browser() -> Iterator:
+    """Chromium without a window. Where there is none, tests are skipped, but CI must have one."""
+    program = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if program is None:
+        reason = "NO BROWSER: the app is not tested. Install one of: " + ", ".join(BROWSERS)
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield opened
+        opened.close()

@@ -1,0 +1,186 @@
+"""The app in a browser, as visitors use it. Screenshots are left in pytest's temporary folder."""
+
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import Page, expect
+
+from refalign import prepare_reference_images
+from refalign.sprites import SUBJECTS
+from refalign.video import read_settings
+from tests.space.conftest import PATIENCE
+
+
+STAR, HEART = SUBJECTS / "crowned-star.png", SUBJECTS / "yellow-heart.png"
+PROMPT = "On the left one hops up and down, on the right one spins around, in a meadow."
+PHONE = {"width": 390, "height": 844}
+
+
+@pytest.fixture(scope="module")
+def shots(tmp_path_factory):
+    return tmp_path_factory.mktemp("screenshots")
+
+
+@pytest.fixture
+def page(server, browser, request):
+    """The app's page, of a size and in colours that a test may name."""
+    marker = request.node.get_closest_marker("parametrize")
+    size = {"width": 1280, "height": 900} if marker is None else request.getfixturevalue("size")
+    context = browser.new_context(viewport=size, accept_downloads=True)
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE * 1000)
+    expect.set_options(timeout=PATIENCE * 1000)
+    page.goto(server.url)
+    button(page, "Generate").wait_for()
+    yield page
+    context.close()
+
+
+def button(page: Page, name: str):
+    return page.get_by_role("button", name=name, exact=True)
+
+
+def preview(page: Page, number: int):
+    return page.get_by_alt_text(f"Reference {number}, as the model sees it")
+
+
+def status(page: Page):
+    return page.locator("#status p")
+
+
+def add(page: Page, *files) -> None:
+    page.locator("input[type=file]").first.set_input_files(files)
+
+
+def make_quick(page: Page, steps: int = 1, frames: int = 5) -> None:
+    """Sets what a test has no time for."""
+    page.locator("#settings > button").click()
+    for label, value in (("Frames", frames), ("Steps", steps)):
+        field = page.get_by_role("spinbutton", name=re.compile(label))
+        field.fill(str(value))
+        field.blur()
+
+
+def pixels(page: Page, number: int) -> np.ndarray:
+    """What a preview shows."""
+    answer = page.request.get(preview(page, number).get_attribute("src"))
+    return np.asarray(Image.open(io.BytesIO(answer.body())).convert("RGB"))
+
+
+def test_two_references_become_a_video(page, shots):
+    add(page, STAR, HEART)
+    preview(page, 2).wait_for()
+    star, heart = prepare_reference_images([STAR, HEART], 64, 64, cut_out=False)
+    assert np.array_equal(pixels(page, 1), star) and np.array_equal(pixels(page, 2), heart)
+    page.locator("#prompt textarea").fill(PROMPT)
+    make_quick(page)
+    button(page, "Generate").click()
+    expect(status(page)).to_contain_text("Made in")
+    video = page.locator("#made video")
+    video.wait_for()
+    video.evaluate("video => video.play()")
+    page.wait_for_function("document.querySelector('#made video').currentTime > 0")
+    assert video.evaluate("video => [video.videoWidth, video.videoHeight]") == [64, 64]
+    page.screenshot(path=shots / "light.png", full_page=True)
+    page.emulate_media(color_scheme="dark")
+    page.screenshot(path=shots / "dark.png", full_page=True)
+    with page.expect_download() as download:
+        page.locator("#made").get_by_role("button", name="Download").or_(
+            page.locator("#made a[download]")
+        ).first.click()
+    download.value.save_as(shots / "video.mp4")
+    settings = read_settings(shots / "video.mp4")
+    assert settings["reference"] == [STAR.name, HEART.name]
+    assert (settings["prompt"], settings["steps"], settings["num_frames"]) == (PROMPT, 1, 5)
+    with page.expect_download() as download:
+        page.locator("#kept a[download]").first.click()
+    assert json.loads(download.value.path().read_text()) == settings
+
+
+def test_references_are_reordered_and_removed(page):
+    add(page, STAR, HEART)
+    preview(page, 2).wait_for()
+    star, heart = pixels(page, 1), pixels(page, 2)
+    before = preview(page, 1).get_attribute("src")
+    button(page, "Move 2 up").click()
+    expect(preview(page, 1)).not_to_have_attribute("src", before)
+    assert np.array_equal(pixels(page, 1), heart) and np.array_equal(pixels(page, 2), star)
+    button(page, "Remove 1").click()
+    expect(preview(page, 2)).to_be_hidden()
+    assert np.array_equal(pixels(page, 1), star)
+
+
+def test_a_run_is_cancelled_and_the_next_one_made(page):
+    button(page, "A square grows").click()
+    preview(page, 1).wait_for()
+    make_quick(page, steps=100, frames=17)
+    button(page, "Generate").click()
+    page.get_by_text(re.compile(r"Step \d+ of 100, .* left")).wait_for()
+    button(page, "Cancel").click()
+    expect(status(page)).to_contain_text("Cancelled.")
+    page.get_by_role("spinbutton", name=re.compile("Steps")).fill("1")
+    button(page, "Generate").click()
+    expect(status(page)).to_contain_text("Made in")
+
+
+def test_bad_files_are_told_by_name_and_the_good_one_is_kept(page, tmp_path):
+    (tmp_path / "words.png").write_text("no picture")
+    Image.new("1", (9000, 9000)).save(tmp_path / "huge.png")
+    add(page, tmp_path / "words.png", STAR, tmp_path / "huge.png")
+    page.get_by_text("words.png is not an image. Take a PNG, JPEG or WebP file.").wait_for()
+    page.get_by_text("huge.png has 9000x9000 pixels; 50 million are allowed.").wait_for()
+    preview(page, 1).wait_for()
+    expect(preview(page, 2)).to_be_hidden()
+
+
+def test_a_missing_prompt_and_a_fifth_reference_are_told(page):
+    button(page, "Generate").click()
+    page.get_by_text("The prompt is missing").wait_for()
+    add(page, STAR, HEART, STAR, HEART, STAR)
+    page.get_by_text("there can be 4 references").wait_for()
+    preview(page, 4).wait_for()
+
+
+@pytest.mark.parametrize("size", [PHONE])
+def test_it_goes_by_keyboard_alone_on_a_phone(page, size, shots):
+    """Every stop is reached by Tab, every action done by Enter or by typing."""
+    tab_to(page, "Click to Upload")
+    with page.expect_file_chooser() as chooser:
+        page.keyboard.press("Enter")
+    chooser.value.set_files([STAR])
+    preview(page, 1).wait_for()
+    tab_to(page, "What happens, and where")
+    page.keyboard.type("It hops up and down in a meadow.")
+    tab_to(page, "Settings")
+    page.keyboard.press("Enter")
+    tab_to(page, "Steps")
+    page.keyboard.press("Control+A")
+    page.keyboard.type("1")
+    page.screenshot(path=shots / "phone-settings.png", full_page=True)
+    tab_to(page, "Generate")
+    page.keyboard.press("Enter")
+    expect(status(page)).to_contain_text("Made in")
+    page.screenshot(path=shots / "phone.png", full_page=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+
+
+def tab_to(page: Page, words: str) -> None:
+    """Presses Tab until what has the focus is called so."""
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        name = page.evaluate(FOCUSED)
+        if words in name:
+            return
+    raise AssertionError(f"Tab does not come to {words!r}; it is at {name!r}")
+
+
+FOCUSED = """() => {
+    const focused = document.activeElement
+    if (focused === document.body) return ""
+    const label = focused.labels && focused.labels[0] ? focused.labels[0].innerText : ""
+    return [focused.getAttribute("aria-label"), label, focused.innerText].join(" ")
+}"""
