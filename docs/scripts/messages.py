@@ -16,6 +16,7 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[2]
 PACKAGES = {
     "refalign": ROOT / "pipelines/refalign",
+    "refalign.space": ROOT / "space",
     "refalign_training": ROOT / "training/refalign_training",
     "refalign_evaluation": ROOT / "evaluation/refalign_evaluation",
 }
