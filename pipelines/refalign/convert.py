@@ -184,14 +184,19 @@ def read_native(checkpoint: str | Path) -> tuple[dict[str, StoredTensor], dict[s
     Raises:
         ValueError: if it is not a checkpoint of Wan 2.1's text-to-video transformer.
     """
-    if half := re.search("(high|low)[-_]?noise", Path(checkpoint).name, re.IGNORECASE):
-        # Its keys and shapes are those of Wan 2.1 14B: nothing but the name tells it
-        raise other_model(str(checkpoint), f"the {half[1].lower()}-noise half of Wan 2.2's A14B, by its name")
+    check_not_half(checkpoint)
     headers = read_headers(find_safetensors(checkpoint))
     try:
         return native_to_diffusers(headers)
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}") from error
+
+
+def check_not_half(checkpoint: str | Path) -> None:
+    """Raises ValueError for one of the two transformers of Wan 2.2's A14B. Keys and shapes are those of Wan 2.1 14B:
+    nothing but the name tells it."""
+    if half := re.search("(high|low)[-_]?noise", Path(checkpoint).name, re.IGNORECASE):
+        raise other_model(str(checkpoint), f"the {half[1].lower()}-noise half of Wan 2.2's A14B, by its name")
 
 
 def check_weights(folder: Path, parts: Sequence[str]) -> None:

@@ -1,7 +1,4 @@
-"""The options of [`SpeedOptions`] as diffusers' own ways: checked before weights are read, then put on a pipeline.
-
-The weights in fewer bits are in [`refalign.quantization`], the ratios of MagCache in [`refalign.calibration`].
-"""
+"""The options of [`SpeedOptions`] as diffusers' own ways: checked before weights are read, then put on a pipeline."""
 
 import importlib.util
 import logging
@@ -17,6 +14,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, attention_
 from refalign.calibration import read_ratios
 from refalign.files import without_breaks
 from refalign.pipeline_refalign_wan import RefAlignWanPipeline
+from refalign.quantization import check_quantize
 from refalign.transformer_refalign_wan import RefAlignMagCacheConfig
 from refalign.video_options import SpeedOptions
 
@@ -30,13 +28,12 @@ def check_levers(
     options: SpeedOptions, model: str, base: str | None, device: torch.device, dtype: torch.dtype
 ) -> None:
     """
-    Checks all but the quantisation, without any weights.
+    Checks them without any weights.
 
     Raises:
         ValueError: for what is not known, or this machine, this model or the installed libraries cannot do.
     """
-    if options.quantize is not None:
-        raise ValueError("--quantize cannot be used yet.")
+    check_quantize(options.quantize, model, base, device)
     if options.cache is not None:
         kind, _ = parse_cache(options.cache)
         if kind == "mag":

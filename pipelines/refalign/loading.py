@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,11 @@ from refalign.files import (
     read,
     read_json,
 )
-from refalign.levers import apply_levers, check_levers
+from refalign.levers import apply_levers, check_levers, quiet
 from refalign.lora_defaults import read_lora_defaults
 from refalign.lora_loading import prepare_lora
 from refalign.pipeline_refalign_wan import CALL_DEFAULTS, RefAlignWanPipeline, paper_scheduler
+from refalign.quantization import KINDS, is_gguf, load_gguf, torchao_config
 from refalign.transformer_refalign_wan import RefAlignWanTransformer3DModel, check_finite
 from refalign.variants import find_variant
 from refalign.video_options import SpeedOptions
@@ -74,7 +75,9 @@ def load_pipeline(
     config = find_config(model if base is None else base)
     check_levers(speed, model, base, where, weights)
     prepared = [(source, prepare_lora(source, config), scale) for source, scale in loras]  # before weights are read
-    pipeline = _load_parts(model, base, weights)
+    if speed.quantize in KINDS:
+        _check_no_biases(prepared)
+    pipeline = _load_parts(model, base, weights, speed.quantize)
     _load_loras(pipeline, prepared)
     apply_levers(pipeline, speed)
     if offload == "model":
@@ -86,16 +89,27 @@ def load_pipeline(
     return pipeline
 
 
-def _load_parts(model: str, base: str | None, dtype: torch.dtype) -> RefAlignWanPipeline:
-    """The pipeline, with text encoder and transformer in `dtype`."""
+def _load_parts(model: str, base: str | None, dtype: torch.dtype, quantize: str | None) -> RefAlignWanPipeline:
+    """The pipeline, with text encoder and transformer in `dtype`, and the blocks quantised."""
     name = model if base is None else base
     index = _read_index(name)
+    gguf = next(filter(is_gguf, (model, quantize)), None)
     if Path(name).is_dir():
-        check_weights(Path(name), ("vae", "text_encoder", *(("transformer",) if base is None else ())))
+        has_transformer = base is None and gguf is None
+        check_weights(Path(name), ("vae", "text_encoder", *(("transformer",) if has_transformer else ())))
         _check_files(Path(name))
     parts: dict[str, Any] = {"dtype": {"default": dtype, "vae": torch.float32}}
+    if gguf is not None:
+        parts["transformer"] = load_gguf(gguf, name, dtype)
+    elif base is not None:
+        parts["transformer"] = _load_native(model, base, dtype, quantize)
+    elif quantize is not None:
+        config = torchao_config(quantize)
+        with quiet("diffusers.quantizers.torchao.torchao_quantizer"):  # which doubts int8 beside float32
+            parts["transformer"] = RefAlignWanTransformer3DModel.from_pretrained(
+                name, subfolder="transformer", dtype=dtype, quantization_config=config
+            )
     if base is not None:
-        parts["transformer"] = _load_native(model, base, dtype)
         parts["scheduler"] = paper_scheduler()  # as `convert` writes it
     elif index.get("_class_name") == "WanPipeline":
         # Plain Wan, which with a LoRA is a RefAlign model: it takes the schedule that LoRAs are trained with
@@ -137,7 +151,8 @@ def _read_index(name: str) -> dict[str, Any]:
     """What the `model_index.json` of a pipeline says that can be loaded."""
     path = Path(name)
     if path.is_file():
-        find_safetensors(path)  # tells other formats
+        if not is_gguf(name):
+            find_safetensors(path)  # tells other formats
         raise ValueError(
             f"{name} is a native checkpoint: only the transformer. Pass it as --model, and as --base the Wan 2.1 "
             "pipeline for the rest, such as Wan-AI/Wan2.1-T2V-1.3B-Diffusers."
@@ -149,12 +164,18 @@ def _read_index(name: str) -> dict[str, Any]:
     return read_json(folder / "model_index.json")
 
 
-def _load_native(checkpoint: str, base: str, dtype: torch.dtype) -> RefAlignWanTransformer3DModel:
+def _load_native(
+    checkpoint: str, base: str, dtype: torch.dtype, quantize: str | None
+) -> RefAlignWanTransformer3DModel:
     tensors, _ = read_native(checkpoint)
     check_shapes(tensors, find_config(base), checkpoint)
     weights = read(tensors)
     check_finite(weights.items(), checkpoint)
-    return RefAlignWanTransformer3DModel.from_single_file(weights, config=base, subfolder="transformer", dtype=dtype)
+    config = None if quantize is None else torchao_config(quantize)
+    with quiet("diffusers.quantizers.torchao.torchao_quantizer"):
+        return RefAlignWanTransformer3DModel.from_single_file(
+            weights, config=base, subfolder="transformer", dtype=dtype, quantization_config=config
+        )
 
 
 def parse_lora(lora: str) -> tuple[str, float]:
@@ -178,6 +199,13 @@ def parse_lora(lora: str) -> tuple[str, float]:
     if not path.exists() and not may_be_on_hub:
         raise ValueError(f"LoRA {source} does not exist.")
     return source, scale
+
+
+def _check_no_biases(loras: Sequence[tuple[str, Any, float]]) -> None:
+    """Raises ValueError for a LoRA that changes biases, which peft cannot beside torchao's weights."""
+    for source, prepared, _ in loras:
+        if isinstance(prepared, Mapping) and any(key.endswith(".lora_B.bias") for key in prepared):
+            raise ValueError(f"LoRA {source} changes biases, which cannot be with --quantize int8 or fp8. Leave one out.")
 
 
 def _load_loras(pipeline: RefAlignWanPipeline, loras: Sequence[tuple[str, Any, float]]) -> None:

@@ -529,19 +529,47 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
         """
         Loads a native or diffusers checkpoint, as diffusers' own does. With `dtype` it keeps in float32 what
         [`~RefAlignWanTransformer3DModel.from_pretrained`] keeps: norms, modulation, timestep embedding.
+
+        Raises:
+            ValueError: for a file that runs code when it is opened, or a quantisation that would not be done.
         """
         name = pretrained_model_link_or_path_or_dict
         if isinstance(name, (str, os.PathLike)) and os.fspath(name).endswith((".bin", ".ckpt", ".pt", ".pth")):
             raise ValueError(f"{name} is of a format that runs code when it is opened. Pass a .safetensors file.")
-        # diffusers/loaders/single_file_model.py: casts these too
         dtype = torch_dtype if dtype is None else dtype
-        is_quantized = kwargs.get("quantization_config") is not None
-        model = super().from_single_file(
-            pretrained_model_link_or_path_or_dict,  # pyright: ignore[reportArgumentType] (it takes state dicts too)
-            dtype=dtype if is_quantized else None,
-            **kwargs,
-        )
-        return model if dtype is None or is_quantized else model.cast_weights(dtype)
+        quantization = kwargs.pop("quantization_config", None)
+        method = getattr(quantization, "quant_method", None)
+        if method not in (None, "gguf", "torchao"):
+            raise ValueError(
+                f"`from_single_file` quantises by GGUFQuantizationConfig and TorchAoConfig, but not by "
+                f"{type(quantization).__name__}. Save the model as a folder, and pass that to `from_pretrained`."
+            )
+        if method == "gguf":
+            return super().from_single_file(
+                name,  # pyright: ignore[reportArgumentType] (it takes state dicts too)
+                dtype=dtype,
+                quantization_config=quantization,
+                **kwargs,
+            )
+        # diffusers/loaders/single_file_model.py: casts norms and modulation too, and passes over torchao's quantisation
+        model = super().from_single_file(name, **kwargs)  # pyright: ignore[reportArgumentType]
+        if dtype is not None or quantization is not None:
+            model.cast_weights(dtype or torch.bfloat16)
+        return model if quantization is None else model._quantize(quantization)
+
+    def _quantize(self, config: Any) -> "RefAlignWanTransformer3DModel":
+        """Quantises its weights as `from_pretrained` does, one by one."""
+        from diffusers.quantizers import DiffusersAutoQuantizer
+
+        quantizer: Any = DiffusersAutoQuantizer.from_config(config, pre_quantized=False)
+        quantizer.validate_environment()
+        quantizer.preprocess_model(model=self, device_map=None, keep_in_fp32_modules=self._keep_in_fp32_modules)
+        for name, parameter in list(self.named_parameters()):
+            if quantizer.check_if_quantized_param(self, parameter, name, {}):
+                quantizer.create_quantized_param(self, parameter, name, parameter.device, {}, [])
+        quantizer.postprocess_model(self)
+        self.hf_quantizer = quantizer
+        return self
 
     def cast_weights(self, dtype: torch.dtype) -> "RefAlignWanTransformer3DModel":
         """Casts its weights but those that [`~RefAlignWanTransformer3DModel.from_pretrained`] keeps in float32."""
