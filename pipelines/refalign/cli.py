@@ -1,4 +1,4 @@
-"""`refalign demo | generate | app | convert | export | push | lora`: reference-to-video from the command line.
+"""`refalign demo | generate | app | calibrate | convert | export | push | lora`: reference-to-video.
 
 Nothing heavy is imported before the command line is understood, so that `--help` answers at once.
 """
@@ -11,7 +11,8 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from refalign import demo, generate
+from refalign import calibration, demo, generate
+from refalign.calibration import Calibrate
 from refalign.command_line import Command, Program
 from refalign.demo import Demo
 from refalign.generate import Generate
@@ -177,6 +178,7 @@ PROGRAM = Program(
             '--model refalign-1.3b --prompt "A woman walks her dog." --reference woman.png dog.png --output walk.mp4',
         ),
         "app": Command(App, run_app, "--model refalign-1.3b --port 7860"),
+        "calibrate": Command(Calibrate, calibration.run, "--model refalign-1.3b"),
         "convert": Command(
             Convert,
             run_convert,

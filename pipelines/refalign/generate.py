@@ -396,6 +396,8 @@ def kept_settings(command: Generate) -> dict[str, Any]:
         if not settings.get(name):
             settings.pop(name, None)  # as videos were made before there were these options
     settings["model"] = source_name(command.model or str(FOLDER))
+    if command.quantize is not None:
+        settings["quantize"] = source_name(command.quantize)
     settings["base"] = command.base and source_name(command.base)
     settings["reference"] = [source_name(reference) for reference in command.reference]
     settings["lora"] = [f"{source_name(source)}:{scale:g}" for source, scale in map(parse_lora, command.lora)]

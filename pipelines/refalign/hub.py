@@ -17,6 +17,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
+from refalign.calibration import RATIOS
 from refalign.community_script import CODE, community_script
 from refalign.files import (
     HUB_ID,
@@ -46,7 +47,15 @@ NATIVE = "refalign-native.safetensors"  # the whole transformer once more, for C
 COMMUNITY_SCRIPT = "pipeline.py"  # where `custom_pipeline="ORG/NAME"` looks
 BASES = {30: "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 40: "Wan-AI/Wan2.1-T2V-14B-Diffusers"}  # by number of layers
 
-ROOT_FILES = ("model_index.json", "README.md", "LICENSE*", PROJECTORS, NATIVE, *(f"{name}.py" for name in CODE))
+ROOT_FILES = (
+    "model_index.json",
+    RATIOS,
+    "README.md",
+    "LICENSE*",
+    PROJECTORS,
+    NATIVE,
+    *(f"{name}.py" for name in CODE),
+)
 LORA_FILES = (LORA_WEIGHTS, PROJECTORS, "README.md", "LICENSE*", COMMUNITY_SCRIPT)
 RESULTS = ".eval_results"  # of benchmarks, as the Hub reads them
 RESULT_FILES = ("*.yaml",)

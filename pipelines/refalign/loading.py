@@ -205,7 +205,9 @@ def _check_no_biases(loras: Sequence[tuple[str, Any, float]]) -> None:
     """Raises ValueError for a LoRA that changes biases, which peft cannot beside torchao's weights."""
     for source, prepared, _ in loras:
         if isinstance(prepared, Mapping) and any(key.endswith(".lora_B.bias") for key in prepared):
-            raise ValueError(f"LoRA {source} changes biases, which cannot be with --quantize int8 or fp8. Leave one out.")
+            raise ValueError(
+                f"LoRA {source} changes biases, which cannot be with --quantize int8 or fp8. Leave one out."
+            )
 
 
 def _load_loras(pipeline: RefAlignWanPipeline, loras: Sequence[tuple[str, Any, float]]) -> None:
