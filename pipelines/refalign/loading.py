@@ -107,7 +107,11 @@ def _load_parts(model: str, base: str | None, dtype: torch.dtype, quantize: str 
         config = torchao_config(quantize)
         with quiet("diffusers.quantizers.torchao.torchao_quantizer"):  # which doubts int8 beside float32
             parts["transformer"] = RefAlignWanTransformer3DModel.from_pretrained(
-                name, subfolder="transformer", dtype=dtype, quantization_config=config
+                name,
+                subfolder="transformer",
+                variant=_find_variant(name, ["transformer"]),
+                dtype=dtype,
+                quantization_config=config,
             )
     if base is not None:
         parts["scheduler"] = paper_scheduler()  # as `convert` writes it

@@ -80,7 +80,7 @@ def torchao_config(kind: str) -> Any:
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    """The bytes of a model's parameters, as they are kept. What torchao's tensors say of themselves is what they were."""
+    """The bytes of a model's parameters, as they are kept. torchao's tensors themselves say what they once were."""
     return sum(map(_bytes, model.parameters()))
 
 

@@ -551,7 +551,7 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
                 quantization_config=quantization,
                 **kwargs,
             )
-        # diffusers/loaders/single_file_model.py: casts norms and modulation too, and passes over torchao's quantisation
+        # diffusers/loaders/single_file_model.py: casts norms and modulation too, and passes over torchao's ways
         model = super().from_single_file(name, **kwargs)  # pyright: ignore[reportArgumentType]
         if dtype is not None or quantization is not None:
             model.cast_weights(dtype or torch.bfloat16)

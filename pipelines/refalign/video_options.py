@@ -38,7 +38,8 @@ class VideoOptions(SpeedOptions):
 
     model: str | None = None
     """The pipeline that makes the video, as a folder or a Hub id. With --base it is a native checkpoint: a file
-    (.safetensors or .gguf), a folder of shards or a Hub id. Without --model, the tiny one of drawn figures in this package is taken."""
+    (.safetensors or .gguf), a folder of shards or a Hub id. Without --model, the tiny one of drawn figures in this
+    package is taken."""
     base: str | None = None
     """The Wan 2.1 pipeline, as a folder or a Hub id, whose VAE, text encoder and tokenizer complete a native
     checkpoint."""

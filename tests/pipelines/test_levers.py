@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import pairwise
 
 import pytest
 import torch
@@ -169,7 +170,7 @@ def test_calibration_measures_the_residuals_of_the_blocks(calibrated):
     arguments = prepare(job.command)
     pipeline(**arguments, generator=torch.Generator().manual_seed(0), output_type="latent")
     full = residuals[2::3]  # null, reference and full take turns
-    expected = [1.0] + [float((after / (before + 1e-8)).mean()) for before, after in zip(full, full[1:])]
+    expected = [1.0] + [float((after / (before + 1e-8)).mean()) for before, after in pairwise(full)]
     ratios = json.loads((calibrated / RATIOS).read_text())["ratios"]
     assert ratios["full"] == pytest.approx(expected, abs=2e-3)
 

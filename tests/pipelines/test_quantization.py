@@ -239,7 +239,7 @@ def test_a_gguf_file_of_another_model_is_told(folder, exact, tmp_path, name, mes
 def test_a_damaged_gguf_file_is_told(folder, q8, tmp_path):
     content = q8.read_bytes()
     (tmp_path / "half.gguf").write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match="half.gguf is not a whole GGUF file"):
+    with pytest.raises(ValueError, match=r"half\.gguf is not a whole GGUF file"):
         load(tmp_path / "half.gguf", base=folder)
 
 
