@@ -31,10 +31,12 @@ class App:
 
 @dataclass(frozen=True)
 class Convert:
-    """Turn a native RefAlign checkpoint, as its authors released it, into a pipeline folder for diffusers."""
+    """Turn a native RefAlign checkpoint, or one of Bernini-R, as its authors released it, into a pipeline folder for
+    diffusers."""
 
     checkpoint: str
-    """The native checkpoint: a safetensors file, a folder of shards, or a Hub id."""
+    """The native checkpoint: a safetensors file, a folder of shards, or a Hub id. Of the family bernini also a
+    pipeline in diffusers' format, such as ByteDance/Bernini-R-1.3B-Diffusers."""
     base: str
     """The Wan 2.1 pipeline in diffusers' format, as a folder or a Hub id, whose VAE, text encoder and tokenizer are
     taken."""
@@ -42,11 +44,15 @@ class Convert:
     """The pipeline folder to write. It must not exist."""
     max_shard_size: str = "5GB"
     """The largest size of a file of the transformer, in bytes or with a unit."""
+    family: Literal["refalign", "bernini"] = "refalign"
+    """How the model reads references: as RefAlign does, or as Bernini-R."""
+    revision: str | None = None
+    """The revision of the checkpoint, if it is a Hub id."""
     keep_scheduler: bool = False
-    """Take the base's scheduler too, instead of the paper's (Euler, shift 5)."""
+    """Take the base's scheduler too, instead of the paper's (Euler with shift 5; UniPC with shift 5 for Bernini-R)."""
     card: str = "auto"
-    """The model card to write: template, refalign-1.3b or refalign-14b. auto takes a card of the authors for their
-    releases, which it knows by their Hub ids, and template for others."""
+    """The model card to write: template, refalign-1.3b, refalign-14b or bernini-r-1.3b. auto takes a card of the
+    authors for their releases, which it knows by their Hub ids, and for others template, or bernini-r-1.3b."""
 
 
 @dataclass(frozen=True)
@@ -108,11 +114,21 @@ def run_app(command: App) -> int:
 def run_convert(command: Convert) -> int:
     from refalign import hub
     from refalign.convert import convert
+    from refalign.families import FAMILIES
 
     card = command.card
     if card == "auto":
-        card = hub.find_release(command.checkpoint) or "template"
-    convert(command.checkpoint, command.base, command.output, command.max_shard_size, command.keep_scheduler, card)
+        card = hub.find_release(command.checkpoint) or FAMILIES[command.family].card
+    convert(
+        command.checkpoint,
+        command.base,
+        command.output,
+        command.max_shard_size,
+        command.keep_scheduler,
+        card,
+        family=command.family,
+        revision=command.revision,
+    )
     print(f"Wrote {command.output}: RefAlignWanPipeline.from_pretrained({str(command.output)!r})")
     return 0
 

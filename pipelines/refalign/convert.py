@@ -8,16 +8,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import diffusers
 import torch
 from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
+from refalign.families import FAMILIES, Family
 from refalign.files import (
     OTHER_FORMATS,
     StoredTensor,
     fetch,
     find_safetensors,
+    list_files,
     naming_component,
     new_file,
     new_folder,
@@ -44,6 +47,7 @@ logger = logging.getLogger(__name__)
 WEIGHTS = "diffusion_pytorch_model"
 BASE_COMPONENTS = ("vae", "text_encoder", "tokenizer", "scheduler")
 CONFIGS = ("model_index.json", "transformer/config.json", "vae/config.json")  # what tells the kind of a pipeline
+BERNINI_CONFIGS = ("config.json", *CONFIGS)
 BASE_FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
 
 
@@ -54,14 +58,18 @@ def convert(
     max_shard_size: int | str = "5GB",
     keep_scheduler: bool = False,
     card: str = "template",
+    family: str = "refalign",
+    revision: str | None = None,
 ) -> Path:
     """
-    Turns a native RefAlign checkpoint into a complete pipeline folder that is also a Hub repo ([`refalign.hub`]).
+    Turns a native RefAlign checkpoint, or one of Bernini-R, into a complete pipeline folder that is also a Hub repo
+    ([`refalign.hub`]).
 
     Tensors are written shard by shard as they lie in the checkpoint, in its dtype; at most one shard is in memory.
 
     Args:
-        checkpoint (`str` or `Path`): a safetensors file, a folder of shards, or a Hub id.
+        checkpoint (`str` or `Path`): a safetensors file, a folder of shards, or a Hub id. Of the family bernini also
+            a pipeline in diffusers' format, folder or Hub id.
         base (`str` or `Path`): a Wan 2.1 text-to-video pipeline in diffusers' format, folder or Hub id, whose VAE,
             text encoder and tokenizer are taken along, and whose transformer gives the configuration.
         output (`str` or `Path`): a folder that does not exist yet.
@@ -69,6 +77,8 @@ def convert(
         keep_scheduler (`bool`, defaults to `False`): take the base's scheduler too, instead of the one RefAlign's
             results were made with (Euler, shift 5). A base with `call_defaults` of its own always keeps its scheduler.
         card (`str`, defaults to `"template"`): the model card, of `model_cards/`.
+        family (`str`, defaults to `"refalign"`): how the model reads references, of [`FAMILIES`].
+        revision (`str`, *optional*): the checkpoint's, if it is a Hub id.
 
     Returns:
         `Path`: `output`.
@@ -77,9 +87,12 @@ def convert(
         ValueError: if a file is truncated, a key or shape is wrong, or `output` exists. Nothing is left behind.
     """
     with new_folder(output) as folder:  # all that can be wrong is told before weights are downloaded
-        config = find_config(base)
+        config = find_config(base) | FAMILIES[family].transformer
         model_card(config, card)
-        transformer, projectors = read_native(checkpoint)
+        if family == "bernini":
+            transformer, projectors = read_bernini(checkpoint, revision), {}
+        else:
+            transformer, projectors = read_native(checkpoint, revision)
         check_shapes(transformer, config, checkpoint)
         plan = _plan_shards(transformer, max_shard_size)
         base = _find_base(base)
@@ -91,11 +104,11 @@ def convert(
         for component in BASE_COMPONENTS:
             _copy_component(base / component, folder / component)
         index = read_json(base / "model_index.json")
-        kept = ("_diffusers_version", "call_defaults", *BASE_COMPONENTS)
-        index = {name: index[name] for name in kept if name in index}
+        kept = ("_diffusers_version", "call_defaults", "prompt_prefix", "first_sigma", *BASE_COMPONENTS)
+        index = {name: index[name] for name in kept if name in index} | FAMILIES[family].pipeline
         # A base with settings of its own is not to be sampled as the published models are
-        if not keep_scheduler and not index.get("call_defaults"):
-            index["scheduler"] = _write_paper_scheduler(folder / "scheduler")
+        if not keep_scheduler and (FAMILIES[family].pipeline or not index.get("call_defaults")):
+            index["scheduler"] = _write_scheduler(folder / "scheduler", FAMILIES[family])
         (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
         complete_repo(folder, card)
     return Path(output)
@@ -177,7 +190,9 @@ def read_config(folder: Path, model: str | Path) -> dict[str, Any]:
     return config
 
 
-def read_native(checkpoint: str | Path) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
+def read_native(
+    checkpoint: str | Path, revision: str | None = None
+) -> tuple[dict[str, StoredTensor], dict[str, StoredTensor]]:
     """
     The headers of a native checkpoint, a file, a folder of shards or a Hub id, as [`native_to_diffusers`] gives them.
 
@@ -185,7 +200,7 @@ def read_native(checkpoint: str | Path) -> tuple[dict[str, StoredTensor], dict[s
         ValueError: if it is not a checkpoint of Wan 2.1's text-to-video transformer.
     """
     check_not_half(checkpoint)
-    headers = read_headers(find_safetensors(checkpoint))
+    headers = read_headers(find_safetensors(checkpoint, revision))
     try:
         return native_to_diffusers(headers)
     except ValueError as error:
@@ -197,6 +212,38 @@ def check_not_half(checkpoint: str | Path) -> None:
     nothing but the name tells it."""
     if half := re.search("(high|low)[-_]?noise", Path(checkpoint).name, re.IGNORECASE):
         raise other_model(str(checkpoint), f"the {half[1].lower()}-noise half of Wan 2.2's A14B, by its name")
+
+
+def read_bernini(checkpoint: str | Path, revision: str | None = None) -> dict[str, StoredTensor]:
+    """
+    The headers of a checkpoint of Bernini-R 1.3B under diffusers' keys: of a pipeline in diffusers' format, folder or
+    Hub id, whose configuration must fit its weights, or of a native one.
+
+    Raises:
+        ValueError: if it is of another kind, such as the 14B, which has two transformers.
+    """
+    if Path(checkpoint).suffix == ".safetensors":
+        transformer, _ = read_native(checkpoint)
+        return transformer
+    folder = fetch(str(checkpoint), BERNINI_CONFIGS, revision)
+    if any(name.startswith("transformer_2/") for name in list_files(str(checkpoint), folder)):
+        raise other_model(
+            str(checkpoint), "Bernini-R 14B, which has two transformers. The one that converts is Bernini-R 1.3B"
+        )
+    if not (folder / "transformer/config.json").is_file():
+        transformer, _ = read_native(checkpoint, revision)
+        return transformer
+    config = read_config(folder, checkpoint)
+    folder = fetch(str(checkpoint), ["transformer/*.safetensors", "transformer/*.json"], revision)
+    transformer = read_headers(find_safetensors(folder / "transformer"))
+    try:
+        check_shapes(transformer, config, checkpoint)
+    except ValueError as error:
+        raise ValueError(
+            f"The weights of {checkpoint} do not fit its own transformer/config.json, as in early revisions of "
+            f"ByteDance/Bernini-R-1.3B-Diffusers: pass a later one as --revision. ({error})"
+        ) from error
+    return transformer
 
 
 def check_weights(folder: Path, parts: Sequence[str]) -> None:
@@ -220,10 +267,12 @@ def _copy_component(source: Path, target: Path) -> None:
         copy_plain(source / name, target / plain, names)
 
 
-def _write_paper_scheduler(folder: Path) -> list[str]:
+def _write_scheduler(folder: Path, family: Family) -> list[str]:
     for file in folder.iterdir():
         file.unlink()
     scheduler = paper_scheduler()
+    if family.scheduler is not None:
+        scheduler = getattr(diffusers, family.scheduler["_class_name"]).from_config(family.scheduler)
     scheduler.save_config(folder)
     return ["diffusers", type(scheduler).__name__]
 

@@ -162,7 +162,7 @@ class StoredTensor:
     dtype: "torch.dtype"
 
 
-def find_safetensors(checkpoint: str | Path) -> list[Path]:
+def find_safetensors(checkpoint: str | Path, revision: str | None = None) -> list[Path]:
     """
     The safetensors files of a checkpoint: a file, a folder (with all shards of its index), or a Hub id, downloaded.
 
@@ -184,7 +184,8 @@ def find_safetensors(checkpoint: str | Path) -> list[Path]:
             )
         return [path]
     if not path.is_dir():
-        path = fetch(str(checkpoint), ["*.safetensors", "*.safetensors.index*.json"], ignore_patterns="*/*")
+        patterns = ["*.safetensors", "*.safetensors.index*.json"]
+        path = fetch(str(checkpoint), patterns, revision, ignore_patterns="*/*")
     indices = _of_one_variant(path, "*.safetensors.index*.json")
     if len(indices) > 1:
         raise ValueError(f"{path} has {len(indices)} checkpoints: {_names(indices)}. Keep one, or name a file.")

@@ -299,13 +299,15 @@ def prepare(command: Generate) -> dict[str, Any]:
     if len(cut_out) == 1:
         cut_out *= len(command.reference)
     height, width = arguments["height"], arguments["width"]
-    references = prepare_reference_images(list(command.reference), height, width, cut_out)
+    references = prepare_reference_images(
+        list(command.reference), height, width, cut_out, arguments["reference_long_edge"]
+    )
     return arguments | {"reference_images": references or None}
 
 
 def check_options(command: Generate) -> dict[str, Any]:
     """The arguments of the pipeline's call without the references, checked."""
-    from refalign.pipeline_refalign_wan import check_settings, check_size
+    from refalign.pipeline_refalign_wan import check_projection, check_settings, check_size
 
     arguments: dict[str, Any] = {
         "prompt": command.prompt,
@@ -317,11 +319,22 @@ def check_options(command: Generate) -> dict[str, Any]:
         "guidance_scale": command.guidance_scale,
         "image_guidance_scale": command.image_guidance_scale,
         "guidance_gate": command.guidance_gate,
+        "guidance_projection": read_projection(command.guidance_projection),
+        "reference_long_edge": command.reference_long_edge,
     }
     check_size(arguments["height"], arguments["width"], arguments["num_frames"])
     scales = (arguments["guidance_scale"], arguments["image_guidance_scale"])
     check_settings(arguments["num_inference_steps"], *scales, arguments["guidance_gate"])
+    check_projection(arguments["guidance_projection"])
     return arguments
+
+
+def read_projection(projection: Any) -> dict[str, Any] | None:
+    """`--guidance-projection` as the pipeline takes it; a model's own default is so already."""
+    if projection is None or isinstance(projection, dict):
+        return projection
+    eta, *thresholds = projection
+    return {"eta": eta, "thresholds": thresholds}
 
 
 # -- One video --------------------------------------------------------------------------------------------------------
@@ -358,12 +371,12 @@ def _plan(arguments: dict[str, Any]) -> str:
     from refalign.pipeline_refalign_wan import FRAMES_PER_LATENT, TOKEN_PIXELS
 
     height, width, num_frames = arguments["height"], arguments["width"], arguments["num_frames"]
-    num_references = len(arguments["reference_images"] or ())
+    images = arguments["reference_images"] or ()
     per_frame = (height // TOKEN_PIXELS) * (width // TOKEN_PIXELS)
-    references = num_references * per_frame
+    references = sum((image.height // TOKEN_PIXELS) * (image.width // TOKEN_PIXELS) for image in images)
     video = ((num_frames - 1) // FRAMES_PER_LATENT + 1) * per_frame
     return (
-        f"frames: {num_frames} of {width}x{height}, references: {num_references}, tokens: {video + references:,} "
+        f"frames: {num_frames} of {width}x{height}, references: {len(images)}, tokens: {video + references:,} "
         f"({video:,} of the video, {references:,} of references), steps: {arguments['num_inference_steps']}, "
         f"passes per step: {_passes(arguments)}"
     )
@@ -374,7 +387,8 @@ def _passes(arguments: dict[str, Any]) -> str:
     from refalign.pipeline_refalign_wan import guidance_passes, passes_made
 
     scales = (arguments["guidance_scale"], arguments["image_guidance_scale"])
-    names = [name for name, _ in guidance_passes(*scales, bool(arguments["reference_images"]))]
+    is_projected = bool(arguments["guidance_projection"])
+    names = [name for name, _ in guidance_passes(*scales, bool(arguments["reference_images"]), is_projected)]
     steps, told, last = arguments["num_inference_steps"], str(len(names)), len(names)
     for step in range(steps):
         count = len(passes_made(names, arguments["guidance_gate"], step, steps))
@@ -392,7 +406,7 @@ def kept_settings(command: Generate) -> dict[str, Any]:
     settings = dict(vars(command))
     for name in NOT_KEPT:
         del settings[name]
-    for name in SPEED:
+    for name in (*SPEED, "guidance_projection", "reference_long_edge"):
         if not settings.get(name):
             settings.pop(name, None)  # as videos were made before there were these options
     settings["model"] = source_name(command.model or str(FOLDER))

@@ -40,7 +40,11 @@ REPO_PLACEHOLDER = "ORG/NAME"
 PIPELINE_TAG = "image-text-to-video"
 UNKNOWN = "FILL-IN"  # what a card leaves to the user: `push` refuses it
 # The authors' releases, for which we have cards with published results
-RELEASES = {"gudaochangsheng/RefAlign-1.3B": "refalign-1.3b", "gudaochangsheng/RefAlign-14B": "refalign-14b"}
+RELEASES = {
+    "gudaochangsheng/RefAlign-1.3B": "refalign-1.3b",
+    "gudaochangsheng/RefAlign-14B": "refalign-14b",
+    "ByteDance/Bernini-R-1.3B-Diffusers": "bernini-r-1.3b",
+}
 PROJECTORS = "projectors.safetensors"  # of the training
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"  # where `load_lora_weights` looks
 NATIVE = "refalign-native.safetensors"  # the whole transformer once more, for ComfyUI

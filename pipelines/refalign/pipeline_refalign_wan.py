@@ -62,6 +62,7 @@ CALL_DEFAULTS = {
     "image_guidance_scale": 5.0,
     "max_sequence_length": 512,
     "guidance_projection": None,
+    "reference_long_edge": None,
 }
 TOKEN_PIXELS = 16  # the side of a token in pixels: the VAE's 8 times the transformer's patch of 2
 TRAINED_REFERENCES = {"frames": 3, "sources": 5}  # the most in a sample, of RefAlign and of Bernini-R
@@ -248,8 +249,6 @@ class RefAlignWanPipeline(WanPipeline):
             ([`CALL_DEFAULTS`]); kept in `model_index.json`, as what follows is.
         prompt_prefix (`dict`, *optional*): what stands before every prompt, `{"references": ..., "no_references":
             ...}`, for models that were trained so.
-        reference_long_edge (`int`, *optional*): the longer side of a reference in pixels, for models that read
-            references in their own aspect (`reference_rope="sources"`). `None`: letterboxed to the video's size.
         first_sigma (`float`, *optional*): the noise level of the first step, before the scheduler's shift; the
             others follow in equal steps. `None`: the scheduler's own, or 1 with [`FlowMatchEulerDiscreteScheduler`].
     """
@@ -267,7 +266,6 @@ class RefAlignWanPipeline(WanPipeline):
         transformer: WanTransformer3DModel,
         call_defaults: dict[str, Any] | None = None,
         prompt_prefix: dict[str, str] | None = None,
-        reference_long_edge: int | None = None,
         first_sigma: float | None = None,
     ) -> None:
         if unknown := sorted((call_defaults or {}).keys() - CALL_DEFAULTS.keys()):
@@ -283,12 +281,7 @@ class RefAlignWanPipeline(WanPipeline):
         self.register_modules(
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, scheduler=scheduler, transformer=transformer
         )
-        self.register_to_config(
-            call_defaults=call_defaults,
-            prompt_prefix=prompt_prefix,
-            reference_long_edge=reference_long_edge,
-            first_sigma=first_sigma,
-        )
+        self.register_to_config(call_defaults=call_defaults, prompt_prefix=prompt_prefix, first_sigma=first_sigma)
         self.vae_scale_factor_temporal = vae.config["scale_factor_temporal"] if vae is not None else 4
         self.vae_scale_factor_spatial = vae.config["scale_factor_spatial"] if vae is not None else 8
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
@@ -331,6 +324,7 @@ class RefAlignWanPipeline(WanPipeline):
         max_sequence_length: int = 512,
         guidance_gate: Sequence[float] | None = None,
         guidance_projection: Mapping[str, Any] | None = None,
+        reference_long_edge: int | None = None,
     ) -> None:
         """Raises ValueError for the first argument that is wrong, with its value and what would be right."""
         _, patch_height, patch_width = self.transformer.config.patch_size
@@ -338,6 +332,11 @@ class RefAlignWanPipeline(WanPipeline):
         check_size(height, width, num_frames, multiples, self.vae_scale_factor_temporal)
         check_settings(num_inference_steps, guidance_scale, image_guidance_scale, guidance_gate)
         check_projection(guidance_projection)
+        if reference_long_edge is not None and not self.has_sources:
+            raise ValueError(
+                f"`reference_long_edge` is {reference_long_edge!r}, but this model reads references in the video's "
+                "size: its `reference_rope` is 'frames'. Leave it out."
+            )
         _check_count("num_videos_per_prompt", num_videos_per_prompt)
         _check_count("max_sequence_length", max_sequence_length)
         if output_type not in ("pil", "np", "pt", "latent"):
@@ -455,20 +454,25 @@ class RefAlignWanPipeline(WanPipeline):
         return randn_tensor(shape, generator=generator, device=noise_device, dtype=torch.float32).to(device)
 
     @torch.no_grad()
-    def encode_reference(self, image: Any, height: int, width: int) -> torch.Tensor:
+    def encode_reference(self, image: Any, height: int, width: int, long_edge: int | None = None) -> torch.Tensor:
         """
         A reference image as latents of shape `(1, channels, 1, height / 8, width / 8)`, float32, normalised as the
-        video's are: letterboxed on white, encoded as a one-frame video (RefAlign, section 3). With the pipeline's
-        `reference_long_edge` its size is the reference's own.
+        video's are: letterboxed on white, encoded as a one-frame video (RefAlign, section 3). With
+        `long_edge` its size is the reference's own, at most so many pixels long (Bernini-R).
         """
-        long_edge = self.config.get("reference_long_edge")
         image = prepare_reference_image(image, height, width, cut_out=False, long_edge=long_edge)
         pixels = self.video_processor.preprocess(image)[:, :, None]
         pixels = pixels.to(get_module_execution_device(self.vae), self.vae.dtype)
         return normalize_latents(self.vae.encode(pixels).latent_dist.mode(), self.vae.config)
 
     def prepare_references(
-        self, reference_images: Any, reference_latents: Any, batch_size: int, height: int, width: int
+        self,
+        reference_images: Any,
+        reference_latents: Any,
+        batch_size: int,
+        height: int,
+        width: int,
+        long_edge: int | None = None,
     ) -> list[torch.Tensor | list[torch.Tensor] | None]:
         """One entry per prompt: its references' latents, `(1, channels, references, h, w)` in float32, or `None`. For
         a model with sources a list of `(1, channels, 1, h, w)`, each of its own size."""
@@ -482,7 +486,7 @@ class RefAlignWanPipeline(WanPipeline):
             latents = []
             for number, image in enumerate(images):
                 try:
-                    latents.append(self.encode_reference(image, height, width))
+                    latents.append(self.encode_reference(image, height, width, long_edge))
                 except ValueError as error:
                     raise ValueError(f"Reference {number + 1} of prompt {index + 1}: {error}") from error
             if not self.has_sources and latents:
@@ -586,6 +590,7 @@ class RefAlignWanPipeline(WanPipeline):
         max_sequence_length: int | None = None,
         guidance_gate: tuple[float, float] | None = None,
         guidance_projection: Mapping[str, Any] | None = None,
+        reference_long_edge: int | None = None,
     ) -> WanPipelineOutput | tuple:
         r"""
         Makes a video of the references' subjects acting out the prompt.
@@ -650,6 +655,9 @@ class RefAlignWanPipeline(WanPipeline):
             guidance_projection (`dict`, *optional*, defaults to the model's own):
                 `eta`, `thresholds` and `momentum` of [`project_guidance`], such as `{"eta": 0.5, "thresholds": [50,
                 50]}`: less of what makes colours burn at high scales. `{}` is plain guidance.
+            reference_long_edge (`int`, *optional*, defaults to the model's own):
+                The longer side of a reference at most, in pixels, for models that read references in their own
+                aspect (Bernini-R: 848).
 
         Returns:
             [`WanPipelineOutput`] or `tuple`: the videos, as `frames`.
@@ -684,6 +692,7 @@ class RefAlignWanPipeline(WanPipeline):
         image_guidance_scale = _given_or(defaults["image_guidance_scale"], image_guidance_scale)
         max_sequence_length = _given_or(defaults["max_sequence_length"], max_sequence_length)
         guidance_projection = _given_or(defaults["guidance_projection"], guidance_projection)
+        reference_long_edge = _given_or(defaults["reference_long_edge"], reference_long_edge)
         self.check_inputs(
             prompt=prompt,
             negative_prompt=negative_prompt,
@@ -707,6 +716,7 @@ class RefAlignWanPipeline(WanPipeline):
             max_sequence_length=max_sequence_length,
             guidance_gate=guidance_gate,
             guidance_projection=guidance_projection,
+            reference_long_edge=reference_long_edge,
         )
         self._guidance_scale = guidance_scale
         self._image_guidance_scale = image_guidance_scale
@@ -717,7 +727,9 @@ class RefAlignWanPipeline(WanPipeline):
         batch_size = _batch_size(prompt, prompt_embeds)
 
         # 2. References, and the samples that have the same number of them
-        references = self.prepare_references(reference_images, reference_latents, batch_size, height, width)
+        references = self.prepare_references(
+            reference_images, reference_latents, batch_size, height, width, reference_long_edge
+        )
         groups = group_by_references(references, num_videos_per_prompt, device, dtype)
         _tell_untrained_numbers(groups, TRAINED_REFERENCES["sources" if self.has_sources else "frames"])
 

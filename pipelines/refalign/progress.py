@@ -20,7 +20,8 @@ def showing_stages(pipeline: "RefAlignWanPipeline", arguments: Mapping[str, Any]
     from refalign.pipeline_refalign_wan import FRAMES_PER_LATENT, guidance_passes
 
     references = len(arguments["reference_images"] or ())
-    passes = guidance_passes(arguments["guidance_scale"], arguments["image_guidance_scale"], references > 0)
+    scales = (arguments["guidance_scale"], arguments["image_guidance_scale"])
+    passes = guidance_passes(*scales, references > 0, bool(arguments["guidance_projection"]))
     takes_negative = any(name != "full" for name, _ in passes)
     frames = (arguments["num_frames"] - 1) // FRAMES_PER_LATENT + 1
     stages = [

@@ -61,6 +61,13 @@ class VideoOptions(SpeedOptions):
     image_guidance_scale: float | None = None
     """How closely the video follows the references. The default is the model's own: 5 for the published ones. With
     both scales at 1, as distilled LoRAs want it, a step takes one pass."""
+    guidance_projection: tuple[float, float, float] | None = None
+    """Adaptive projected guidance: eta, the share that is kept of what only makes colours stronger (1 is plain
+    guidance), and the largest norms of the references' and of the prompt's guidance (0 is any). The default is the
+    model's own: none for RefAlign's, 0.5 50 50 for Bernini-R."""
+    reference_long_edge: int | None = None
+    """The longer side of a reference in pixels at most, a multiple of 16, for models that read references in their own
+    aspect. The default is the model's own: 848 for Bernini-R."""
     negative_prompt: str | None = None
     """A description of what the video should not show. The default is the model's own: Wan's for the published
     ones."""

@@ -1,20 +1,24 @@
 """Bernini-R (arXiv 2605.22344) by our classes, against tensors that its authors' code computed."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import UniPCMultistepScheduler
+from diffusers import DiffusionPipeline, UniPCMultistepScheduler, WanTransformer3DModel
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from refalign import RefAlignWanPipeline, RefAlignWanTransformer3DModel, prepare_reference_image
+from refalign import RefAlignWanPipeline, RefAlignWanTransformer3DModel, cli, prepare_reference_image
+from refalign.convert import convert
+from refalign.keys import diffusers_to_native
 from refalign.pipeline_refalign_wan import combine_passes, project_guidance
 from tests.parallel import run_on_two_ranks
+from tests.tiny_pipeline import tiny_wan_pipeline
 
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -177,9 +181,9 @@ def test_sizes_of_references_equal_the_authors(resized):
         assert [*image.size] == expected, (long_edge, width, height)
 
 
-@pytest.mark.parametrize("long_edge", [15, 0, 848.0, True])
+@pytest.mark.parametrize("long_edge", [15, 0, 850, 848.0, True])
 def test_a_wrong_long_edge_is_named(long_edge):
-    with pytest.raises(ValueError, match="`long_edge` must be 16"):
+    with pytest.raises(ValueError, match="`long_edge` must be a multiple of 16"):
         prepare_reference_image(Image.new("RGB", (32, 32)), 480, 848, False, long_edge)
 
 
@@ -278,3 +282,98 @@ def test_a_wrong_projection_is_named(bernini, projection, message):
 def test_more_references_than_bernini_was_trained_with_are_told(bernini, caplog):
     sample(bernini, bernini.many, num_inference_steps=1)
     assert "7 references, but Bernini-R was trained with 5" in caplog.text
+
+
+# -- Conversion -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """A tiny Wan 2.1 pipeline, whose transformer is of the size of `release`."""
+    folder = tmp_path_factory.mktemp("base") / "wan"
+    tiny_wan_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def release(base, tmp_path_factory) -> Path:
+    """A folder as ByteDance/Bernini-R-1.3B-Diffusers is: no model_index.json, stock keys and configuration."""
+    folder = tmp_path_factory.mktemp("release")
+    WanTransformer3DModel.from_pretrained(base / "transformer").save_pretrained(folder / "transformer")
+    (folder / "config.json").write_text(json.dumps({"model_type": "bernini_renderer"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(base, release, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("converted") / "bernini"
+    arguments = ["--checkpoint", str(release), "--base", str(base), "--family", "bernini", "--output", str(output)]
+    assert cli.main(["convert", *arguments]) == 0
+    return output
+
+
+def test_a_converted_model_keeps_what_is_bernini_in_its_files(converted):
+    pipeline = RefAlignWanPipeline.from_pretrained(converted)
+    assert pipeline.transformer.config.reference_rope == "sources"
+    assert pipeline.transformer.config.text_to_references
+    assert pipeline.call_defaults["guidance_scale"] == 4.0 and pipeline.call_defaults["image_guidance_scale"] == 4.5
+    assert pipeline.call_defaults["reference_long_edge"] == 848
+    assert type(pipeline.scheduler) is UniPCMultistepScheduler and pipeline.scheduler.config.flow_shift == 5
+    assert "license: apache-2.0" in (converted / "README.md").read_text("utf-8")
+
+
+def test_a_native_checkpoint_converts_to_the_same_weights(base, release, converted, tmp_path):
+    model = WanTransformer3DModel.from_pretrained(release / "transformer")
+    native = tmp_path / "wan2.1_bernini_1.3B.safetensors"
+    save_file(diffusers_to_native(model.state_dict()), native)
+    convert(native, base, tmp_path / "bernini", family="bernini")
+    ours = load_file(tmp_path / "bernini/transformer/diffusion_pytorch_model.safetensors")
+    theirs = load_file(converted / "transformer/diffusion_pytorch_model.safetensors")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_converted_model_opens_without_the_package(converted):
+    pipeline = DiffusionPipeline.from_pretrained(converted, trust_remote_code=True)
+    pipeline.set_progress_bar_config(disable=True)
+    images = [Image.new("RGB", (40, 24), "red"), Image.new("RGB", (24, 24), "blue")]
+    size = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 2, "reference_long_edge": 48}
+    frames = pipeline("A cat from image0.", reference_images=images, output_type="np", **size).frames
+    assert frames.shape == (1, 5, 32, 48, 3)
+
+
+def test_prompts_get_the_prefix_of_their_task(converted):
+    pipeline = RefAlignWanPipeline.from_pretrained(converted)
+    with_references, without = pipeline._with_prefix([" a  cat ", "a dog"], [["latents"], None])
+    assert with_references == "You are a helpful assistant specialized in subject-to-video generation.a cat"
+    assert without == "You are a helpful assistant specialized in text-to-video generation.a dog"
+
+
+def test_generate_shows_what_the_model_sees(converted, tmp_path):
+    Image.new("RGB", (100, 60), "red").save(tmp_path / "cat.png")
+    size = ["--height", "32", "--width", "48", "--num-frames", "5", "--steps", "1", "--reference-long-edge", "48"]
+    files = ["--reference", str(tmp_path / "cat.png"), "--output", str(tmp_path / "cat.mp4"), "--preview"]
+    assert cli.main(["generate", "--model", str(converted), "--prompt", "The cat from image0.", *size, *files]) == 0
+    (preview,) = tmp_path.glob("cat.*.png")
+    assert Image.open(preview).size == (48, 32)
+
+
+def test_sizes_of_another_model_in_the_configuration_ask_for_a_later_revision(base, release, tmp_path):
+    shutil.copytree(release, tmp_path / "early")
+    config = json.loads((release / "transformer/config.json").read_text())
+    (tmp_path / "early/transformer/config.json").write_text(json.dumps(config | {"num_layers": 3}))
+    with pytest.raises(ValueError, match="--revision"):
+        convert(tmp_path / "early", base, tmp_path / "out", family="bernini")
+
+
+def test_two_experts_are_refused(base, release, tmp_path):
+    shutil.copytree(release, tmp_path / "14b")
+    shutil.copytree(release / "transformer", tmp_path / "14b/transformer_2")
+    with pytest.raises(ValueError, match="two transformers"):
+        convert(tmp_path / "14b", base, tmp_path / "out", family="bernini")
+    assert not (tmp_path / "out").exists()
+
+
+def test_own_sizes_are_refused_by_a_model_that_reads_the_videos(base):
+    pipeline = RefAlignWanPipeline.from_pretrained(base)
+    with pytest.raises(ValueError, match="`reference_long_edge` is 48"):
+        pipeline("a cat", reference_long_edge=48)

@@ -394,8 +394,8 @@ def _check_size(height: int, width: int) -> None:
 
 def _check_long_edge(long_edge: int | None) -> None:
     is_number = isinstance(long_edge, (int, np.integer)) and not isinstance(long_edge, bool)
-    if long_edge is not None and (not is_number or long_edge < 16):
-        raise ValueError(f"`long_edge` must be 16 pixels or more (an int), got {long_edge!r}.")
+    if long_edge is not None and (not is_number or long_edge < 16 or long_edge % 16):
+        raise ValueError(f"`long_edge` must be a multiple of 16 pixels (an int), got {long_edge!r}.")
 
 
 def letterbox(image: Image.Image, height: int, width: int) -> Image.Image:
@@ -449,7 +449,7 @@ def fit_long_edge(image: Image.Image, long_edge: int) -> Image.Image:
 
     Args:
         image (`PIL.Image.Image`): An RGB image.
-        long_edge (`int`): The longest side of the result, in pixels; 16 or more.
+        long_edge (`int`): The longest side of the result, in pixels, a multiple of 16.
 
     Returns:
         `PIL.Image.Image`: An RGB image. It is never enlarged but by the rounding.
@@ -549,7 +549,7 @@ def prepare_reference_image(
             downloading nothing, and finds a subject on 2% to 85% of the image.
         long_edge (`int`, *optional*):
             The longer side at most, for models that read references in their own aspect
-            (`pipe.config.reference_long_edge`). The size of the video then does not matter.
+            (`pipe.call_defaults["reference_long_edge"]`). The size of the video then does not matter.
 
     Returns:
         `PIL.Image.Image`: An RGB image of `width` x `height`, or what [`fit_long_edge`] makes.

@@ -1,0 +1,52 @@
+"""The families of models that one pipeline runs. What differs between them is data, kept in a model's own files."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+BERNINI_PREFIX = "You are a helpful assistant specialized in {} generation."
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a model of a family is given when it is made."""
+
+    scheduler: dict[str, Any] | None = None
+    """The class of the scheduler, as `_class_name`, and its configuration. `None`: the paper's."""
+    transformer: dict[str, Any] = field(default_factory=dict)
+    """Entries of the transformer's configuration."""
+    pipeline: dict[str, Any] = field(default_factory=dict)
+    """Entries of `model_index.json`."""
+    card: str = "template"
+    """The model card of `model_cards/` for a checkpoint that is not recognised."""
+
+
+FAMILIES = {
+    "refalign": Family(),  # arXiv 2603.25743
+    # arXiv 2605.22344: references and prompts as its code has them, and the settings of its command line
+    "bernini": Family(
+        scheduler={
+            "_class_name": "UniPCMultistepScheduler",
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "flow_shift": 5.0,
+        },
+        transformer={"reference_rope": "sources", "text_to_references": True},
+        pipeline={
+            "call_defaults": {
+                "width": 848,
+                "num_inference_steps": 40,
+                "guidance_scale": 4.0,
+                "image_guidance_scale": 4.5,
+                "guidance_projection": {"eta": 0.5, "thresholds": [50, 50]},
+                "reference_long_edge": 848,
+            },
+            "prompt_prefix": {
+                "references": BERNINI_PREFIX.format("subject-to-video"),
+                "no_references": BERNINI_PREFIX.format("text-to-video"),
+            },
+            "first_sigma": 0.999,
+        },
+        card="bernini-r-1.3b",
+    ),
+}
