@@ -1,4 +1,4 @@
-"""`refalign demo`: a video by the tiny model that comes with the package, offline, and a picture of how it came about.
+"""`refalign demo`: a video by the tiny model that comes with the package, offline, and pictures of how it came about.
 
 Nothing heavy is imported before it is needed, so that `--help` answers at once.
 """
@@ -27,7 +27,8 @@ class Demo:
     """Make a video of drawn figures, offline and in seconds, with the tiny model that comes with this package."""
 
     output: Path = Path("demo")
-    """The folder for `demo.mp4` and for `demo.png`, which shows the references beside frames of the video."""
+    """The folder for `demo.mp4`, and for the references beside it: `demo.png` shows them with frames of the video,
+    `demo.webp` with the video itself."""
     prompt: str = "On the left one hops up and down, on the right one spins around, in a meadow."
     """A description of what happens and where. "It", or "the left one" and "the right one", hops up and down, spins
     around, grows, rises or falls. "It" also slides to the right or to the left, and "the two change places". All this
@@ -42,7 +43,7 @@ class Demo:
 
 def run(command: Demo) -> int:
     """
-    Makes the video and the picture, over those of an earlier call, and returns the exit code.
+    Makes the video and the pictures, over those of an earlier call, and returns the exit code.
 
     Raises:
         ValueError: if a subject is neither a name nor a file.
@@ -50,21 +51,24 @@ def run(command: Demo) -> int:
     if command.list:
         print("\n".join(subject_names()))
         return 0
-    from refalign.video import write_video
+    from refalign.video import FPS, write_video
 
     if not 1 <= len(command.subjects) <= 2:
         raise ValueError(f"{len(command.subjects)} subjects are named; the tiny model was trained with one or two.")
     references = pictures_of(command.subjects)
     frames = make_frames(command, references)
-    picture, video = command.output / "demo.png", command.output / "demo.mp4"
+    picture, moving, video = (command.output / f"demo.{kind}" for kind in ("png", "webp", "mp4"))
     # Sixty-four pixels are a stamp on a screen
     large = [frame.resize((VIDEO_SIDE, VIDEO_SIDE)) for frame in frames]
     settings = {"prompt": command.prompt, "subjects": command.subjects, "seed": command.seed}
     with owned_folder(command.output):
         with new_file(picture, overwrite=True) as file:
             draw_sheet(references, frames).save(file)
+        with new_file(moving, overwrite=True) as file:
+            first, *others = draw_moving(references, frames)
+            first.save(file, save_all=True, append_images=others, duration=round(1000 / FPS), loop=0, quality=90)
         write_video(large, video, settings=settings, overwrite=True)
-    print(f"{command.prompt}\nWrote {video} and {picture}, the references beside frames of it.")
+    print(f"{command.prompt}\nWrote {video}, and the references beside it: {picture} and {moving}.")
     return 0
 
 
@@ -100,17 +104,37 @@ def draw_sheet(references: "list[Image.Image]", frames: "list[Image.Image]") -> 
     import numpy as np
     from PIL import Image
 
-    from refalign.reference_images import prepare_reference_image
-
     rows, columns = (2, SHOWN_FRAMES // 2) if len(references) > 1 else (1, SHOWN_FRAMES // 2)
     places = np.linspace(0, len(frames) - 1, rows * columns).round().astype(int)
     step = SIDE + GAP
     sheet = Image.new("RGB", ((1 + columns) * step + GAP, rows * step - GAP), "white")
-    for row, reference in enumerate(references):
-        seen = prepare_reference_image(reference, SIDE, SIDE, cut_out=False)
-        sheet.paste(seen, (0, row * step))
+    _paste(references, sheet)
     for number, place in enumerate(places):
         row, column = divmod(number, columns)
         frame = frames[place].resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         sheet.paste(frame, ((1 + column) * step + GAP, row * step))
     return sheet
+
+
+def draw_moving(references: "list[Image.Image]", frames: "list[Image.Image]") -> "list[Image.Image]":
+    """For each frame a picture: the references as the model sees them, one below the other, beside the frame."""
+    from PIL import Image
+
+    height = len(references) * (SIDE + GAP) - GAP
+    still = Image.new("RGB", (SIDE + 2 * GAP + height, height), "white")
+    _paste(references, still)
+    pictures = []
+    for frame in frames:
+        picture = still.copy()
+        picture.paste(frame.resize((height, height), Image.Resampling.BICUBIC), (SIDE + 2 * GAP, 0))
+        pictures.append(picture)
+    return pictures
+
+
+def _paste(references: "list[Image.Image]", sheet: "Image.Image") -> None:
+    """Pastes the references, as the model sees them, one below the other at the left of a sheet."""
+    from refalign.reference_images import prepare_reference_image
+
+    for row, reference in enumerate(references):
+        seen = prepare_reference_image(reference, SIDE, SIDE, cut_out=False)
+        sheet.paste(seen, (0, row * (SIDE + GAP)))

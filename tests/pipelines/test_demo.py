@@ -193,11 +193,13 @@ def demo(tmp_path_factory) -> SimpleNamespace:
     return SimpleNamespace(folder=folder, told=done.stdout)
 
 
-def test_the_demo_writes_a_video_and_a_picture(demo):
+def test_the_demo_writes_a_video_and_pictures(demo):
     video = demo.folder / "demo.mp4"
     assert read_video(video).shape == (17, 384, 384, 3)
     assert read_settings(video)["subjects"] == ["crowned-star", "yellow-heart"]
     assert Image.open(demo.folder / "demo.png").width > 700
+    moving = Image.open(demo.folder / "demo.webp")
+    assert (moving.n_frames, moving.width > moving.height) == (17, True)
     assert str(video) in demo.told
 
 
