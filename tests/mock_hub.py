@@ -5,7 +5,8 @@
         assert hub.private["org/name"] and "README.md" in hub.uploads["org/name"]
 
 The client reads its endpoint on import: call it in a fresh process. As at the Hub, a token is wanted to write and to
-read a private repo, and a file that has not changed is not sent again. Model repos, one revision, no LFS, no Xet.
+read a private repo or a Space's variables, and a file that has not changed is not sent again. Model repos and Spaces,
+one revision, no LFS, no Xet.
 """
 
 import base64
@@ -44,13 +45,14 @@ def blob_id(content: bytes) -> str:
 
 
 class MockHub:
-    """Serves `root/ORG/NAME/` as the repo ORG/NAME and writes what is pushed there.
+    """Serves `root/ORG/NAME/` as the repo ORG/NAME and writes what is pushed there; Spaces are `spaces/ORG/NAME`.
 
     Attributes:
         requests (`list[tuple[str, str]]`): method and path (no query) of each request, in order.
         tokens (`list[str]`): the Authorization header of each request that carried one.
         uploads (`dict[str, dict[str, bytes]]`): what was committed: repo, then path in it, then content.
         private (`dict[str, bool]`): repos created here, and whether private. Set one to hide a served repo.
+        variables (`dict[str, dict[str, str]]`): of Spaces.
     """
 
     def __init__(self, root: Path) -> None:
@@ -59,6 +61,7 @@ class MockHub:
         self.tokens: list[str] = []
         self.uploads: dict[str, dict[str, bytes]] = defaultdict(dict)
         self.private: dict[str, bool] = {}
+        self.variables: dict[str, dict[str, str]] = defaultdict(dict)
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, self))
         self.url = f"http://127.0.0.1:{self._server.server_port}"
 
@@ -95,8 +98,11 @@ class MockHub:
         route, parts = _find_route("GET" if method == "HEAD" else method, path)
         if route is None:
             return refuse(404, "", f"the mock Hub has no route for {method} {path}")
+        if parts.pop("kind", "") == "spaces":
+            parts["repo"] = f"spaces/{parts['repo']}"
         repo, revision = parts.get("repo", ""), parts.pop("revision", "")
-        if not token and (method == "POST" or self.private.get(repo)):
+        is_closed = self.private.get(repo) or route is MockHub._variables
+        if not token and (method == "POST" or is_closed):
             return refuse(401, "RepoNotFound" if repo else "", "Invalid username or password.")
         if repo and not (self.root / repo).is_dir():
             return refuse(404, "RepoNotFound", f"Repository {repo} not found")
@@ -107,7 +113,8 @@ class MockHub:
     def _info(self, repo: str, **_: object) -> Answer:
         siblings = [{"rfilename": path} for path in self.files(repo)]
         private = self.private.get(repo, False)
-        return reply({"id": repo, "sha": self.sha(repo), "private": private, "tags": [], "siblings": siblings})
+        name = repo.removeprefix("spaces/")
+        return reply({"id": name, "sha": self.sha(repo), "private": private, "tags": [], "siblings": siblings})
 
     def _tree(self, repo: str, folder: str, target: str, **_: object) -> Answer:
         """The files under `folder`; the folders between go unlisted, the client's downloads drop them anyway."""
@@ -137,11 +144,22 @@ class MockHub:
     def _create(self, body: bytes, **_: object) -> Answer:
         wanted = json.loads(body)
         repo = f"{wanted.get('organization') or USER}/{wanted['name']}"
+        if wanted.get("type") == "space":
+            repo = f"spaces/{repo}"
+            if wanted.get("sdk") not in ("gradio", "docker", "static"):
+                return refuse(400, "", f"sdk is {wanted.get('sdk')}")
         if (self.root / repo).is_dir():
-            return reply({"error": "You already created this model repo", "url": f"{self.url}/{repo}"}, 409)
+            return reply({"error": "You already created this repo", "url": f"{self.url}/{repo}"}, 409)
         (self.root / repo).mkdir(parents=True)
         self.private[repo] = wanted.get("visibility") == "private"
-        return reply({"url": f"{self.url}/{repo}", "name": repo})
+        return reply({"url": f"{self.url}/{repo}", "name": repo.removeprefix("spaces/")})
+
+    def _variables(self, repo: str, body: bytes, **_: object) -> Answer:
+        """A Space's variables, after the one in the request's body, if there is one, was set."""
+        if body:
+            wanted = json.loads(body)
+            self.variables[repo][wanted["key"]] = wanted["value"]
+        return reply({name: {"value": value} for name, value in self.variables[repo].items()})
 
     def _preupload(self, repo: str, body: bytes, **_: object) -> Answer:
         oids = {path: {"oid": blob_id(content)} for path, content in self.files(repo).items()}
@@ -168,16 +186,17 @@ class MockHub:
         return reply({"success": True, "commitOid": sha, "commitUrl": f"{self.url}/{repo}/commit/{sha}"})
 
 
-REPO, REVISION = r"(?P<repo>\w[\w.-]*/\w[\w.-]*)", "(?P<revision>[^/]+)"
+KIND, REPO, REVISION = "(?P<kind>models|spaces)", r"(?P<repo>\w[\w.-]*/\w[\w.-]*)", "(?P<revision>[^/]+)"
 ROUTES: dict[str, Callable[..., Answer]] = {
-    f"GET /api/models/{REPO}(/revision/{REVISION})?": MockHub._info,
-    f"GET /api/models/{REPO}/tree/{REVISION}(/(?P<folder>.+))?": MockHub._tree,
-    f"GET /{REPO}/resolve/{REVISION}/(?P<path>.+)": MockHub._resolve,
+    f"GET /api/{KIND}/{REPO}(/revision/{REVISION})?": MockHub._info,
+    f"GET /api/{KIND}/{REPO}/tree/{REVISION}(/(?P<folder>.+))?": MockHub._tree,
+    f"GET (/(?P<kind>spaces))?/{REPO}/resolve/{REVISION}/(?P<path>.+)": MockHub._resolve,
     "GET /api/whoami-v2": MockHub._whoami,
     "POST /api/validate-yaml": MockHub._validate_yaml,
     "POST /api/repos/create": MockHub._create,
-    f"POST /api/models/{REPO}/preupload/{REVISION}": MockHub._preupload,
-    f"POST /api/models/{REPO}/commit/{REVISION}": MockHub._commit,
+    f"POST /api/{KIND}/{REPO}/preupload/{REVISION}": MockHub._preupload,
+    f"POST /api/{KIND}/{REPO}/commit/{REVISION}": MockHub._commit,
+    f"(GET|POST) /api/(?P<kind>spaces)/{REPO}/variables": MockHub._variables,
 }
 
 

@@ -1,4 +1,4 @@
-"""`refalign demo | generate | app | calibrate | convert | export | push | lora`: reference-to-video.
+"""The commands of `refalign`: reference-to-video from the command line.
 
 Nothing heavy is imported before the command line is understood, so that `--help` answers at once.
 """
@@ -83,6 +83,21 @@ class Push:
 
 
 @dataclass(frozen=True)
+class PushSpace:
+    """Push the app and this package as a Space of Hugging Face, where others try a model in their browsers."""
+
+    repo: str
+    """The Space on the Hub, as ORG/NAME. It is made if it does not exist."""
+    model: str | None = None
+    """The Hub id of the model to show. By default an existing Space keeps its model, and a new one shows the tiny
+    model that comes with this package."""
+    private: bool = False
+    """Make the Space private, if it is new."""
+    dry_run: bool = False
+    """Only say which files would be pushed, without any connection."""
+
+
+@dataclass(frozen=True)
 class LoraInspect:
     """Show a LoRA's key style, rank, scale, layers and strength, and which base it fits."""
 
@@ -156,6 +171,16 @@ def push(command: Push) -> int:
     return 0
 
 
+def run_push_space(command: PushSpace) -> int:
+    from refalign.push_space import push_space
+
+    pushed = push_space(command.repo, command.model, command.private, command.dry_run)
+    print(pushed)
+    if not command.dry_run:
+        print(f"Choose its hardware: {pushed.url}/settings")
+    return 0
+
+
 def inspect_lora(command: LoraInspect) -> int:
     from refalign.lora_inspect import describe
 
@@ -203,6 +228,7 @@ PROGRAM = Program(
         ),
         "export": Command(Export, export, "--model refalign-1.3b --output refalign-1.3b.safetensors"),
         "push": Command(Push, push, "refalign-1.3b --repo ORG/NAME --dry-run"),
+        "push-space": Command(PushSpace, run_push_space, "--repo ORG/NAME --dry-run"),
         "lora": LORA,
     },
 )

@@ -10,12 +10,15 @@ with that script beside it.
 import fnmatch
 import logging
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import HfHubHTTPError
 
 from refalign.calibration import RATIOS
 from refalign.community_script import CODE, community_script
@@ -28,6 +31,7 @@ from refalign.files import (
     plain_weights,
     read_headers,
     read_json,
+    without_breaks,
 )
 from refalign.privacy import check_links, check_nothing_private, shown
 from refalign.variants import WEIGHTS_FILE, copy_plain
@@ -114,7 +118,7 @@ def export_repo(model: Any, output: str | Path, card: str = "template") -> Path:
     with new_folder(output) as folder:
         if isinstance(model, (str, Path)):
             source = Path(model) if Path(model).is_dir() else fetch(str(model), list(REPO_FILES))
-            left_out = _copy_repo(source, folder)
+            left_out = copy_repo(source, folder)
             if left_out:
                 logger.info("Not part of a pipeline, left out: %s", ", ".join(left_out))
         else:
@@ -185,23 +189,51 @@ def push(
             _fill_stage(stage, folder, kind, repo_id)
         except ValueError as error:
             raise ValueError(str(error).replace(str(stage), str(folder))) from error
-        sizes = {file.relative_to(stage).as_posix(): file.stat().st_size for file in files_below(stage)}
         api = HfApi(token=token)
-        visibility = f"{'private' if private else 'public'}, if it is new"
+        visibility = visibility_if_new(private)
         if not dry_run:
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            visibility = "private" if api.repo_info(repo_id).private else "public"
-            if private and visibility == "public":
-                raise ValueError(
-                    f"{repo_id} exists and is public. Make it private on the Hub, or push without --private."
-                )
-            api.upload_folder(repo_id=repo_id, folder_path=stage, commit_message=f"Upload RefAlign {kind}")
-    return Pushed(sizes, f"{api.endpoint}/{repo_id}", visibility, dry_run)
+            with naming_refusal(repo_id):
+                visibility = open_repo(api, repo_id, private)
+                api.upload_folder(repo_id=repo_id, folder_path=stage, commit_message=f"Upload RefAlign {kind}")
+        return Pushed(sizes_of(stage), f"{api.endpoint}/{repo_id}", visibility, dry_run)
+
+
+@contextmanager
+def naming_refusal(repo_id: str) -> Iterator[None]:
+    """Within it, the Hub is written to; that it does not let us becomes a ValueError that says what to do."""
+    try:
+        yield
+    except HfHubHTTPError as error:
+        if error.response.status_code not in (401, 402, 403):
+            raise
+        raise ValueError(
+            f"The Hub does not let you write to {repo_id}. Run `hf auth login` with a token that may write there. The "
+            f"Hub says: {without_breaks(error)}"
+        ) from error
+
+
+def sizes_of(stage: Path) -> dict[str, int]:
+    """Bytes of each file that is to be pushed."""
+    return {file.relative_to(stage).as_posix(): file.stat().st_size for file in files_below(stage)}
+
+
+def visibility_if_new(private: bool) -> str:
+    """What a dry run can say."""
+    return f"{'private' if private else 'public'}, if it is new"
+
+
+def open_repo(api: HfApi, repo_id: str, private: bool, repo_type: str = "model", **options: Any) -> str:
+    """Makes a repo unless it exists, and returns its visibility; ValueError if it is public, but must be private."""
+    api.create_repo(repo_id, private=private, exist_ok=True, repo_type=repo_type, **options)
+    visibility = "private" if api.repo_info(repo_id, repo_type=repo_type).private else "public"
+    if private and visibility == "public":
+        raise ValueError(f"{repo_id} exists and is public. Make it private on the Hub, or push without --private.")
+    return visibility
 
 
 def _fill_stage(stage: Path, folder: Path, kind: str, repo_id: str) -> None:
     """Makes what is to be pushed of a folder; ValueError if it may not."""
-    left_out = _copy_repo(folder, stage, link_weights=True)
+    left_out = copy_repo(folder, stage, link_weights=True)
     if kind == "LoRA":
         complete_lora_repo(stage)
     else:
@@ -322,7 +354,7 @@ def _card(name: str) -> str:
     return (files("refalign.model_cards") / f"{name}.md").read_text("utf-8")
 
 
-def _copy_repo(source: Path, target: Path, link_weights: bool = False) -> list[str]:
+def copy_repo(source: Path, target: Path, link_weights: bool = False) -> list[str]:
     """Copies what belongs to a pipeline, or to a LoRA, and returns the names of what does not."""
     check_links(source)
     allowed, left_out = _allowed_files(source), []
