@@ -1,6 +1,7 @@
 """A Space: exactly the app, its front matter, its requirements and the package go, and nothing that is private."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -201,3 +202,37 @@ def test_a_missing_token_is_told_in_a_line(hub, pushes):
     (line,) = pushes["no token"].err.splitlines()
     assert line.startswith("refalign: The Hub does not let you write to tester/new. Run `hf auth login`")
     assert not (hub.root / "spaces/tester/new").exists()
+
+
+# -- What it does there -----------------------------------------------------------------------------------------------
+
+IN_THE_SPACE = """
+import sys
+
+# As in a Space: nothing of this package is there but what was pushed
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+import tempfile
+from pathlib import Path
+
+import app
+
+with tempfile.TemporaryDirectory() as folder:
+    demo = app.build(app.Studio(app.load(None), None, Path(folder)))
+for name, module in sys.modules.items():
+    if name == "app" or name.startswith("refalign"):
+        print(module.__file__)
+print(app.FOLDER)
+print(type(demo).__name__)
+"""
+
+
+def test_the_app_is_built_of_what_was_pushed_alone(tmp_path):
+    push_space.write_space(tmp_path)
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "REFALIGN_MODEL")}
+    command = [sys.executable, "-c", IN_THE_SPACE]
+    child = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr[-4000:]
+    *paths, built = child.stdout.splitlines()
+    assert built == "Blocks"
+    assert {str(tmp_path / "app.py"), str(tmp_path / "refalign/pipeline_refalign_wan.py")} <= set(paths)
+    assert [path for path in paths if not path.startswith(str(tmp_path))] == []
