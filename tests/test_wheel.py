@@ -1,12 +1,15 @@
 """What `python -m build` makes runs outside the clone: code, configs, cards and the tiny model are in it."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from refalign.files import files_below
 
 
 ROOT = Path(__file__).parent.parent
@@ -59,3 +62,12 @@ def test_published_results_and_the_page_of_comparisons_are_in_it(installed):
 def test_its_training_command_is_there(installed):
     done = run(installed, "refalign_training.cli", "--help")
     assert done.returncode == 0, done.stderr
+
+
+def test_a_space_gets_the_package_that_it_installs(installed):
+    done = run(installed, "refalign.cli", "push-space", "--repo", "org/app", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    pushed = {line.split()[-1] for line in done.stdout.splitlines()[:-1]}
+    files = {file.relative_to(installed).as_posix() for file in files_below(installed / "refalign")}
+    left = [name for name in files if re.match("refalign/(space|model_cards)/|.*__pycache__", name)]
+    assert pushed == files - set(left) | {"app.py", "README.md", "requirements.txt"}
