@@ -109,9 +109,9 @@ def _image_metadata(file: Path) -> dict[str, str]:
 
 
 def _video_metadata(file: Path) -> dict[str, str]:
-    import av
+    from refalign.video import open_container
 
-    with av.open(str(file)) as container:
+    with open_container(file) as container:
         found = dict(container.metadata)
         for stream in container.streams:
             found |= {f"{stream.index}:{key}": value for key, value in stream.metadata.items()}

@@ -8,12 +8,24 @@ from typing import Any
 
 import av
 import numpy as np
+from av.container import InputContainer
 from PIL import Image
 
 from refalign.files import new_file
 
 
 FPS = 16  # frames per second of Wan 2.1, and so of RefAlign
+# A file of 50 KB can hold pictures that take gigabytes: larger ones than 8192 x 8192 are not decoded
+MOST_PIXELS = 2**26
+_LIMITS = {"max_pixels": str(MOST_PIXELS)}
+
+
+def open_container(path: str | Path, options: Mapping[str, str] | None = None, **kwargs: Any) -> InputContainer:
+    """`av.open` to read, whose video streams decode no picture of more than `MOST_PIXELS`."""
+    container = av.open(str(path), options={**_LIMITS, **(options or {})}, **kwargs)  # it decodes some already
+    for stream in container.streams.video:
+        stream.codec_context.options = dict(_LIMITS)
+    return container
 
 
 def write_video(
@@ -76,11 +88,11 @@ def _to_uint8(frame: Image.Image | np.ndarray) -> np.ndarray:
 
 def read_video(path: str | Path) -> np.ndarray:
     """All frames of a video, uint8 `(frames, height, width, 3)`."""
-    with av.open(str(path)) as container:
+    with open_container(path) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
     """The settings that [`write_video`] kept in the file; empty if there are none."""
-    with av.open(str(path)) as container:
+    with open_container(path) as container:
         return json.loads(container.metadata.get("comment", "{}"))

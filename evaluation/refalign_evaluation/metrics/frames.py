@@ -10,6 +10,7 @@ from pathlib import Path
 import av
 import numpy as np
 
+from refalign.video import open_container
 from refalign_training.data.fields import Unusable
 from refalign_training.data.video import open_video
 
@@ -67,7 +68,7 @@ def _decode(video: Path, total: int) -> Iterator[av.VideoFrame]:
     """The frames of a video, which must be so many."""
     decoded = 0
     try:
-        with av.open(str(video)) as container:
+        with open_container(video) as container:
             for frame in container.decode(video=0):
                 decoded += 1
                 yield frame

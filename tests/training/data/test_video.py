@@ -1,3 +1,4 @@
+import resource
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 from av.stream import Disposition
 from PIL import Image
 
-from refalign.video import write_video
+from refalign.video import read_video, write_video
 from refalign_training.data.sample import Unusable
 from refalign_training.data.shown import TO_709, colours, show
 from refalign_training.data.video import open_video
@@ -393,6 +394,48 @@ def test_a_title_that_is_not_utf8_does_no_harm(tmp_path):
     write_video([np.zeros((48, 64, 3), np.uint8)] * 3, path, settings={"title": "Cafe"})
     path.write_bytes(path.read_bytes().replace(b"Cafe", b"Caf\xe9"))
     assert list(read(path, [0, 1, 2])) == [0, 1, 2]
+
+
+def write_gif(path: Path, side: int) -> Path:
+    """Two whole pictures of that side, in 100 bytes."""
+    first, second = (Image.new("L", (2, 2), grey) for grey in (0, 255))
+    first.save(path, save_all=True, append_images=[second])
+    data = bytearray(path.read_bytes())
+    data[6:10] = struct.pack("<HH", side, side)
+    path.write_bytes(data)
+    return path
+
+
+def test_a_picture_that_would_take_all_memory_is_not_decoded(tmp_path):
+    for side in (8193, 16000, 65535):
+        with (
+            pytest.raises(Unusable, match=r"more than 67,108,864 pixels"),
+            open_video(write_gif(tmp_path / "a.gif", side)) as video,
+        ):
+            list(video.read([0]))
+    with pytest.raises(av.FFmpegError):
+        read_video(tmp_path / "a.gif")
+    assert len(read(write_gif(tmp_path / "b.gif", 2000), [0, 1])) == 2
+
+
+def huge(path: Path, box: bytes, *values: tuple[int, int]) -> Path:
+    """A video in which numbers of a box say something else."""
+    data = bytearray(write_greys(path).read_bytes())
+    for place, value in values:
+        start = data.index(box) + place
+        data[start : start + 4] = struct.pack(">I", value)
+    path.write_bytes(data)
+    return path
+
+
+def test_headers_that_claim_what_is_not_there_take_no_memory(tmp_path):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert len(read(huge(tmp_path / "pictures.mp4", b"avc1", (28, 0xFFFFFFFF)), [0, 59])) == 2
+    assert len(read(huge(tmp_path / "duration.mp4", b"mvhd", (20, 0xFFFFFFF0)), [0, 59])) == 2
+    for box, *values in ((b"stts", (12, 0x7FFFFFF0)), (b"stsz", (8, 1), (12, 0xFFFFFFF0))):
+        with pytest.raises(Unusable, match="is cut short"):
+            read(huge(tmp_path / "frames.mp4", box, *values), [0])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
 
 
 def test_an_error_of_the_caller_is_not_the_videos(tmp_path):

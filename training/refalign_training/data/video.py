@@ -16,6 +16,7 @@ from av.stream import Disposition
 from av.video.stream import VideoStream
 from PIL import Image
 
+from refalign.video import MOST_PIXELS, open_container
 from refalign_training.data.fields import Unusable, check_file
 from refalign_training.data.shown import HLG, PQ, show, square
 
@@ -70,6 +71,9 @@ class VideoFrames:
         # Its threads stay those of slices: FFmpeg's frame threads can wait for ever on a damaged file
         self._stream, packets = self._choose()
         self._place = container.streams.video.index(self._stream)
+        if self._stream.width * self._stream.height > MOST_PIXELS:
+            size = f"{self._stream.width}x{self._stream.height}"
+            raise Unusable("video", f"{self._name} has pictures of {size}, more than {MOST_PIXELS:,} pixels")
         self._check_whole(packets.count)
         aspect = float(self._stream.sample_aspect_ratio or 1)
         if not 1 / _MOST_STRETCHED <= aspect <= _MOST_STRETCHED:
@@ -226,7 +230,7 @@ def _open(path: Path) -> InputContainer:
     with _decoding(path):
         options = {"protocol_whitelist": "file", "format_whitelist": FORMATS}
         try:
-            return av.open(str(path), options=options, metadata_errors="replace")
+            return open_container(path, options, metadata_errors="replace")
         except ArgumentError:
             names = FORMATS.replace(",", ", ")
             raise Unusable("video", f"{path} is not of a format that is read. These are: {names}") from None
@@ -240,4 +244,7 @@ def _decoding(name: str | Path) -> Iterator[None]:
     except (av.FFmpegError, OSError, LookupError, UnicodeError) as error:
         if getattr(error, "errno", None) in _NO_FAULT_OF_THE_FILE:
             raise
-        raise Unusable("video", f"{name} cannot be decoded: {getattr(error, 'strerror', None) or error}") from error
+        reason = getattr(error, "strerror", None) or str(error)
+        if isinstance(error, ArgumentError):  # all that FFmpeg says of it
+            reason = f"{reason} (pictures of more than {MOST_PIXELS:,} pixels are not read)"
+        raise Unusable("video", f"{name} cannot be decoded: {reason}") from error
