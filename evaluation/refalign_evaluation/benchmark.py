@@ -4,7 +4,8 @@ The benchmark OpenS2V-Eval (arXiv 2505.20292): a folder with a JSON file for eac
 A file is `{sample id: {"img_paths": [...], "prompt": "...", "class_label": [...]}}`, the paths relative to the folder.
 """
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -67,6 +68,19 @@ def read_benchmark(folder: Path, split: Split) -> dict[str, BenchmarkSample]:
                 "benchmark again, whole and with its images."
             ) from error
     return samples
+
+
+def digest_split(folder: Path, split: Split) -> str:
+    """A digest of a split's file."""
+    return f"sha256:{hashlib.sha256(find_file(folder, split).read_bytes()).hexdigest()}"
+
+
+def digest_images(images: Iterable[Path]) -> str:
+    """A digest of what a sample's images hold. OSError if one cannot be read."""
+    total = hashlib.sha256()
+    for image in images:
+        total.update(hashlib.sha256(image.read_bytes()).digest())
+    return f"sha256:{total.hexdigest()}"
 
 
 def find_file(folder: Path, split: Split) -> Path:

@@ -60,21 +60,25 @@ def run(command: Generate) -> int:
     from refalign.devices import rank_and_processes
     from refalign.loading import read_defaults
     from refalign.owner import remove_dead_lock
-    from refalign_evaluation.benchmark import read_benchmark
+    from refalign_evaluation.benchmark import digest_images, digest_split, read_benchmark
     from refalign_evaluation.run_folder import Run, begin, check_same
 
     _check(command)
+    digest = digest_split(command.benchmark, command.split)
     samples = list(read_benchmark(command.benchmark, command.split).values())[: command.limit]
+    if digest_split(command.benchmark, command.split) != digest:
+        raise ValueError(f"{command.benchmark} changed while it was read. Call this again when it is whole.")
     defaults = read_defaults(command.base or command.model or str(FOLDER), command.lora)
     defaults = with_preset(command.fast, command.device, defaults)
     jobs = [filled(_job(command, sample), defaults) for sample in samples]
     for job in jobs:
         check_options(job.command)
-    settings = _settings(command, jobs[0])
+    settings = _settings(jobs[0]) | {"benchmark": digest}
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     ids = tuple(sample.id for sample in samples)
     model = "refalign-sprites" if command.model is None else source_name(command.model)
-    asked = Run(split=command.split, model=model, samples=ids, settings=settings, versions=versions)
+    images = {sample.id: digest_images(sample.images) for sample in samples}
+    asked = Run(split=command.split, model=model, samples=ids, settings=settings, versions=versions, images=images)
     check_same(command.output, asked)
     left = [job for job in jobs if not job.output.exists()]
     for job in jobs:
@@ -89,7 +93,7 @@ def run(command: Generate) -> int:
         return 0
     pipeline = load_for(mine[0].command)
     begin(command.output, _with_weights(asked, pipeline))
-    return _make(pipeline, mine, command.output)
+    return _make(pipeline, mine, command.output, images)
 
 
 def _check(command: Generate) -> None:
@@ -109,15 +113,11 @@ def _job(command: Generate, sample: BenchmarkSample) -> Job:
     return checked(sample.id, VideoCommand(prompt=sample.prompt, reference=references, output=output, **shared))
 
 
-def _settings(command: Generate, job: Job) -> dict[str, Any]:
+def _settings(job: Job) -> dict[str, Any]:
     """What all videos of a run must have been made with."""
-    from refalign_evaluation.benchmark import find_file
-
     settings = kept_settings(job.command)
     for name in NOT_SETTINGS:
         del settings[name]
-    content = find_file(command.benchmark, command.split).read_bytes()
-    settings["benchmark"] = f"sha256:{hashlib.sha256(content).hexdigest()}"
     return json.loads(json.dumps(settings))  # as it comes back from the file: tuples are lists there
 
 
@@ -136,13 +136,16 @@ def fingerprint(pipeline: "RefAlignWanPipeline") -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
-def _make(pipeline: "RefAlignWanPipeline", jobs: Sequence[Job], output: Path) -> int:
+def _make(pipeline: "RefAlignWanPipeline", jobs: Sequence[Job], output: Path, images: Mapping[str, str]) -> int:
     from refalign.command_line import one_line
     from refalign_evaluation.run_folder import tell_failure
 
     failed = []
     for job, error in generate_all(pipeline, jobs):
         reason = None if error is None else one_line(error)
+        if reason is None and _have_changed(job, images[job.name]):
+            job.output.unlink()  # who knows which of them it shows
+            reason = "its images changed while the video was made. Call this again when the benchmark is whole."
         tell_failure(output, job.name, reason)
         if reason is not None:
             print(f"refalign-eval: {job.name}: {shown(reason)}", file=sys.stderr)
@@ -151,6 +154,16 @@ def _make(pipeline: "RefAlignWanPipeline", jobs: Sequence[Job], output: Path) ->
         names = ", ".join(failed)
         print(f"refalign-eval: {len(failed)} of {len(jobs)} samples failed: {names}. Call it again.", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _have_changed(job: Job, digest: str) -> bool:
+    """Whether the images of a job are not what they were when the call began."""
+    from refalign_evaluation.benchmark import digest_images
+
+    try:
+        return digest_images(map(Path, job.command.reference)) != digest
+    except OSError:
+        return True
 
 
 # -- What it will take ------------------------------------------------------------------------------------------------

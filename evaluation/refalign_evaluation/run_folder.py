@@ -41,6 +41,8 @@ class Run(BaseModel):
     """What the videos were made with; it must be one for all."""
     versions: dict[str, str]
     """The versions of the packages that made them."""
+    images: dict[str, str] = {}
+    """By sample, a digest of the images that its video is made of; older runs have none."""
 
 
 def read_run(folder: Path) -> Run:
@@ -72,7 +74,7 @@ def check_same(folder: Path, run: Run) -> Run:
     The run that a folder holds once `run` is added to it.
 
     Raises:
-        ValueError: if the folder holds videos of other settings, or of nobody knows which.
+        ValueError: if the folder holds videos of other settings or images, or of nobody knows which.
     """
     if not (folder / RUN).exists():
         if any(folder.glob("*.mp4")):
@@ -86,7 +88,14 @@ def check_same(folder: Path, run: Run) -> Run:
     if others:
         told = ", ".join(f"{name} {before.get(name)!r:.60} there and {now.get(name)!r:.60} here" for name in others)
         raise ValueError(f"{folder} holds videos of other settings ({told}). Name another --output, or say the same.")
-    return there.model_copy(update={"samples": tuple(dict.fromkeys((*there.samples, *run.samples)))})
+    for sample_id in there.images.keys() & run.images.keys():
+        if there.images[sample_id] != run.images[sample_id] and video_of(folder, sample_id).exists():
+            raise ValueError(
+                f"{folder} has a video of the sample {sample_id}, whose images in the benchmark have changed since. "
+                "Get the old ones back, or remove that video to have it made anew."
+            )
+    samples = tuple(dict.fromkeys((*there.samples, *run.samples)))
+    return there.model_copy(update={"samples": samples, "images": {**there.images, **run.images}})
 
 
 def begin(folder: Path, run: Run) -> None:

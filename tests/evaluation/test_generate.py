@@ -2,20 +2,25 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from refalign import RefAlignWanPipeline
 from refalign.cli import main as refalign
 from refalign.sprites import FOLDER
+from refalign_evaluation import benchmark as benchmark_files
+from refalign_evaluation import run_folder
 from refalign_evaluation.cli import main
 from refalign_evaluation.generate import fingerprint
 from refalign_evaluation.run_folder import read_failures, read_run
-from tests.evaluation.small_benchmark import DOG, MAN, SAMPLES, write_benchmark
+from tests.evaluation.small_benchmark import CAT, DOG, MAN, SAMPLES, write_benchmark
 
 
 STEPS = ("--steps", "2", "--cut-out", "false", "--device", "cpu")
@@ -104,6 +109,48 @@ def test_another_version_of_the_benchmark_is_not_mixed_in(whole, tmp_path, capfd
     other = write_benchmark(tmp_path, samples={**SAMPLES, "singleobj_2": SAMPLES["singleobj_1"]})
     assert generate(other, whole) == 1
     assert "holds videos of other settings (benchmark 'sha256:" in capfd.readouterr().err
+
+
+def test_other_images_are_not_mixed_in(whole, tmp_path, capfd):
+    other = write_benchmark(tmp_path / "benchmark")
+    run = shutil.copytree(whole, tmp_path / "run")
+    Image.new("RGB", (90, 90), "red").save(other / CAT)
+    assert generate(other, run) == 1
+    assert "a video of the sample multiobject_1, whose images in the benchmark have changed" in capfd.readouterr().err
+    (run / "multiobject_1.mp4").unlink()
+    assert generate(other, run) == 0
+    assert videos(run).items() - videos(whole).items() == {("multiobject_1", videos(run)["multiobject_1"])}
+    assert read_run(run).images.keys() == SAMPLES.keys()
+
+
+def put_another(image: Path) -> None:
+    Image.new("RGB", (90, 90), "red").save(image)
+
+
+@pytest.mark.parametrize("change", [Path.unlink, put_another])
+def test_an_image_that_changes_in_the_middle_costs_its_samples(change, tmp_path, monkeypatch, capfd):
+    samples = {name: SAMPLES[name] for name in ("singleface_1", "multiobject_1")}
+    benchmark, run = write_benchmark(tmp_path / "benchmark", samples=samples), tmp_path / "run"
+    begin = run_folder.begin
+    monkeypatch.setattr(run_folder, "begin", lambda *args: (begin(*args), change(benchmark / CAT)))
+    assert generate(benchmark, run) == 1
+    assert list(videos(run)) == ["singleface_1"]
+    assert list(read_failures(run)) == ["multiobject_1"]
+    assert "1 of 2 samples failed: multiobject_1" in capfd.readouterr().err
+
+
+def test_a_benchmark_that_changes_while_it_is_read_is_told(tmp_path, monkeypatch, capfd):
+    benchmark_folder, read = write_benchmark(tmp_path / "benchmark"), benchmark_files.read_benchmark
+    newer = {**SAMPLES, "singleobj_1": {**SAMPLES["singleobj_1"], "prompt": "a dog sleeps"}}
+
+    def read_too_late(*args):
+        write_benchmark(benchmark_folder, samples=newer)
+        return read(*args)
+
+    monkeypatch.setattr(benchmark_files, "read_benchmark", read_too_late)
+    assert generate(benchmark_folder, tmp_path / "run") == 1
+    assert "changed while it was read" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_model_that_was_trained_on_is_another_one(whole, benchmark, capfd):
