@@ -6,6 +6,7 @@ import contextlib
 import http.server
 import io
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -415,6 +416,42 @@ def test_a_bad_file_is_named(tmp_path, kind):
     write_bad_file(tmp_path / "photo.png", kind)
     with pytest.raises(ValueError, match=r"photo\.png (cannot be read|does not exist)"):
         load_reference_image(tmp_path / "photo.png")
+
+
+def write_cut_jpeg(path, left_out, mode="RGB", **options):
+    """A JPEG of noise without its last bytes, or that share of them; returns it whole."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (400, 400, 3), np.uint8)).convert(mode)
+    data = encoded(image, "JPEG", **options)
+    path.write_bytes(data[: -left_out if left_out >= 1 else -int(len(data) * left_out)])
+    return data
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("left_out", [2, 40, 0.05])
+def test_a_jpeg_without_its_last_bytes_is_shown_as_viewers_do_and_told(tmp_path, caplog, left_out, mode):
+    whole = write_cut_jpeg(tmp_path / "photo.jpg", left_out, mode)
+    image = load_reference_image(tmp_path / "photo.jpg")
+    expected = np.asarray(Image.open(io.BytesIO(whole)).convert("RGB"))
+    assert np.array_equal(np.asarray(image)[:360], expected[:360])
+    rows = int(re.search(r"photo\.jpg is cut short: (\d+) of its 400 rows are missing", caplog.text)[1])
+    assert rows <= 40 and (rows == 0) == (left_out == 2)
+    assert_same(image, load_reference_image(Image.open(tmp_path / "photo.jpg")))
+
+
+@pytest.mark.parametrize("left_out", [0.2, 0.5, 0.9])
+def test_a_jpeg_that_lacks_more_is_refused(tmp_path, left_out):
+    write_cut_jpeg(tmp_path / "photo.jpg", left_out)
+    with pytest.raises(ValueError, match=r"photo\.jpg cannot be read: image file is truncated"):
+        load_reference_image(tmp_path / "photo.jpg")
+
+
+def test_a_progressive_jpeg_may_lack_its_mark_of_the_end_alone(tmp_path, caplog):
+    write_cut_jpeg(tmp_path / "photo.jpg", 2, progressive=True)
+    load_reference_image(tmp_path / "photo.jpg")
+    assert "0 of its 400 rows" in caplog.text
+    write_cut_jpeg(tmp_path / "photo.jpg", 0.05, progressive=True)
+    with pytest.raises(ValueError, match="truncated"):
+        load_reference_image(tmp_path / "photo.jpg")
 
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"

@@ -40,6 +40,7 @@ FORMATS = (
     *("HEIF", "JXL"),  # those of PIL's plugins, if the user has registered them
 )
 MAX_SIDE = 2**16 - 1  # pixels: JPEG's own limit. PIL looks at the area alone, but needs memory for each row too
+MAX_MISSING = 0.1  # of the rows of a JPEG that is cut short
 WHITE = (255, 255, 255)
 BACKGROUND_MODEL = "birefnet-general"
 SUBJECT_COVERAGE = (0.02, 0.85)  # below: nothing was found; above: the image is a place, not a subject
@@ -205,17 +206,39 @@ _TURNS = {
 
 def _upright_first_frame(image: Image.Image, name: str) -> Image.Image:
     """A copy; the caller's image stays at the frame it was at."""
-    frame = image.tell()
+    own, frame = image, image.tell()
     try:
         if frame:
             with contextlib.suppress(EOFError):  # PSD: frame 1, the first layer's number, stands for the whole
                 image.seek(0)
-        image.load()
+        try:
+            image.load()
+        except OSError as error:
+            image = _load_cut_jpeg(image, name, error)
         turn = _TURNS.get(_orientation(image, name))
         return image.copy() if turn is None else image.transpose(turn)
     finally:
         if frame:
-            image.seek(frame)
+            own.seek(frame)
+
+
+def _load_cut_jpeg(image: Image.Image, name: str, error: OSError) -> Image.Image:
+    """A JPEG without its end, which viewers show, if little of it is missing; else raises the error that it made."""
+    file = getattr(image, "fp", None)
+    if image.format != "JPEG" or file is None:
+        raise error
+    file.seek(0)
+    data = file.read()
+    # What is missing, libjpeg fills with grey. Bytes that stand for anything else in its place show where that begins
+    anything = bytes(range(1, 255)) * (len(data) // 1000 + 1)
+    found, other = (Image.open(io.BytesIO(data + end + b"\xff\xd9"), formats=["JPEG"]) for end in (b"", anything))
+    differs = (np.asarray(found) != np.asarray(other)).reshape(found.height, -1).any(axis=1)
+    missing = found.height - int(differs.argmax()) if differs.any() else 0
+    # A progressive one has all rows early, but without its end they are not sharp
+    if missing > found.height * MAX_MISSING or (missing and found.info.get("progressive")):
+        raise error
+    logger.warning("%s is cut short: %d of its %d rows are missing, and grey.", name, missing, found.height)
+    return found
 
 
 def _orientation(image: Image.Image, name: str) -> Any:
@@ -358,9 +381,9 @@ def load_reference_image(image: ReferenceImage) -> Image.Image:
         `PIL.Image.Image`: A new upright image, RGBA if some pixel is transparent, otherwise RGB.
 
     Raises:
-        ValueError: The image is missing, damaged, empty, of a format that is not in `FORMATS`, larger than PIL deems
-            safe (`2 * Image.MAX_IMAGE_PIXELS` pixels) or `MAX_SIDE` allows, of a wrong shape, dtype or range, or its
-            URL is refused.
+        ValueError: The image is missing, damaged (but for EXIF data, and the last rows of a JPEG), empty, of a format
+            that is not in `FORMATS`, larger than PIL deems safe (`2 * Image.MAX_IMAGE_PIXELS` pixels) or `MAX_SIDE`
+            allows, of a wrong shape, dtype or range, or its URL is refused.
         ImportError: A URL needs httpx2, and it is not installed.
     """
     if isinstance(image, Image.Image):
