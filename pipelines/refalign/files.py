@@ -389,11 +389,12 @@ def identity(folder: Path, files: Iterable[Path]) -> str:
     """
     total = hashlib.sha256()
     for file in sorted(files):
-        total.update(f"{file.relative_to(folder).as_posix()}\0{_digest_of_file(file)}\n".encode())
+        total.update(f"{file.relative_to(folder).as_posix()}\0{digest_of_file(file)}\n".encode())
     return f"sha256:{total.hexdigest()}"
 
 
-def _digest_of_file(file: Path) -> str:
+def digest_of_file(file: Path) -> str:
+    """The sha256 of a file, in hexadecimal digits."""
     blob = file.resolve()
     # The Hub's client names large files by their sha256, and has checked it: 11 GB need not be read again
     if file.is_symlink() and blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name):

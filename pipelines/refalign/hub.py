@@ -24,6 +24,7 @@ from refalign.calibration import RATIOS
 from refalign.community_script import CODE, community_script
 from refalign.files import (
     HUB_ID,
+    digest_of_file,
     fetch,
     files_below,
     find_safetensors,
@@ -76,11 +77,28 @@ TRAINING_STATE = ("*optim*", "*ema_state*", "*random_states*", "trainer_state*")
 
 
 def find_release(checkpoint: str) -> str | None:
-    """The card of a release of the authors', named by its Hub id or as a folder or file of it in the Hub's cache."""
+    """The card of a release of the authors', named by its Hub id or as a folder or file of it in the Hub's cache, or
+    equal to one there. Anything else claims nothing."""
     for name, card in RELEASES.items():
-        if checkpoint == name or f"models--{name.replace('/', '--')}" in Path(checkpoint).absolute().parts:
+        if checkpoint == name or _cache_name(name) in Path(checkpoint).absolute().parts:
+            return card
+        if Path(checkpoint).exists() and _is_cached(find_safetensors(checkpoint), name):
             return card
     return None
+
+
+def _cache_name(repo: str) -> str:
+    return f"models--{repo.replace('/', '--')}"
+
+
+def _is_cached(files: list[Path], repo: str) -> bool:
+    """Whether files equal some of a repo that were downloaded. The Hub's client names these by their sha256, which the
+    Hub told it and it has checked; the Hub is not asked anew."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    blobs = list((Path(HF_HUB_CACHE) / _cache_name(repo) / "blobs").glob("?" * 64))
+    names, sizes = {blob.name for blob in blobs}, {blob.stat().st_size for blob in blobs}
+    return all(file.stat().st_size in sizes and digest_of_file(file) in names for file in files)
 
 
 def complete_repo(folder: str | Path, card: str = "template") -> None:

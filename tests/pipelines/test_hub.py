@@ -927,6 +927,22 @@ def test_a_release_is_recognised_by_its_name_on_the_hub(checkpoint, card):
     assert hub.find_release(checkpoint) == card
 
 
+def test_a_copy_of_a_release_is_recognised_by_its_sha256(native_file, tmp_path, monkeypatch):
+    """As far as it is known here: of what the Hub's client has downloaded."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    digest = hashlib.sha256(native_file.read_bytes()).hexdigest()
+    copy = shutil.copyfile(native_file, tmp_path / "downloaded.safetensors")
+    assert hub.find_release(str(copy)) is None
+    blobs = tmp_path / "cache/models--gudaochangsheng--RefAlign-14B/blobs"
+    blobs.mkdir(parents=True)
+    shutil.copyfile(native_file, blobs / digest)
+    assert hub.find_release(str(copy)) == "refalign-14b"
+    changed = bytearray(native_file.read_bytes())
+    changed[-1] ^= 1  # of the same size
+    copy.write_bytes(changed)
+    assert hub.find_release(str(copy)) is None
+
+
 @pytest.mark.parametrize(
     ("name", "base"), [(name, "1.3B" if "1.3" in name else "14B") for name in CARDS], ids=lambda value: value
 )

@@ -65,8 +65,8 @@ def _connect(address: str) -> tuple[Any, dict[str, Any]]:
         ray.init(where, ignore_reinit_error=True, logging_level=logging.WARNING, log_to_driver=False)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"There is no Ray cluster at {address!r} for us: {error}. Start one, ray start --head; to one that asks for "
-            "a token, as Ray's do from 2.60 on, go with the variable RAY_AUTH_MODE=token and its ~/.ray/auth_token."
+            f"There is no Ray cluster at {address!r} for us: {error}. Start one, ray start --head; for one that asks "
+            "for a token, as Ray's do from 2.60 on, set RAY_AUTH_MODE=token and copy its ~/.ray/auth_token."
         ) from None
     has = ray.cluster_resources()
     cpus, gpus = has.get("CPU", 0), int(has.get("GPU", 0))
