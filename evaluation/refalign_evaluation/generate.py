@@ -128,9 +128,11 @@ def _with_weights(asked: "Run", pipeline: "RefAlignWanPipeline") -> "Run":
 def fingerprint(pipeline: "RefAlignWanPipeline") -> str:
     """A digest of the dtypes and some values of every weight of the transformer, so that a model that was trained on
     under its old name is another one."""
+    from refalign.quantization import as_plain
+
     digest = hashlib.sha256()
     for name, weight in sorted(pipeline.transformer.state_dict().items()):
-        flat = weight.detach().flatten()
+        flat = as_plain(weight.detach()).flatten()
         some = flat[:: max(flat.numel() // 64, 1)].float().cpu()
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode() + some.numpy().tobytes())
     return f"sha256:{digest.hexdigest()}"

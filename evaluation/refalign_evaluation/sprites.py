@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from refalign.files import new_file
+from refalign.video_options import SpeedOptions
 
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ BATCH = 16
 
 
 @dataclass(frozen=True)
-class Sprites:
+class Sprites(SpeedOptions):
     """Measure a model in the small world: identity, motion, confusion of two subjects, copied poses, sharpness."""
 
     model: str | None = None
@@ -215,16 +216,17 @@ def swapped(case: "Case") -> "Case":
 
 def generate(command: Sprites, cases: "Sequence[Case]") -> "Iterator[np.ndarray]":
     """The model's clips of the cases, uint8 `(17, 64, 64, 3)`."""
-    from refalign import RefAlignWanPipeline
     from refalign.levers import set_cache
+    from refalign.loading import load_pipeline
     from refalign.presets import with_preset
     from refalign.sprites import FOLDER
 
-    pipeline = RefAlignWanPipeline.from_pretrained(command.model or FOLDER)
+    model, where = command.model or str(FOLDER), {"device": "cpu", "offload": "none"}
+    pipeline = load_pipeline(model, base=None, loras=(), dtype="float32", **where, speed=command)
     pipeline.set_progress_bar_config(disable=True)
     preset = with_preset(command.fast, "cpu", pipeline.call_defaults)
     steps = command.steps or preset["num_inference_steps"]
-    set_cache(pipeline, preset.get("cache"), command.model or str(FOLDER), steps)
+    set_cache(pipeline, command.cache or preset.get("cache"), model, steps)
     settings = {
         "num_inference_steps": steps,
         "guidance_scale": command.guidance_scale,

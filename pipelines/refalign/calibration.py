@@ -68,8 +68,10 @@ def _file_of(command: Calibrate) -> Path:
             "`refalign calibrate` writes into the folder of a pipeline: pass one as --model. A native checkpoint "
             "becomes one by `refalign convert`, a Hub repo by `hf download ORG/NAME --local-dir FOLDER`."
         )
-    if command.cache is not None:
-        raise ValueError(f"--cache {command.cache} is for `refalign generate`. Leave it out to calibrate.")
+    for option in ("cache", "guidance_gate", "fast"):
+        if getattr(command, option) is not None:
+            name = option.replace("_", "-")
+            raise ValueError(f"--{name} leaves out passes or blocks, all of which are measured. Leave it out here.")
     if not command.reference:
         raise ValueError("A calibration needs a reference: without one there are not all guidance passes.")
     if command.guidance_scale == 0:
@@ -146,5 +148,8 @@ def read_ratios(model: str, base: str | None = None) -> dict[str, list[float]]:
 def _are_ratios(ratios: object) -> bool:
     if not isinstance(ratios, dict) or set(ratios) != set(PASSES):
         return False
-    values = [value for one in ratios.values() if isinstance(one, list) for value in one]
-    return all(map(bool, ratios.values())) and all(isinstance(value, (int, float)) and value > 0 for value in values)
+    return all(isinstance(one, list) and one and all(map(_is_ratio, one)) for one in ratios.values())
+
+
+def _is_ratio(value: object) -> bool:
+    return isinstance(value, (int, float)) and value > 0

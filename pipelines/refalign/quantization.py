@@ -91,6 +91,13 @@ def _bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+def as_plain(weight: torch.Tensor) -> torch.Tensor:
+    """A weight that any function of torch takes: torchao's as numbers, GGUF's as the bytes of its file."""
+    if hasattr(weight, "__tensor_flatten__"):
+        return weight.dequantize()
+    return weight.as_tensor() if hasattr(weight, "as_tensor") else weight  # pyright: ignore[reportAttributeAccessIssue]
+
+
 # -- GGUF -------------------------------------------------------------------------------------------------------------
 
 

@@ -193,7 +193,9 @@ def test_a_pass_without_ratios_is_refused():
     ("options", "message"),
     [
         ({"model": None}, "pass one as --model"),
-        ({"cache": "mag"}, "--cache mag is for `refalign generate`"),
+        ({"cache": "mag"}, "--cache leaves out passes or blocks"),
+        ({"guidance_gate": (0.5, 0.5)}, "--guidance-gate leaves out"),
+        ({"fast": "fast"}, "--fast leaves out"),
         ({"reference": ()}, "needs a reference"),
         ({}, "exists already. Pass --overwrite"),
     ],
@@ -204,7 +206,7 @@ def test_a_calibration_that_cannot_be_is_told(calibrated, options, message):
 
 
 @pytest.mark.parametrize(
-    "content", ['{"ratios": {"full": [1.0]}}', '{"ratios": {"null": [], "reference": [], "full": []}}']
+    "content", ['{"ratios": {"full": [1.0]}}', '{"ratios": {"null": [], "reference": 1, "full": [-1]}}']
 )
 def test_damaged_ratios_are_told(tmp_path, content):
     (tmp_path / RATIOS).write_text(content)

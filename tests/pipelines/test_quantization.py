@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from refalign import RefAlignWanPipeline, RefAlignWanTransformer3DModel
 from refalign.keys import diffusers_to_native
 from refalign.loading import load_pipeline, read_defaults
-from refalign.quantization import check_quantize, torchao_config, weight_bytes
+from refalign.quantization import as_plain, check_quantize, torchao_config, weight_bytes
 from refalign.video_options import SpeedOptions
 from tests.conftest import TARGETS
 from tests.gguf_files import write_gguf
@@ -116,6 +116,13 @@ def test_a_quantised_pipeline_makes_a_video(folder, q8):
         pipeline.set_progress_bar_config(disable=True)
         frames = pipeline("a", height=32, width=32, num_frames=5, num_inference_steps=2, output_type="pt").frames
         assert frames.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8", "gguf"])
+def test_weights_can_be_told_from_others(folder, q8, kind):
+    """As `refalign-eval generate` does."""
+    weight = load(folder, quantize=q8 if kind == "gguf" else kind).transformer.blocks[0].ffn.net[2].weight
+    assert as_plain(weight.detach()).flatten()[::7].float().numpy().any()
 
 
 # -- Single files in code ---------------------------------------------------------------------------------------------
