@@ -14,8 +14,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from refalign.generate import Generate as VideoCommand
-from refalign.generate import Job, check_options, checked, filled, generate_all, kept_settings, load_for
+from refalign.generate import check_options, filled, generate_all, kept_settings, load_for
+from refalign.jobs import Generate as VideoCommand
+from refalign.jobs import Job, checked
 from refalign.presets import with_preset
 from refalign.privacy import shown, source_name
 from refalign.sprites import FOLDER

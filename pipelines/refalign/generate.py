@@ -3,22 +3,18 @@
 Nothing heavy is imported before it is needed, so that `--help` answers at once.
 """
 
-import json
-import os
 import sys
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import fields, replace
+from typing import TYPE_CHECKING, Any
 
-from tyro.conf import arg
-
+from refalign.jobs import CUT_OUT, Generate, Job, read_jobs
 from refalign.presets import with_preset
 from refalign.privacy import shown, source_name
+from refalign.processes import ALONE, Processes, together
 from refalign.sprites import FOLDER
-from refalign.video_options import SpeedOptions, VideoOptions
+from refalign.video_options import SpeedOptions
 
 
 if TYPE_CHECKING:
@@ -26,120 +22,140 @@ if TYPE_CHECKING:
     from refalign.reference_images import CutOut
 
 
-@dataclass(frozen=True)
-class Generate(VideoOptions):
-    """Make a video of the references' subjects acting out a prompt."""
-
-    prompt: str | None = None
-    """A description of what happens in the video."""
-    reference: Annotated[tuple[str, ...], arg(aliases=["--references"])] = ()
-    """The images of the subjects and of the place, as paths or URLs. Without any, the prompt alone makes the video."""
-    output: Path | None = None
-    """The mp4 file to write."""
-    batch: Path | None = None
-    """A JSONL file that describes many videos. Each line is an object with prompt, references, output and any of
-    the settings from height to cut_out."""
-    preview: bool = False
-    """Write the references beside the video too, as the model sees them."""
-    overwrite: bool = False
-    """Replace videos that exist."""
-
-
-# What a line of a batch may set, each with its type
-JOB_SETTINGS: dict[str, type | tuple[type, ...]] = {
-    "prompt": str,
-    "references": (str, list),
-    "reference": (str, list),  # the same
-    "output": str,
-    "height": int,
-    "width": int,
-    "num_frames": int,
-    "steps": int,
-    "seed": int,
-    "guidance_scale": (int, float),
-    "image_guidance_scale": (int, float),
-    "negative_prompt": str,
-    "cut_out": (bool, str, list),
-}
 SPEED = tuple(option.name for option in fields(SpeedOptions))
-CUT_OUT: dict[str, "CutOut"] = {"auto": "auto", "true": True, "false": False}
 # They do not change the video, or (`fast`) by other options alone
-NOT_KEPT = ("output", "batch", "preview", "overwrite", "device", "offload", "trust_kernels", "fast")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One video to make: what to call it in messages, its file, and the command with a line of the batch put in."""
-
-    name: str
-    output: Path
-    command: Generate
-
-    @property
-    def previews(self) -> list[Path]:
-        """Where the references are written, if the command asks for it."""
-        count = len(self.command.reference) if self.command.preview else 0
-        return [self.output.with_name(f"{self.output.stem}.reference_{i + 1}.png") for i in range(count)]
+NOT_KEPT = ("output", "batch", "preview", "overwrite", "device", "offload", "trust_kernels", "fast", "parallel")
 
 
 def run(command: Generate) -> int:
     """Makes the videos and returns the exit code. Of a batch, a job that fails is told and the others go on."""
+    with together(command.device) as processes:
+        with processes.only_first_speaks():
+            jobs = _filled_jobs(command)
+            parallel = _parallel(command, len(jobs), processes)
+        if command.batch is not None:
+            return _run_batch(command, jobs, processes, parallel)
+        (job,) = jobs
+        with processes.only_first_speaks(), _owned(job) if processes.is_first else nullcontext():
+            arguments = prepare(job.command)  # first of all, so that a mistake shows before the model is loaded
+            _generate_one(_load(jobs, processes), job, arguments, processes)
+    return 0
+
+
+def _filled_jobs(command: Generate) -> list[Job]:
+    """What is asked for, with the model's defaults."""
     if command.model is None:
         if command.base is not None:
             raise ValueError("--base goes with --model, a native checkpoint.")
         print("No --model: taking the tiny one of this package, which knows drawn figures alone (see refalign demo).")
-    jobs = _read_jobs(command)
+    jobs = read_jobs(command)
     from refalign.loading import read_defaults  # takes seconds, in which mistakes have been told
 
     defaults = read_defaults(command.base or command.model or str(FOLDER), command.lora)
     defaults = with_preset(command.fast, command.device, defaults)
     jobs = [filled(job, defaults) for job in jobs]
     tell_other_scales(command.lora, jobs)
-    if command.batch is not None:
-        return _run_batch(command, jobs)
-    (job,) = jobs
-    with _owned(job):
-        arguments = prepare(job.command)  # first of all, so that a mistake shows before the model is loaded
-        _generate_one(load_for(job.command), job, arguments)
-    return 0
+    return jobs
 
 
-def _run_batch(command: Generate, jobs: list[Job]) -> int:
+def _parallel(command: Generate, jobs: int, processes: Processes) -> str:
+    """What processes share, jobs or passes."""
+    if command.parallel is not None and processes.count == 1:
+        example = "torchrun --nproc_per_node 3 -m refalign.cli generate"
+        raise ValueError(f"--parallel {command.parallel} goes with many processes: start them by {example} ...")
+    if command.parallel == "jobs" and command.batch is None:
+        raise ValueError("--parallel jobs goes with --batch. The processes share one video's passes without it.")
+    return command.parallel or ("jobs" if jobs > 1 else "passes")
+
+
+def _run_batch(command: Generate, jobs: list[Job], processes: Processes, parallel: str) -> int:
+    failed: list[Job] = []
+    with processes.only_first_speaks():
+        left = _without_finished(jobs, command.overwrite)
+        # As the first process saw it: it may make the first video before another one looks
+        names = processes.gather({job.name for job in left})[0]
+        left = [job for job in jobs if job.name in names]
+        for job in left:
+            try:
+                check_options(job.command)  # before the model is loaded, which may be for none
+            except ValueError as error:
+                _tell_failed(job, error, failed)
+    good = [job for job in left if job not in failed]
+    partners = processes
+    if parallel == "jobs":
+        good, partners = good[processes.rank :: processes.count], Processes()
+    with partners.only_first_speaks():
+        for job, error in generate_all(_load(good, partners), good, partners) if good else ():
+            if error is not None:
+                _tell_failed(job, error, failed)
+    all_failed = set().union(*processes.gather({job.name for job in failed}))
+    if not all_failed or not processes.is_first:
+        return 0
+    told = ", ".join(shown(job.name) for job in left if job.name in all_failed)
+    print(f"refalign: {len(all_failed)} of {len(left)} videos failed: {told}", file=sys.stderr)
+    return 1
+
+
+def _without_finished(jobs: list[Job], overwrite: bool) -> list[Job]:
     from refalign.owner import remove_dead_lock
 
     left: list[Job] = []
-    failed: list[Job] = []
     for job in jobs:
-        if job.output.exists() and not command.overwrite:
+        if job.output.exists() and not overwrite:
             remove_dead_lock(job.output)
             print(f"{job.name}: {job.output} exists, passed over (--overwrite makes it again)")
         else:
             left.append(job)
-    for job in left:
-        try:
-            check_options(job.command)  # before the model is loaded, which may be for none
-        except ValueError as error:
-            _tell_failed(job, error, failed)
-    if good := [job for job in left if job not in failed]:
-        for job, error in generate_all(load_for(good[0].command), good):
-            if error is not None:
-                _tell_failed(job, error, failed)
-    if failed:
-        names = ", ".join(shown(job.name) for job in failed)
-        print(f"refalign: {len(failed)} of {len(left)} videos failed: {names}", file=sys.stderr)
-    return 1 if failed else 0
+    return left
 
 
-def generate_all(pipeline: "RefAlignWanPipeline", jobs: Sequence[Job]) -> Iterator[tuple[Job, Exception | None]]:
-    """Makes the videos, and gives each job when its turn is over, with the error that it ended with if it failed."""
+def generate_all(
+    pipeline: "RefAlignWanPipeline", jobs: Sequence[Job], processes: Processes = ALONE
+) -> Iterator[tuple[Job, Exception | None]]:
+    """
+    Makes the videos, and gives each job when its turn is over, with the error that it ended with if it failed.
+
+    Of many processes that share the passes, an error while a video is made ends them all: the others wait for what
+    this one does not do.
+    """
     for number, job in enumerate(jobs, 1):
-        try:
-            with _owned(job):
-                _generate_one(pipeline, job, prepare(job.command), place=f"{number} of {len(jobs)}: ")
-        except Exception as error:  # whatever it is, it must not end the others
-            yield job, error
-        else:
-            yield job, None
+        arguments, error = {}, None
+        with ExitStack() as stack:
+            try:
+                if processes.is_first:
+                    stack.enter_context(_owned(job))
+                arguments = prepare(job.command)
+                pipeline.check_inputs(**arguments)
+            except Exception as own:  # whatever it is, it must not end the others
+                error = own
+            error = processes.agree(error)
+            try:
+                if error is None:
+                    _generate_one(pipeline, job, arguments, processes, place=f"{number} of {len(jobs)}: ")
+            except Exception as own:
+                if processes.count > 1:
+                    raise
+                error = own
+        yield job, error
+
+
+def _load(jobs: Sequence[Job], processes: Processes) -> "RefAlignWanPipeline":
+    """The model, whose passes the processes share."""
+    if processes.count == 1:
+        return load_for(jobs[0].command)
+    from refalign.loading import read_defaults
+    from refalign.pipeline_refalign_wan import guidance_passes, processes_per_pass
+
+    command, most = jobs[0].command, 1
+    is_projected = bool(read_defaults(command.base or command.model or str(FOLDER))["guidance_projection"])
+    for job in jobs:
+        options = check_options(job.command)
+        scales = (options["guidance_scale"], options["image_guidance_scale"])
+        most = max(most, len(guidance_passes(*scales, bool(job.command.reference), is_projected)))
+    processes_per_pass(processes.count, most)  # so that a mistake shows before the model is loaded
+    pipeline = load_for(command)
+    pipeline.enable_guidance_parallel(most)
+    return pipeline
 
 
 def _tell_failed(job: Job, error: Exception, failed: list[Job]) -> None:
@@ -178,93 +194,7 @@ def load_for(command: Generate) -> "RefAlignWanPipeline":
     return pipeline
 
 
-# -- What is asked for ------------------------------------------------------------------------------------------------
-
-
-def _read_jobs(command: Generate) -> list[Job]:
-    if command.batch is None:
-        job = checked("generate", command)
-        existing = [str(path) for path in (job.output, *job.previews) if path.exists()]
-        if existing and not command.overwrite:
-            raise ValueError(f"{', '.join(existing)} exists already. Name another output, or pass --overwrite.")
-        return [job]
-    if command.prompt is not None or command.output is not None or command.reference:
-        raise ValueError("With --batch, prompt, reference and output stand in the file's lines. Leave them out here.")
-    try:
-        lines = command.batch.read_text("utf-8-sig").split("\n")  # not splitlines: JSON may hold other line breaks
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{command.batch} is not UTF-8: {error}") from error
-    jobs = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            name = f"{command.batch.name}:{number}"
-            jobs.append(checked(name, replace(command, **_read_line(name, line))))
-    if not jobs:
-        raise ValueError(f"{command.batch} has no lines.")
-    outputs = Counter(str(job.output) for job in jobs)
-    if twice := sorted(output for output, count in outputs.items() if count > 1):
-        raise ValueError(f"{command.batch} writes the same output more than once: {', '.join(twice)}.")
-    return jobs
-
-
-def _read_line(name: str, line: str) -> dict[str, Any]:
-    try:
-        job = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{name} is not JSON: {error}") from error
-    if not isinstance(job, dict):
-        raise ValueError(f'{name} must be an object such as {{"prompt": "...", "output": "a.mp4"}}.')
-    if unknown := sorted(job.keys() - JOB_SETTINGS.keys()):
-        raise ValueError(f"{name} has unknown settings {unknown}. Known are: {', '.join(JOB_SETTINGS)}.")
-    for key, value in job.items():
-        is_bool = isinstance(value, bool) and key != "cut_out"  # which Python takes for a number
-        if is_bool or not isinstance(value, JOB_SETTINGS[key]):
-            raise ValueError(f"{name}: {key} is {json.dumps(value)}, of a wrong type.")
-    if "references" in job and "reference" in job:
-        raise ValueError(f"{name} has both references and reference, which are the same. Leave one out.")
-    if references := job.keys() & {"references", "reference"}:
-        job["reference"] = _as_tuple(job.pop(references.pop()))
-    if "cut_out" in job:
-        job["cut_out"] = tuple(str(word).lower() for word in _as_tuple(job["cut_out"]))  # JSON's true is True
-    if "output" in job:
-        job["output"] = Path(job["output"])
-    return job
-
-
-def _as_tuple(value: Any) -> tuple:
-    return tuple(value) if isinstance(value, list) else (value,)
-
-
-def checked(name: str, command: Generate) -> Job:
-    if command.prompt is None:
-        raise ValueError(f"{name}: the prompt is missing.")
-    if command.output is None:
-        raise ValueError(f"{name}: the output is missing.")
-    job = Job(name, command.output, command)
-    _check_output(job)
-    if not all(isinstance(reference, str) for reference in command.reference):
-        raise ValueError(f"{name}: references are paths or URLs, not {command.reference}.")
-    if unknown := set(command.cut_out) - CUT_OUT.keys():
-        raise ValueError(f"{name}: cut_out is {', '.join(sorted(unknown))}; known are auto, true and false.")
-    if len(command.cut_out) not in (1, len(command.reference)):
-        raise ValueError(
-            f"{name}: cut_out has {len(command.cut_out)} words for {len(command.reference)} references. Give one "
-            "for all, or one each."
-        )
-    if not -(2**63) <= command.seed < 2**64:
-        raise ValueError(f"{name}: the seed is {command.seed}, more than 64 bits.")
-    return job
-
-
-def _check_output(job: Job) -> None:
-    output = job.output
-    if output.is_symlink():
-        raise ValueError(f"{job.name}: the output {output} is a symbolic link: name {output.resolve()} instead.")
-    if output.suffix != ".mp4":
-        raise ValueError(f"{job.name}: the output is {output}, but must end in .mp4.")
-    place = next(parent for parent in output.absolute().parents if parent.exists())
-    if output.is_dir() or not place.is_dir() or not os.access(place, os.W_OK):
-        raise ValueError(f"{job.name}: {output} cannot be written. Name another output.")
+# -- What the pipeline is called with ------------------------------------------------------------------------------------------------
 
 
 def filled(job: Job, defaults: dict[str, Any]) -> Job:
@@ -340,8 +270,10 @@ def read_projection(projection: Any) -> dict[str, Any] | None:
 # -- One video --------------------------------------------------------------------------------------------------------
 
 
-def _generate_one(pipeline: "RefAlignWanPipeline", job: Job, arguments: dict[str, Any], place: str = "") -> None:
-    """`place` says which one of a batch it is."""
+def _generate_one(
+    pipeline: "RefAlignWanPipeline", job: Job, arguments: dict[str, Any], processes: Processes, place: str = ""
+) -> None:
+    """`place` says which one of a batch it is. Of many processes, the first one writes."""
     import torch
     from tqdm import tqdm
 
@@ -350,18 +282,21 @@ def _generate_one(pipeline: "RefAlignWanPipeline", job: Job, arguments: dict[str
     from refalign.progress import showing_stages
     from refalign.video import write_video
 
-    pipeline.check_inputs(**arguments)
     set_cache(pipeline, job.command.cache, job.command.model or str(FOLDER), arguments["num_inference_steps"])
+    pipeline.check_inputs(**arguments)
     print(f"{place}{job.output}: {_plan(arguments)}", flush=True)
     command = job.command
     may_replace = command.overwrite or command.batch is not None
-    for path, image in zip(job.previews, arguments["reference_images"] or (), strict=False):
+    previews = job.previews if processes.is_first else []
+    for path, image in zip(previews, arguments["reference_images"] or (), strict=False):
         with new_file(path, overwrite=may_replace) as file:
             image.save(file)
     generator = torch.Generator().manual_seed(command.seed)
     pipeline.set_progress_bar_config(desc="Denoising")
     with showing_stages(pipeline, arguments):
         frames = pipeline(**arguments, generator=generator, output_type="pil", return_dict=False)[0][0]
+    if not processes.is_first:
+        return
     with tqdm(frames, desc="Writing") as written:
         write_video(written, job.output, settings=kept_settings(command), overwrite=command.overwrite)
     print(f"Wrote {job.output}", flush=True)

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from diffusers import (
     AutoencoderKLWan,
+    ContextParallelConfig,
     DiffusionPipeline,
     FlowMatchEulerDiscreteScheduler,
     WanPipeline,
@@ -30,6 +32,7 @@ from diffusers.pipelines.wan.pipeline_output import WanPipelineOutput
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from diffusers.utils.torch_utils import get_module_execution_device, randn_tensor
 from diffusers.video_processor import VideoProcessor
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from .reference_images import prepare_reference_image
@@ -203,6 +206,23 @@ def complete_passes(
     return predictions
 
 
+def processes_per_pass(processes: int, passes: int) -> int:
+    """
+    How many processes share the tokens of a pass; with fewer processes than passes, each makes whole ones.
+
+    Raises:
+        ValueError: if there are more processes than passes, which do not divide into them.
+    """
+    if processes <= passes:
+        return 1
+    if processes % passes:
+        raise ValueError(
+            f"{processes} processes do not divide into the {passes} passes of a step. Start {passes} processes, or a "
+            "multiple of that."
+        )
+    return processes // passes
+
+
 def paper_scheduler() -> FlowMatchEulerDiscreteScheduler:
     """The scheduler of RefAlign's results: Euler, shift 5 (arXiv 2603.25743)."""
     return FlowMatchEulerDiscreteScheduler(shift=5.0)
@@ -282,6 +302,7 @@ class RefAlignWanPipeline(WanPipeline):
             tokenizer=tokenizer, text_encoder=text_encoder, vae=vae, scheduler=scheduler, transformer=transformer
         )
         self.register_to_config(call_defaults=call_defaults, prompt_prefix=prompt_prefix, first_sigma=first_sigma)
+        self._pass_group: dist.ProcessGroup | None = None  # over which the guidance passes are spread
         self.vae_scale_factor_temporal = vae.config["scale_factor_temporal"] if vae is not None else 4
         self.vae_scale_factor_spatial = vae.config["scale_factor_spatial"] if vae is not None else 8
         self.video_processor = VideoProcessor(vae_scale_factor=self.vae_scale_factor_spatial)
@@ -299,6 +320,38 @@ class RefAlignWanPipeline(WanPipeline):
     @property
     def image_guidance_scale(self) -> float:
         return self._image_guidance_scale
+
+    def enable_guidance_parallel(self, passes: int = 3) -> None:
+        """
+        Spreads the guidance passes over the processes of `torch.distributed`, which must be initialised: pass i of a
+        step is made by process i mod M, and all get all of them by one all-gather per step. The video is the same bit
+        for bit, in every process.
+
+        Every process must make the same calls, with the same noise. Where there are more processes than passes, those
+        of a pass share its tokens (diffusers' context parallelism), which is equal up to rounding.
+
+        Args:
+            passes (`int`, defaults to `3`): the most passes that a step of these calls makes ([`guidance_passes`]).
+
+        Raises:
+            ValueError: if the processes do not divide into the passes, or the heads of attention into them.
+        """
+        degree = processes_per_pass(dist.get_world_size(), passes)
+        self._pass_group = dist.group.WORLD
+        if degree == 1:
+            return
+        if torch.accelerator.device_count() == 0:
+            raise ValueError(f"On a CPU, processes cannot share the tokens of a pass. Start {passes} at most.")
+        heads = self.transformer.config.num_attention_heads
+        if heads % degree:
+            raise ValueError(
+                f"{degree} processes would share a pass, but this model's {heads} heads of attention do not divide into "
+                f"them. Start {passes} processes."
+            )
+        shape, names = (dist.get_world_size() // degree, 1, degree), ("passes", "ring", "ulysses")
+        mesh = init_device_mesh(self.transformer.device.type, shape, mesh_dim_names=names)
+        self._pass_group = mesh.get_group("passes")
+        self.transformer.enable_parallelism(config=ContextParallelConfig(ulysses_degree=degree, mesh=mesh))
 
     def check_inputs(
         self,
@@ -350,6 +403,13 @@ class RefAlignWanPipeline(WanPipeline):
         self._check_references(reference_images, reference_latents, batch_size, height, width)
         shape = self._latents_shape(batch_size * num_videos_per_prompt, num_frames, height, width)
         _check_noise(generator, latents, shape)
+        if self._pass_group is not None and generator is None and latents is None:
+            raise ValueError("Processes that share the passes need the same noise: pass a `generator`, or `latents`.")
+        if self.transformer._parallel_config is not None and self.transformer.is_cache_enabled:
+            raise ValueError(
+                "A cache cannot be used where processes share the tokens of a pass: each would decide by its own "
+                "tokens what to compute. Start as many processes as passes at most, or use no cache."
+            )
         self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         if prompt is not None:
             self._check_part("text_encoder")
@@ -538,7 +598,10 @@ class RefAlignWanPipeline(WanPipeline):
         names = [name for name, _ in passes]
         gate = guidance_gate if differences else None
         made = {}
-        for name in passes_made(names, gate, context["step_index"], context["num_inference_steps"]):
+        asked = passes_made(names, gate, context["step_index"], context["num_inference_steps"])
+        for name in asked:
+            if self._pass_group is not None and not self._makes(names.index(name)):
+                continue
             pass_references = references
             if name == "null" and isinstance(references, torch.Tensor):
                 pass_references = torch.zeros_like(references)  # the null reference is zeros, not a blank image
@@ -555,6 +618,8 @@ class RefAlignWanPipeline(WanPipeline):
                     reference_hidden_states=pass_references,
                 )[0]
             made[name] = prediction
+        if self._pass_group is not None:
+            made = self._gather_passes(names, asked, made, latents)
         weights = [weight for _, weight in passes]
         predictions = list(made.values())
         if guidance_gate is not None:
@@ -563,6 +628,28 @@ class RefAlignWanPipeline(WanPipeline):
             sigma = context["sigma"]
             return project_guidance(predictions, weights, latents, sigma, guidance_projection, running)
         return combine_passes(predictions, weights)
+
+    def _makes(self, number: int) -> bool:
+        """Whether this process makes a step's pass of this number. It does so in all steps, for the caches' sake."""
+        return number % dist.get_world_size(self._pass_group) == dist.get_rank(self._pass_group)
+
+    def _gather_passes(
+        self, names: Sequence[str], asked: Sequence[str], made: Mapping[str, torch.Tensor], latents: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """All predictions that were asked for, float32, from the processes that made them, by one all-gather."""
+        processes = dist.get_world_size(self._pass_group)
+        shares: list[list[str]] = [[] for _ in range(processes)]
+        for name in asked:
+            shares[names.index(name) % processes].append(name)
+        own = latents.new_zeros(max(map(len, shares)), *latents.shape, dtype=torch.float32)
+        for place, prediction in enumerate(made.values()):
+            own[place] = prediction
+        gathered = [torch.empty_like(own) for _ in shares]
+        dist.all_gather(gathered, own, group=self._pass_group)
+        everything = {}
+        for share, predictions in zip(shares, gathered, strict=True):
+            everything |= dict(zip(share, predictions, strict=False))
+        return {name: everything[name] for name in asked}
 
     @torch.no_grad()
     def __call__(
