@@ -194,7 +194,7 @@ def load_for(command: Generate) -> "RefAlignWanPipeline":
     return pipeline
 
 
-# -- What the pipeline is called with ------------------------------------------------------------------------------------------------
+# -- What the pipeline is called with ---------------------------------------------------------------------------------
 
 
 def filled(job: Job, defaults: dict[str, Any]) -> Job:

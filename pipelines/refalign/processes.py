@@ -94,7 +94,7 @@ def together(device: str) -> Iterator[Processes]:
     except Exception as error:
         if not _is_first_to_tell(own):
             raise SystemExit(1) from error
-        if isinstance(error, dist.DistError) or "Connection closed by peer" in str(error):
+        if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
             raise ValueError("Another process of this command was killed, so all of them end.") from error
         raise
     except KeyboardInterrupt:

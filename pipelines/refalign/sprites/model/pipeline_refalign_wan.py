@@ -345,8 +345,8 @@ class RefAlignWanPipeline(WanPipeline):
         heads = self.transformer.config.num_attention_heads
         if heads % degree:
             raise ValueError(
-                f"{degree} processes would share a pass, but this model's {heads} heads of attention do not divide into "
-                f"them. Start {passes} processes."
+                f"{degree} processes would share a pass, but this model's {heads} heads of attention do not divide by "
+                f"{degree}. Start {passes} processes."
             )
         shape, names = (dist.get_world_size() // degree, 1, degree), ("passes", "ring", "ulysses")
         mesh = init_device_mesh(self.transformer.device.type, shape, mesh_dim_names=names)
@@ -403,8 +403,6 @@ class RefAlignWanPipeline(WanPipeline):
         self._check_references(reference_images, reference_latents, batch_size, height, width)
         shape = self._latents_shape(batch_size * num_videos_per_prompt, num_frames, height, width)
         _check_noise(generator, latents, shape)
-        if self._pass_group is not None and generator is None and latents is None:
-            raise ValueError("Processes that share the passes need the same noise: pass a `generator`, or `latents`.")
         if self.transformer._parallel_config is not None and self.transformer.is_cache_enabled:
             raise ValueError(
                 "A cache cannot be used where processes share the tokens of a pass: each would decide by its own "
@@ -805,6 +803,8 @@ class RefAlignWanPipeline(WanPipeline):
             guidance_projection=guidance_projection,
             reference_long_edge=reference_long_edge,
         )
+        if self._pass_group is not None and generator is None and latents is None:
+            raise ValueError("Processes that share the passes need the same noise: pass a `generator`, or `latents`.")
         self._guidance_scale = guidance_scale
         self._image_guidance_scale = image_guidance_scale
         self._attention_kwargs = attention_kwargs
