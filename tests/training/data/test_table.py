@@ -344,6 +344,13 @@ def test_a_file_that_is_nearly_named_right_is_told(tmp_path, name, says, lost):
     assert fault.kind == "name" and says in fault.detail and fault.lost == lost
 
 
+def test_a_file_of_two_videos_of_one_name_is_told_once(tmp_path):
+    write_folder(tmp_path, "a.mov", "a.mp4", "a.txt", "a.TXT", "a.ref0.jpg", "a.ref0.png")
+    _, faults = parts(read_folder(tmp_path))
+    told = [fault.detail for fault in faults if fault.kind == "name"]
+    assert len(told) == len(set(told)) == 2
+
+
 def test_a_caption_of_another_suffix_is_told_where_there_is_none(tmp_path):
     write_folder(tmp_path, "a.mp4", "a.caption", "a.ref0.png", "b.mp4", "b.txt", "b.json", "b.ref0.png")
     (sample,), (lost, near) = parts(read_folder(tmp_path))

@@ -150,14 +150,14 @@ def _give_caption(entry: Path, owner: list[_Beside]) -> Iterator[_NotTaken]:
         if other is not None and other.stem == beside.video.stem:  # the exact name goes first
             taken, left = other, entry
         beside.caption = taken
-        if left is not None:
+        if left is not None and beside is owner[0]:  # videos of one name have all the same
             yield _NotTaken(_name_fault(left, f"{beside.video.name} has the caption {taken.name}"), "nothing")
 
 
 def _give_reference(entry: Path, number: int, owner: list[_Beside]) -> Iterator[_NotTaken]:
     for beside in owner:
         other = beside.references.setdefault(number, entry)
-        if other is not entry:
+        if other is not entry and beside is owner[0]:
             free = f"{_free_name(beside)}{entry.suffix}"
             wanted = f"reference {number} is {other.name}; name it, say, {free}"
             yield _NotTaken(_name_fault(entry, wanted), "reference")
