@@ -293,7 +293,7 @@ def test_any_quantile_gives_a_timestep_in_range(preset, quantiles):
 
 
 def test_wrong_presets_and_quantiles_are_named():
-    with pytest.raises(ValueError, match="'even'; known are refalign, logit_normal, uniform"):
+    with pytest.raises(ValueError, match="'even'; known are refalign, logit_normal, bernini, uniform"):
         timestep_table("even")
     with pytest.raises(ValueError, match=r"from 0\.5 to 1,"):
         sample_timesteps("refalign", torch.tensor([0.5, 1.0]))

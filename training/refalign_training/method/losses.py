@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 NUM_TRAIN_TIMESTEPS = 1000
-TIMESTEP_PRESETS = ("refalign", "logit_normal", "uniform")
+TIMESTEP_PRESETS = ("refalign", "logit_normal", "bernini", "uniform")
 
 SubjectIds = torch.Tensor | Sequence | None
 Keep = torch.Tensor | Sequence[bool] | None
@@ -108,8 +108,9 @@ def sample_timesteps(preset: str, quantiles: torch.Tensor) -> tuple[torch.Tensor
 
     Args:
         preset (`str`): `"refalign"` (shift 5, bump weights; RefAlign, arXiv 2603.25743: one of 1000 timesteps is
-            drawn), `"logit_normal"` (Stable Diffusion 3, arXiv 2403.03206, section 3.1; shift 3, unweighted) or
-            `"uniform"` (shift 7, unweighted: most steps where layout and identity are decided; for tiny models).
+            drawn), `"logit_normal"` (Stable Diffusion 3, arXiv 2403.03206, section 3.1; shift 3, unweighted),
+            `"bernini"` (its density for references, shift 4, unweighted; Bernini-R, arXiv 2605.22344) or `"uniform"`
+            (shift 7, unweighted: most steps where layout and identity are decided; for tiny models).
         quantiles (`torch.Tensor` of shape `(batch,)`): numbers in [0, 1). The higher, the noisier.
 
     Returns:
@@ -132,6 +133,9 @@ def sample_timesteps(preset: str, quantiles: torch.Tensor) -> tuple[torch.Tensor
         return timesteps[index].float(), weights[index].float()
     if preset == "logit_normal":
         sigmas = _shift(torch.special.ndtri(quantiles).sigmoid(), 3)
+    elif preset == "bernini":
+        # Grows with the quantile from 0 to 1, so that it maps quantiles to quantiles
+        sigmas = _shift(quantiles + 1.29 * (quantiles - (torch.pi / 2 * quantiles).sin().square()), 4)
     else:
         sigmas = _shift(quantiles, 7)
     return (count * sigmas).float(), torch.ones_like(sigmas).float()

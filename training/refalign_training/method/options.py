@@ -19,9 +19,10 @@ class ObjectiveOptions(Options):
     """The guidance scale that distil teaches: how closely the prompt is followed."""
     image_guidance_scale: NonNegativeFloat = 5.0
     """The image guidance scale that distil teaches: how closely the references are followed."""
-    timesteps: Literal["refalign", "logit_normal", "uniform"] = "refalign"
+    timesteps: Literal["refalign", "logit_normal", "bernini", "uniform"] = "refalign"
     """How timesteps are drawn and weighted. refalign is the paper's: shift 5 and bump weights. logit_normal has shift
-    3 and no weights. uniform has shift 7 and no weights, for tiny models. distil takes no weights from any."""
+    3 and no weights. bernini is Bernini-R's for references: shift 4 and no weights. uniform has shift 7 and no
+    weights, for tiny models. distil takes no weights from any."""
     detail_weight: NonNegativeFloat = 1.0
     """The weight of positions whose latents differ from their neighbours', beside 1 for the others."""
     detail_steps: NonNegativeInt = 0
