@@ -112,7 +112,7 @@ def test_its_card_shows_a_video_that_is_there():
     assert card.data.pipeline_tag == "image-text-to-video" and "\n<Gallery />\n" in card.text
     (shown,) = card.data.to_dict()["widget"]
     assert shown["text"] == Demo.prompt == read_settings(FOLDER / shown["output"]["url"])["prompt"]
-    assert read_video(FOLDER / shown["output"]["url"]).shape == (17, 384, 576, 3)
+    assert read_video(FOLDER / shown["output"]["url"]).shape == (17, 392, 600, 3)
 
 
 def test_its_recipe_writes_that_video(tmp_path):

@@ -277,21 +277,12 @@ def write_sample(folder: Path) -> dict[str, Any]:
     Returns:
         `dict`: what the card's front matter says of it.
     """
-    from PIL import Image
-
-    from refalign.demo import VIDEO_SIDE, Demo, make_frames, pictures_of
-    from refalign.reference_images import prepare_reference_image
+    from refalign.demo import Demo, draw_moving, make_frames, pictures_of
     from refalign.video import write_video
 
-    demo, half = Demo(), VIDEO_SIDE // 2
+    demo = Demo()
     references = pictures_of(demo.subjects)
-    shown = Image.new("RGB", (half + VIDEO_SIDE, VIDEO_SIDE), "white")
-    for number, reference in enumerate(references):
-        shown.paste(prepare_reference_image(reference, half, half, cut_out=False), (0, number * half))
-    frames = []
-    for frame in make_frames(demo, references, folder):
-        frames.append(shown.copy())
-        frames[-1].paste(frame.resize((VIDEO_SIDE, VIDEO_SIDE)), (half, 0))
+    frames = draw_moving(references, make_frames(demo, references, folder))
     write_video(frames, folder / SAMPLE, settings={"prompt": demo.prompt, "seed": demo.seed})
     return {"text": demo.prompt, "output": {"url": SAMPLE}}
 
