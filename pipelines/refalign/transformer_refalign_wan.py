@@ -78,11 +78,18 @@ class RefAlignMagCacheConfig(MagCacheConfig):
             # diffusers' own stretches them to the number of steps
             stretched = MagCacheConfig(num_inference_steps=self.num_inference_steps, mag_ratios=list(ratios))
             self._by_pass[name] = stretched.mag_ratios
+        self.begin()
+
+    def begin(self) -> None:
+        """To be called when the cache is emptied: its own count of the steps begins anew."""
+        self._starts: dict[str, int] = {}
         self.mag_ratios = self._by_pass["full"]
 
-    def choose(self, context: str) -> None:
-        """Takes the ratios of the pass that a context of the cache is of: `full`, or `full_1` of a second group."""
-        self.mag_ratios = self._by_pass[context.partition("_")[0]]
+    def choose(self, context: str, step: int | None) -> None:
+        """Takes the ratios, from the step of the cache's beginning on, of the pass that a context of the cache is of:
+        `full`, or `full_1` of a second group."""
+        start = self._starts.setdefault(context, step or 0)
+        self.mag_ratios = self._by_pass[context.partition("_")[0]][start:]
 
 
 @maybe_allow_in_graph
@@ -297,9 +304,14 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
     def cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
         """As diffusers' own, which keeps what a cache knows of one pass apart from the others."""
         if isinstance(self._cache_config, RefAlignMagCacheConfig):
-            self._cache_config.choose(name)
+            self._cache_config.choose(name, kwargs.get("step_index"))
         with super().cache_context(name, **kwargs):
             yield
+
+    def _reset_stateful_cache(self, recurse: bool = True) -> None:
+        super()._reset_stateful_cache(recurse)
+        if isinstance(self._cache_config, RefAlignMagCacheConfig):
+            self._cache_config.begin()
 
     @apply_lora_scale("attention_kwargs")
     def forward(

@@ -184,6 +184,20 @@ def test_each_pass_takes_its_own_ratios(transformer, inputs):
             assert torch.allclose(config.mag_ratios, torch.full((4,), value))
 
 
+def test_a_cache_that_is_emptied_goes_on_with_the_ratios_of_the_step(transformer):
+    """As the guidance gate empties it."""
+    ratios = {name: [1.0, 2.0, 3.0, 4.0] for name in PASSES}
+    config = RefAlignMagCacheConfig(num_inference_steps=4, pass_ratios=ratios)
+    transformer.enable_cache(config)
+    for step, expected in ((0, [1, 2, 3, 4]), (1, [1, 2, 3, 4])):
+        with transformer.cache_context("full", step_index=step):
+            assert config.mag_ratios.tolist() == expected
+    transformer._reset_stateful_cache()
+    for step in (2, 3):
+        with transformer.cache_context("full", step_index=step):
+            assert config.mag_ratios.tolist() == [3, 4]
+
+
 def test_a_pass_without_ratios_is_refused():
     with pytest.raises(ValueError, match=r"lacks \['null', 'reference'\]"):
         RefAlignMagCacheConfig(pass_ratios={"full": [1.0]})
