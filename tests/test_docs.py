@@ -63,10 +63,11 @@ def test_links_to_files_of_the_repository_lead_to_pages_that_show_them():
     assert shown == expected
 
 
-def test_a_link_to_a_file_that_is_not_there_is_a_warning(caplog):
+@pytest.mark.parametrize("link", ["../gone.py", "../../outside.md", "../benchmarks/README.md#gone"])
+def test_a_link_to_what_is_not_there_is_a_warning(link, caplog):
     with caplog.at_level(logging.WARNING, "mkdocs.hooks.site_links"):
-        site_links.linked({"a.md": "[gone](../gone.py)"})
-    assert caplog.messages == ["docs/a.md links ../gone.py, which the repository does not have."]
+        site_links.linked({"a.md": f"[gone]({link}) [there](../benchmarks/README.md#opens2v-5ms-annotations)"})
+    assert caplog.messages == [f"docs/a.md links {link}, which the repository does not have."]
 
 
 def test_names_in_docstrings_become_links_and_types_lose_their_marks():

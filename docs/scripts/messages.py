@@ -5,6 +5,7 @@ the messages that docs/troubleshooting.md quotes against the same texts.
 """
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def error_messages() -> str:
     for package, folder in PACKAGES.items():
         for path in sources(folder):
             module = ".".join([package, *path.relative_to(folder).with_suffix("").parts]).removesuffix(".__init__")
-            texts = sorted(set(raised(ast.parse(path.read_text("utf-8")))))
+            texts = sorted(set(raised(parsed(path))))
             if texts:
                 parts.append(f"\n## {module}\n")
                 parts += [f"- `` {text} ``" for text in texts]
@@ -46,6 +47,11 @@ def error_messages() -> str:
 def sources(folder: Path) -> list[Path]:
     """A package's modules, without the copies of them that a Hub repo carries."""
     return [path for path in sorted(folder.rglob("*.py")) if "sprites/model" not in path.as_posix()]
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text("utf-8"))
 
 
 def raised(tree: ast.AST) -> Iterator[str]:
@@ -62,7 +68,7 @@ def all_texts() -> Iterator[str]:
     """Every text in the code: messages, warnings, and whatever else is said."""
     for folder in PACKAGES.values():
         for path in sources(folder):
-            texts = map(as_text, ast.walk(ast.parse(path.read_text("utf-8"))))
+            texts = map(as_text, ast.walk(parsed(path)))
             yield from (text for text in texts if text is not None)
 
 

@@ -46,10 +46,11 @@ def linked(texts: dict[str, str]) -> set[str]:
             name = target(page, match[1])
             if name is None:
                 continue
-            if is_shown(name):
+            if is_shown(name) and has_heading(name, match[2]):
                 names.add(name)
             else:
-                logger.warning("docs/%s links %s, which the repository does not have.", page, match[1])
+                link = match[1] + (match[2] or "")
+                logger.warning("docs/%s links %s, which the repository does not have.", page, link)
     return names
 
 
@@ -61,6 +62,15 @@ def target(page: str, link: str) -> str | None:
 
 def is_shown(name: str) -> bool:
     return not name.startswith("..") and (ROOT / name).exists()
+
+
+def has_heading(name: str, anchor: str | None) -> bool:
+    """Whether a Markdown file has the heading that a link names, by GitHub's rule."""
+    if anchor is None or not name.endswith(".md"):
+        return True
+    headings = re.findall(r"^#+ (.*)$", (ROOT / name).read_text("utf-8"), flags=re.MULTILINE)
+    slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+    return anchor.removeprefix("#") in slugs
 
 
 def shown_at(name: str) -> str:
