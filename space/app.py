@@ -14,6 +14,7 @@ import html
 import json
 import logging
 import os
+import re
 import secrets
 import tempfile
 import time
@@ -59,8 +60,7 @@ EXAMPLES = (
 )
 CUT_OUT_HINT = "Cut out people and things, leave places whole."
 NO_CUT_OUT_HINT = (
-    "People and things are best on a transparent background, places whole. Backgrounds cannot be removed here: the "
-    "extra `background` is not installed."
+    "People and things are best on a transparent background, places whole. This server cannot remove backgrounds."
 )
 CSS = """
 .gradio-container { max-width: 1200px !important; margin: 0 auto; }
@@ -75,7 +75,14 @@ THEME = gr.themes.Soft(
     font=["system-ui", "sans-serif"],  # of the visitor's machine: none is downloaded
     font_mono=["ui-monospace", "monospace"],
 ).set(
-    # Gradio's own greys are too faint to read
+    # Gradio's own greys are too faint to read, and its white fields on white to see
+    block_border_width="1px",
+    block_border_color="*neutral_200",
+    input_border_width="1px",
+    input_border_color="*neutral_400",
+    checkbox_border_color="*neutral_500",
+    button_secondary_border_color="*neutral_300",
+    button_border_width="1px",
     body_text_color_subdued="*neutral_600",
     body_text_color_subdued_dark="*neutral_300",
     block_info_text_color="*neutral_600",
@@ -92,6 +99,9 @@ THEME = gr.themes.Soft(
 # routes `file=` and `proxy=`. There is no setting against it.
 
 
+URL_ROUTE = re.compile("/proxy=|/file=https?:", re.IGNORECASE)
+
+
 class RefuseUrls:
     """Answers requests for others' files with 403."""
 
@@ -99,8 +109,7 @@ class RefuseUrls:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope.get("path", "")
-        if "/proxy=" in path or "://" in path or ":/" in path.partition("/file=")[2]:
+        if URL_ROUTE.search(scope.get("path", "")):
             await PlainTextResponse("URLs are not fetched.", status_code=403)(scope, receive, send)
         else:
             await self.app(scope, receive, send)
@@ -232,7 +241,7 @@ class Studio:
         command = Generate(
             model=self.model,
             prompt=prompt.strip(),
-            reference=tuple(str(reference.path) for reference in visit.references),
+            reference=tuple(reference.path.name for reference in visit.references),
             cut_out=tuple("true" if reference.cut_out else "false" for reference in visit.references),
             height=height,
             width=width,
@@ -312,7 +321,7 @@ def build(studio: Studio) -> gr.Blocks:
         with gr.Row(elem_id="columns"):
             with gr.Column():
                 drop = gr.File(
-                    label=f"Reference images: 1 to {MAX_REFERENCES}, at most {MAX_MEGABYTES} MB each",
+                    label=f"1 to {MAX_REFERENCES} reference images",
                     file_count="multiple",
                     file_types=["image"],
                     height=180,
@@ -391,21 +400,16 @@ def _card(place: int) -> tuple[gr.Column, gr.Image, gr.Checkbox, gr.Button, gr.B
         )
         cut_out = gr.Checkbox(label="Cut out")
         with gr.Row():
-            earlier = gr.Button(f"Move {number} up", size="sm", min_width=60)
-            removal = gr.Button(f"Remove {number}", size="sm", min_width=60)
+            earlier = gr.Button(f"Move {number} up", size="sm", min_width=100)
+            removal = gr.Button(f"Remove {number}", size="sm", min_width=100)
     return card, picture, cut_out, earlier, removal
 
 
 def _settings(studio: Studio, defaults: dict[str, Any]) -> list[Any]:
     """The size first, then the others in the order of [`Studio.generate`]."""
     frames, steps = defaults["num_frames"], defaults["num_inference_steps"]
-    size = gr.Dropdown(
-        studio.sizes,
-        value=studio.sizes[0][1],
-        filterable=False,
-        label="Size",
-        info="Width and height in pixels. Smaller is quicker.",
-    )
+    sizes = studio.sizes
+    size = gr.Radio(sizes, value=sizes[0][1], label="Size", info="Width and height in pixels. Smaller is quicker.")
     return [
         size,
         gr.Slider(
@@ -469,15 +473,18 @@ def serve(model: str | None = None, port: int | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="refalign-app-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "gradio")  # ours alone, so that all of it can go
         demo = build(Studio(pipeline, model, Path(folder)))
-        demo.launch(
-            server_port=port,
-            theme=THEME,
-            css=CSS,
-            max_file_size=f"{MAX_MEGABYTES}mb",
-            footer_links=["api", "settings"],
-            ssr_mode=False,
-            app_kwargs={"middleware": [Middleware(RefuseUrls)]},
-        )
+        try:
+            demo.launch(
+                server_port=port,
+                theme=THEME,
+                css=CSS,
+                max_file_size=f"{MAX_MEGABYTES}mb",
+                footer_links=["api", "settings"],
+                ssr_mode=False,
+                app_kwargs={"middleware": [Middleware(RefuseUrls)]},
+            )
+        finally:
+            demo.close(verbose=False)  # gradio does so after Ctrl-C alone
 
 
 if __name__ == "__main__":

@@ -78,7 +78,8 @@ class Visit:
 
     def take_subjects(self, names: Sequence[str]) -> None:
         """Puts the embedded pictures of these names in place of the references."""
-        self.references.clear()
+        while self.references:
+            self.remove(0)
         for name in names:
             self.add(SUBJECTS / f"{name}.png")
 
