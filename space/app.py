@@ -139,14 +139,16 @@ def told() -> Iterator[None]:
         yield
     except gr.Error:
         raise
+    except Cancelled as cancelled:
+        raise gr.Error(str(cancelled), title="Cancelled", print_exception=False) from None
     except (ValueError, OSError, ImportError) as error:
         raise gr.Error(html.escape(without_paths(one_line(error))), print_exception=False) from None
     except Exception as error:
         logger.exception("A request failed")
-        told = "Something went wrong on the server, which has noted it. Try again."
+        words = "Something went wrong on the server, which has noted it. Try again."
         if "out of memory" in str(error):
-            told = "There is not enough memory for this: take a smaller size or fewer frames."
-        raise gr.Error(told, print_exception=False) from None
+            words = "There is not enough memory for this: take a smaller size or fewer frames."
+        raise gr.Error(words, print_exception=False) from None
 
 
 # -- What visitors ask for --------------------------------------------------------------------------------------------
@@ -257,13 +259,11 @@ class Studio:
         self.pipeline.check_inputs(**arguments)
         output = self.root / "gradio" / secrets.token_hex(16) / f"refalign-{command.seed}.mp4"
         since = time.monotonic()
-        try:
-            self.on_gpu(arguments, command, output, visit.stop_file)
-        except Cancelled as cancelled:
-            raise gr.Error(str(cancelled), title="Cancelled", print_exception=False) from None
+        self.on_gpu(arguments, command, output, visit.stop_file)
         settings = json.dumps(read_settings(output), indent=2, ensure_ascii=False)
         return str(output), settings, f"Made in {time.monotonic() - since:.0f} s."
 
+    @told()  # here too: of other errors, ZeroGPU's process tells this one no more than the class
     def make(self, arguments: dict[str, Any], command: Generate, output: Path, stop: Path) -> None:
         """What needs the GPU. On ZeroGPU it runs in a process of its own."""
         progress = gr.Progress()
