@@ -765,6 +765,57 @@ def test_a_gate_works_with_a_cache_and_with_passes_that_come_back(pipeline, cach
     assert (cached - plain).abs().mean() < 0.3 * plain.abs().mean()
 
 
+# -- What is kept over the steps of a small model ---------------------------------------------------------------------
+
+
+def count_keys(pipeline, monkeypatch) -> list:
+    """Grows by one whenever a matrix multiplies a text to keys."""
+    seen = []
+    keys = [block.attn2.to_k for block in pipeline.transformer.blocks]
+    original = torch.nn.Linear.forward
+
+    def forward(self, text):
+        if any(self is layer for layer in keys):
+            seen.append(1)
+        return original(self, text)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", forward)
+    return seen
+
+
+@pytest.mark.parametrize("changes", [{}, {"prompt": ["a", "b"], "reference_images": "groups"}], ids=str)
+def test_texts_kept_over_steps_change_no_bit(pipeline, monkeypatch, changes):
+    if changes.get("reference_images") == "groups":
+        changes = {**changes, "reference_images": [[draw_pet(0.1)], [draw_face(0.3), draw_pet(0.6)]]}
+    kept = run(pipeline, num_inference_steps=4, **changes)
+    monkeypatch.setattr("refalign.pipeline_refalign_wan.FEW_TOKENS", 0)
+    assert torch.equal(run(pipeline, num_inference_steps=4, **changes), kept)
+
+
+def test_texts_are_embedded_once_for_all_steps_of_a_small_model_alone(pipeline, monkeypatch):
+    seen = count_keys(pipeline, monkeypatch)
+    run(pipeline, num_inference_steps=4)
+    blocks = len(pipeline.transformer.blocks)
+    assert len(seen) == 2 * blocks  # the prompt and the negative one
+    seen.clear()
+    monkeypatch.setattr("refalign.pipeline_refalign_wan.FEW_TOKENS", 0)
+    run(pipeline, num_inference_steps=4)
+    assert len(seen) == 4 * 3 * blocks
+
+
+def test_a_callback_may_change_weights_that_texts_go_through(pipeline, monkeypatch):
+    def callback(pipe, step, timestep, kwargs):
+        for block in pipe.transformer.blocks:
+            block.attn2.to_k.weight.data *= 0.5
+
+    state = {name: tensor.clone() for name, tensor in pipeline.transformer.state_dict().items()}
+    kept = run(pipeline, num_inference_steps=3, callback_on_step_end=callback)
+    pipeline.transformer.load_state_dict(state)
+    monkeypatch.setattr("refalign.pipeline_refalign_wan.FEW_TOKENS", 0)
+    assert torch.equal(run(pipeline, num_inference_steps=3, callback_on_step_end=callback), kept)
+    assert "forward" not in vars(pipeline.transformer.blocks[0].attn2.to_k)
+
+
 # -- LoRA -------------------------------------------------------------------------------------------------------------
 
 

@@ -39,6 +39,7 @@ from .reference_images import prepare_reference_image
 from .transformer_refalign_wan import (
     WAN_CHANNELS,
     WAN_CLASSES,
+    KeptText,
     RefAlignWanTransformer3DModel,
     check_finite,
     check_is_wan21,
@@ -69,6 +70,7 @@ CALL_DEFAULTS = {
 }
 TOKEN_PIXELS = 16  # the side of a token in pixels: the VAE's 8 times the transformer's patch of 2
 TRAINED_REFERENCES = {"frames": 3, "sources": 5}  # the most in a sample, of RefAlign and of Bernini-R
+FEW_TOKENS = 1000  # of a video: up to so many, its text is a large part of a step's work
 FRAMES_PER_LATENT = 4  # frames of the video in a latent frame, except for the first, which has one
 
 
@@ -884,12 +886,16 @@ class RefAlignWanPipeline(WanPipeline):
         """Makes latents of noise; `groups` come from [`group_by_references`]."""
         differences: list[dict[str, torch.Tensor]] = [{} for _ in groups]
         running: list[dict[int, torch.Tensor]] = [{} for _ in groups]
+        texts = _texts_of_groups(prompt_embeds, negative_prompt_embeds, groups)
         timesteps = self.scheduler.timesteps
         self._num_timesteps = len(timesteps)
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         step_arguments = {"generator": generator} if takes_generator else {}
         self._reset_caches()
-        with self.progress_bar(total=len(timesteps)) as progress_bar:  # pyright: ignore[reportCallIssue]
+        tokens = latents[0, 0].numel() // 4  # a patch is two by two
+        kept_text = KeptText(self.transformer, is_small=tokens <= FEW_TOKENS)
+        bar = self.progress_bar(total=len(timesteps))  # pyright: ignore[reportCallIssue]
+        with kept_text, bar as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
@@ -904,12 +910,11 @@ class RefAlignWanPipeline(WanPipeline):
                 }
                 velocity = torch.empty_like(latents)
                 for number, (samples, references) in enumerate(groups):
-                    negative = None if negative_prompt_embeds is None else negative_prompt_embeds[samples]
                     velocity[samples] = self._predict_velocity(
                         latents=latents[samples],
                         timestep=t,
-                        prompt_embeds=prompt_embeds[samples],
-                        negative_prompt_embeds=negative,
+                        prompt_embeds=texts[number][0],
+                        negative_prompt_embeds=texts[number][1],
                         references=references,
                         context_suffix=f"_{number}" if number else "",
                         context=context,
@@ -931,6 +936,8 @@ class RefAlignWanPipeline(WanPipeline):
                     latents = tensors["latents"]
                     prompt_embeds = tensors["prompt_embeds"]
                     negative_prompt_embeds = tensors["negative_prompt_embeds"]
+                    texts = _texts_of_groups(prompt_embeds, negative_prompt_embeds, groups)
+                    kept_text.forget()  # a callback may also change weights, such as a LoRA's scale
                     if not _are_equal(guidance, self._copy_guidance(prompt_embeds, negative_prompt_embeds)):
                         differences = [{} for _ in groups]
                         running = [{} for _ in groups]
@@ -1363,6 +1370,17 @@ def _check_noise(generator: Any, latents: Any, shape: tuple[int, ...]) -> None:
 
 def _repeat(tensor: torch.Tensor, repeats: int) -> torch.Tensor:
     return tensor if repeats == 1 else tensor.repeat_interleave(repeats, dim=0)
+
+
+def _texts_of_groups(
+    prompt_embeds: torch.Tensor, negative_prompt_embeds: torch.Tensor | None, groups: Sequence[tuple[Any, Any]]
+) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+    """The embeddings of each group's prompts and negative prompts: the same tensors for all steps."""
+    texts = []
+    for samples, _ in groups:
+        negative = None if negative_prompt_embeds is None else negative_prompt_embeds[samples]
+        texts.append((prompt_embeds[samples], negative))
+    return texts
 
 
 def _are_equal(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> bool:

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import inspect
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -589,6 +589,49 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
             is_kept = any(module in name.split(".") for module in self._keep_in_fp32_modules)
             parameter.data = parameter.data.to(torch.float32 if is_kept else dtype)
         return self
+
+
+# -- What is kept over the steps of a small model ---------------------------------------------------------------------
+
+
+class KeptText:
+    """
+    While it is on, what a transformer computes of the texts alone (their embedding, and each block's keys and values)
+    is computed once for each text: bit for bit the same. For models so small that this is a large part of a step.
+    """
+
+    def __init__(self, transformer: RefAlignWanTransformer3DModel, is_small: bool) -> None:
+        modules: list[Any] = [transformer.condition_embedder.text_embedder]
+        for block in transformer.blocks:
+            modules += [block.attn2.to_k, block.attn2.to_v, block.attn2.norm_k]
+        # What is offloaded, cached or compiled has a forward of its own, which must see every call
+        others = [module for module in (transformer, *transformer.blocks, *modules) if not _is_plain(module)]
+        self.modules = modules if is_small and not others else []
+        self.kept: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __enter__(self) -> "KeptText":
+        for number, module in enumerate(self.modules):
+            module.forward = functools.partial(self._forward, number, module.forward)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for module in self.modules:
+            del module.forward  # the class's own is seen again
+        self.forget()
+
+    def forget(self) -> None:
+        """To be called when texts were changed in place, or weights, such as a LoRA's scale."""
+        self.kept.clear()
+
+    def _forward(self, number: int, forward: Callable, text: torch.Tensor) -> torch.Tensor:
+        key = (number, text.data_ptr(), text.shape, text.stride(), text.dtype)
+        if key not in self.kept:
+            self.kept[key] = (text, forward(text))  # the text too, so that its place in memory remains its own
+        return self.kept[key][1]
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return "forward" not in vars(module) and getattr(module, "_compiled_call_impl", None) is None
 
 
 # -- Checks of models ---------------------------------------------------------------------------------------------
