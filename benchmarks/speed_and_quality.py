@@ -2,8 +2,8 @@
 
     python benchmarks/speed_and_quality.py --samples 48 --json speed.json
 
-The settings take turns on batches of 16 clips in one process of one thread, and seconds are its processor time, so that
-they can be compared on a busy machine.
+The settings take turns on batches of 16 clips in one process of one thread, and seconds are its processor time, so
+that they can be compared on a busy machine.
 """
 
 import argparse
