@@ -144,6 +144,24 @@ def test_a_run_is_cancelled_and_the_next_one_made(page):
     expect(status(page)).to_contain_text("Made in")
 
 
+def test_one_who_waits_can_leave_the_queue(server, page, browser):
+    make_quick(page, steps=100, frames=17)
+    page.locator("#prompt textarea").fill(PROMPT)
+    button(page, "Generate").click()
+    page.get_by_text(re.compile(r"Step \d+ of 100")).wait_for()
+    with closing(browser.new_context()) as context:
+        other = context.new_page()
+        other.goto(server.url)
+        other.locator("#prompt textarea").fill(PROMPT)
+        button(other, "Generate").click()
+        other.get_by_text(re.compile("queue: ")).wait_for()
+        button(other, "Cancel").click()
+        expect(status(other)).to_contain_text("Cancelled.")
+        expect(other.get_by_text(re.compile("queue: "))).to_be_hidden()
+    button(page, "Cancel").click()
+    expect(status(page)).to_contain_text("Cancelled.")
+
+
 def test_bad_files_are_told_by_name_and_the_good_one_is_kept(page, tmp_path):
     (tmp_path / "words.png").write_text("no picture")
     Image.new("1", (9000, 9000)).save(tmp_path / "huge.png")
