@@ -174,7 +174,7 @@ def find_safetensors(checkpoint: str | Path, revision: str | None = None) -> lis
         if path.suffix == ".gguf":
             raise ValueError(
                 f"{path} is a GGUF file, whose weights are quantised for llama.cpp and ComfyUI. Pass the safetensors "
-                "release of the model."
+                "release of the model; `refalign generate --model FILE.gguf --base REPO` alone takes it as it is."
             )
         if path.suffix != ".safetensors":
             raise ValueError(
