@@ -79,7 +79,7 @@ def write_space(folder: Path) -> None:
         for file in (PACKAGE / place).glob(pattern):
             if not file.name.startswith("."):
                 shutil.copyfile(file, package / place / file.name)
-    hub.copy_repo(FOLDER, package / FOLDER.relative_to(PACKAGE))
+    hub.copy_repo(FOLDER, package / "sprites" / FOLDER.name)
 
 
 def _check_model(model: str) -> None:
