@@ -51,6 +51,11 @@ PROGRAMS: dict[str, Program] = {
     "refalign-train": refalign_training.cli.PROGRAM,
     "refalign-eval": refalign_evaluation.cli.PROGRAM,
 }
+MODULES = {  # as launchers name them
+    "refalign.cli": "refalign",
+    "refalign_training.cli": "refalign-train",
+    "refalign_evaluation.cli": "refalign-eval",
+}
 PIXELS = "--height 32 --width 48 --num-frames 5"
 # What is added to a command, as the sizes that it takes by itself are for a GPU
 SMALL_OPTIONS = {
@@ -63,7 +68,6 @@ SMALL_OPTIONS = {
     # On the Hub, the base is no folder, and its licence is known
     "refalign-train export": "--base Wan-AI/Wan2.1-T2V-1.3B-Diffusers --datasets ORG/CLIPS --licence apache-2.0",
     "refalign-eval generate": f"{PIXELS} --steps 2 --limit 2",
-    "refalign-eval sprites": "--samples 1 --steps 2",
     "refalign-eval references": "--size 32 48 --num-frames 5 --tokens 4 --timesteps 900 --blocks 0 --projection pca",
 }
 SMALL_PYTHON = {
@@ -105,7 +109,6 @@ def write_readers_folder(folder: Path, wan: Path, native: Path, repo: Path) -> P
 def set_defaults(pipeline: Path, **defaults: int) -> None:
     """Changes what a pipeline's folder takes for settings that are not given."""
     index = read_json(pipeline / "model_index.json")
-    defaults = (index.get("call_defaults") or {}) | defaults
     (pipeline / "model_index.json").write_text(json.dumps({**index, "call_defaults": defaults}), "utf-8")
 
 
@@ -259,8 +262,7 @@ def check_launcher(parser: Any, words: Sequence[str]) -> None:
     """A launcher starts one of our programs, which understands the rest."""
     launch = parser.parse_args(words)
     assert launch.module
-    programs = {"refalign_training.cli": "refalign-train", "refalign_evaluation.cli": "refalign-eval"}
-    understand(programs[launch.training_script], *launch.training_script_args)
+    understand(MODULES[launch.training_script], *launch.training_script_args)
 
 
 def check_python(words: Sequence[str]) -> None:

@@ -11,17 +11,13 @@ from pathlib import Path
 import pytest
 import tyro
 
-import refalign.demo
-import refalign.generate
-import refalign.sprites
 from refalign.command_line import REGISTRY, Command, Program
 from refalign.convert import convert
-from refalign.sprites import FOLDER
 from refalign_training.run import trainer
 from refalign_training.run.config import RunCommand, flatten
 from refalign_training.run.config_files import read_config
 from tests.pages import PAGES, ROOT, Block, page_name, read_blocks, read_inline_code
-from tests.reader import PROGRAMS, Reader, set_defaults, understand, write_readers_folder
+from tests.reader import PROGRAMS, Reader, understand, write_readers_folder
 
 
 RUN = ("bash", "python")
@@ -35,20 +31,9 @@ def readers_folder(tmp_path_factory, wan_folder, native_file) -> Path:
     return write_readers_folder(folder / "work", wan_folder, native_file, repo)
 
 
-@pytest.fixture(scope="session")
-def quick_sprites(tmp_path_factory) -> Path:
-    """The embedded model with two steps, which only change how good its videos are."""
-    folder = tmp_path_factory.mktemp("sprites") / "model"
-    shutil.copytree(FOLDER, folder)
-    set_defaults(folder, num_inference_steps=2)
-    return folder
-
-
 @pytest.fixture
-def reader(readers_folder, quick_sprites, tmp_path, monkeypatch) -> Reader:
+def reader(readers_folder, tmp_path, monkeypatch) -> Reader:
     """A reader at the start of a page, in a folder of its own."""
-    for module in (refalign.sprites, refalign.demo, refalign.generate):
-        monkeypatch.setattr(module, "FOLDER", quick_sprites)
     shutil.copytree(readers_folder, tmp_path / "folder", symlinks=True)
     monkeypatch.chdir(tmp_path / "folder")
     # A picture takes longer than a run, and nothing here is about it
