@@ -24,9 +24,9 @@ class Preset:
 # exact: bit for bit what a call without it makes
 PRESETS = {
     "exact": Preset(),
-    "balanced": Preset(guidance_gate=(0.6, 0.8), attention="_native_cudnn", compile=True),
+    "balanced": Preset(guidance_gate=(0.8, 0.9), cache="first-block:0.05", attention="_native_cudnn", compile=True),
     "fast": Preset(
-        guidance_gate=(0.4, 0.6), cache="first-block:0.1", steps=0.75, attention="_native_cudnn", compile=True
+        guidance_gate=(0.6, 0.8), cache="first-block:0.1", steps=0.75, attention="_native_cudnn", compile=True
     ),
 }
 CUDA_ALONE = ("attention", "compile")
