@@ -7,12 +7,14 @@ so that `--help` answers at once.
 
 import json
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from refalign.files import new_file
+from refalign.privacy import source_name
 from refalign.video_options import SpeedOptions
 
 
@@ -35,6 +37,9 @@ class Sprites(SpeedOptions):
 
     model: str | None = None
     """The model to measure, as a pipeline folder or a Hub id. By default it is the tiny one of this package."""
+    lora: tuple[str, ...] = ()
+    """The LoRAs to measure it with, as .safetensors files or Hub ids, each with a :SCALE if you like. Scales that a
+    distilled one asks for are taken unless others are given."""
     samples: int = 96
     """The number of clips of one subject, and of clips of two. All show subjects that are never trained on."""
     seed: int = 0
@@ -155,6 +160,8 @@ def describe(figures: dict[str, Any]) -> str:
         shown = f"{value:6.2f} dB" if name == "psnr" else f"{100 * value:5.1f} %"
         limits = f"{low:.2f} to {high:.2f}" if name == "psnr" else f"{100 * low:.1f} to {100 * high:.1f}"
         lines.append(f"  {name:22} {shown:>10}   ({limits})")
+    if "seconds_per_clip" in figures:
+        lines.append(f"  {figures['seconds_per_clip']:.2f} seconds per clip")
     return "\n".join(lines)
 
 
@@ -170,13 +177,15 @@ def run(command: Sprites) -> int:
     """
     if command.samples < 1:
         raise ValueError(f"--samples is {command.samples}: pass 1 or more.")
-    if command.drawn and command.model is not None:
-        raise ValueError("--drawn measures no model. Leave --model out.")
-    cases = make_cases(command.samples, command.seed)
+    if command.drawn and (command.model is not None or command.lora):
+        raise ValueError("--drawn measures no model. Leave --model and --lora out.")
+    cases, started = make_cases(command.samples, command.seed), time.perf_counter()
     clips = list(map(drawn_clip, cases) if command.drawn else generate(command, cases))
+    seconds = (time.perf_counter() - started) / len(clips)
     if command.swapped:
         cases = list(map(swapped, cases))
-    figures = evaluate(cases, clips, "drawn clips" if command.drawn else _name(command.model))
+    name = "drawn clips" if command.drawn else " with ".join([_name(command.model), *map(source_name, command.lora)])
+    figures = evaluate(cases, clips, name) | {"seconds_per_clip": seconds}
     print(describe(figures))
     if command.json is not None:
         with new_file(command.json, overwrite=True) as file:
@@ -217,22 +226,21 @@ def swapped(case: "Case") -> "Case":
 def generate(command: Sprites, cases: "Sequence[Case]") -> "Iterator[np.ndarray]":
     """The model's clips of the cases, uint8 `(17, 64, 64, 3)`."""
     from refalign.levers import set_cache
-    from refalign.loading import load_pipeline
+    from refalign.loading import load_pipeline, parse_lora, read_defaults
     from refalign.presets import with_preset
     from refalign.sprites import FOLDER
 
-    model, where = command.model or str(FOLDER), {"device": "cpu", "offload": "none"}
-    pipeline = load_pipeline(model, base=None, loras=(), dtype="float32", **where, speed=command)
+    model, loras = command.model or str(FOLDER), list(map(parse_lora, command.lora))
+    defaults = with_preset(command.fast, "cpu", read_defaults(model, command.lora))
+    where = {"device": "cpu", "offload": "none"}
+    pipeline = load_pipeline(model, base=None, loras=loras, dtype="float32", **where, speed=command)
     pipeline.set_progress_bar_config(disable=True)
-    preset = with_preset(command.fast, "cpu", pipeline.call_defaults)
-    steps = command.steps or preset["num_inference_steps"]
-    set_cache(pipeline, command.cache or preset.get("cache"), model, steps)
-    settings = {
-        "num_inference_steps": steps,
-        "guidance_scale": command.guidance_scale,
-        "image_guidance_scale": command.image_guidance_scale,
-        "guidance_gate": command.guidance_gate or preset.get("guidance_gate"),
-    }
+    steps = command.steps or defaults["num_inference_steps"]
+    set_cache(pipeline, command.cache or defaults.get("cache"), model, steps)
+    settings = {"num_inference_steps": steps, "guidance_gate": command.guidance_gate or defaults.get("guidance_gate")}
+    for name in ("guidance_scale", "image_guidance_scale"):
+        given = getattr(command, name)
+        settings[name] = defaults[name] if given is None else given
     yield from generate_by(pipeline, cases, command.seed, **settings)
 
 
