@@ -36,7 +36,8 @@ from refalign.files import read_json
 from refalign_evaluation.run_folder import SCORES
 from refalign_evaluation.scores import METRICS
 from refalign_evaluation.totals import WEIGHTS, upload_json, write_upload
-from refalign_training.run.config import RunCommand, check
+from refalign_training.run.checks import check
+from refalign_training.run.config import RunCommand
 from tests.drawn_references import draw_face, draw_pet, draw_place
 from tests.evaluation.small_benchmark import write_benchmark
 from tests.evaluation.small_results import PERFECT, write_official, write_results

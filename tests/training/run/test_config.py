@@ -22,7 +22,8 @@ from refalign_training.bounds import InvalidOption
 from refalign_training.cache.command import CacheCommand
 from refalign_training.data.source import Source
 from refalign_training.run import resume
-from refalign_training.run.config import PromptOptions, RunCommand, check, flatten, to_yaml
+from refalign_training.run.checks import check
+from refalign_training.run.config import PromptOptions, RunCommand, flatten, to_yaml
 from refalign_training.run.config_files import read_command
 from refalign_training.run.resume import changed_options
 from refalign_training.run.yaml_file import read_yaml
@@ -32,7 +33,7 @@ CONFIGS = Path(__file__).parents[3] / "training/configs"
 RECIPES = sorted(CONFIGS.glob("[!sd]*.yaml"))  # Wan's
 DISTILLATIONS = sorted(CONFIGS.glob("distil-*.yaml"))
 ACCELERATE = {path.stem: path for path in (CONFIGS / "accelerate").glob("*.yaml")}
-OF_THE_CALL = ("config", "resume", "allow_changes", "dry_run")
+OF_THE_CALL = ("config", "resume", "allow_changes", "dry_run", "gpu_memory")
 
 
 @pytest.fixture
@@ -513,7 +514,7 @@ def comments(path: Path) -> str:
 def test_all_recipes_are_there():
     sizes, kinds = ("1.3b", "14b"), ("refalign-{}-stage1", "refalign-{}-stage2", "lora-{}")
     both = {kind.format(size) for size in sizes for kind in kinds}
-    assert {path.stem for path in RECIPES} == both | {"lora-1.3b-few-clips"}
+    assert {path.stem for path in RECIPES} == both | {"lora-1.3b-few-clips", "lora-1.3b-12gb", "lora-14b-24gb"}
 
 
 def test_the_recipe_of_the_small_world_is_understood_and_passes_the_checks():

@@ -16,7 +16,8 @@ from refalign.loading import read_defaults
 from refalign.lora_defaults import read_lora_defaults
 from refalign_training.publish.export import ExportCommand, export
 from refalign_training.run import trainer
-from refalign_training.run.config import RunCommand, check
+from refalign_training.run.checks import check
+from refalign_training.run.config import RunCommand
 from refalign_training.run.log import read_metrics
 from refalign_training.run.trainer import run
 from tests.training.method.test_distillation import DISTIL, SCALES

@@ -9,7 +9,7 @@ import pytest
 from refalign_training import cli
 from refalign_training.data.sample import Clip, Reference, Sample, View
 from refalign_training.run import init, trainer
-from refalign_training.run.config import check
+from refalign_training.run.checks import check
 from refalign_training.run.config_files import read_config
 from refalign_training.run.init import Clips, InitCommand, run
 from tests.training.small_cache import FRAMES, HEIGHT, WIDTH, write_clips

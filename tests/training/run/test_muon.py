@@ -88,7 +88,7 @@ def test_without_gradient_nothing_moves():
 
 @pytest.mark.parametrize("name", ["muon", "adamw8bit"])
 def test_it_is_refused_with_shards(name, training_world, tmp_path):
-    from refalign_training.run.config import check
+    from refalign_training.run.checks import check
     from tests.training.small_run import run_command
 
     changes = {"optimizer.name": name, "parallel": "fsdp2"}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName
 from safetensors.torch import load_file, save_file
 
 from refalign import RefAlignWanTransformer3DModel
@@ -15,7 +16,8 @@ from refalign.keys import diffusers_to_native
 from refalign_training.method.alignment import ReferenceAlignment
 from refalign_training.run.checkpoint import save_checkpoint
 from refalign_training.run.config import ModelOptions, RunCommand, flatten
-from refalign_training.run.networks import load_transformer, make_alignment, take_plain_attention, transformer_config
+from refalign_training.run.lean import take_attention
+from refalign_training.run.networks import load_transformer, make_alignment, transformer_config
 from refalign_training.run.parallel import Parallel
 from refalign_training.run.resume import Start, find_start
 from tests.tiny_pipeline import tiny_transformer
@@ -437,7 +439,7 @@ def test_plain_attention_computes_the_same_and_is_this_models_alone():
     inputs = torch.randn(1, 16, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     arguments = {"timestep": torch.tensor([500.0]), "encoder_hidden_states": torch.ones(1, 3, 32)}
     before = ours(inputs, **arguments).sample
-    take_plain_attention(ours)
+    take_attention(ours, AttentionBackendName._NATIVE_MATH)
     assert (ours(inputs, **arguments).sample - before).abs().max() < 1e-5
     assert ours.blocks[0].attn1.processor._attention_backend is not None
     assert theirs.blocks[0].attn1.processor._attention_backend is None

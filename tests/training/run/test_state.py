@@ -226,7 +226,14 @@ def test_without_an_average_the_weights_stay():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"ema_decay": 0.9, "projector_lr": 0.3, "schedule": "cosine"}], ids=["", "all"]
+    "options",
+    [
+        {},
+        {"ema_decay": 0.9, "projector_lr": 0.3, "schedule": "cosine"},
+        {"name": "adafactor"},
+        {"name": "prodigy", "lr": 1.0, "weight_decay": 0.01, "warmup_steps": 2},
+    ],
+    ids=["", "all", "adafactor", "prodigy"],
 )
 def test_loaded_it_goes_on_bit_for_bit(tmp_path, options):
     whole, first, second = (make_state(seed, **options) for seed in (0, 0, 1))
@@ -236,6 +243,39 @@ def test_loaded_it_goes_on_bit_for_bit(tmp_path, options):
     assert_same(second.tensors(), first.tensors())
     take_steps(second, 3, 3)
     assert_same(second.tensors(), whole.tensors())
+
+
+def test_prodigy_goes_on_from_weights_that_began_at_zero(tmp_path):
+    whole, first, second = (make_state(seed, name="prodigy", lr=1.0) for seed in (0, 0, 1))
+    for state in (whole, first):
+        state.parameters["transformer.linear.weight"].data.zero_()  # of which it keeps one number
+    take_steps(whole, 0, 4)
+    take_steps(first, 0, 2)
+    second.load(on_disk(first, tmp_path), is_parallel=False)
+    take_steps(second, 2, 2)
+    assert_same(second.tensors(), whole.tensors())
+
+
+def test_prodigy_finds_a_rate_of_its_own():
+    state = make_state(name="prodigy", lr=1.0)
+    before = state.tensors()["optimizer.group_0.d"].item()
+    for step in range(20):
+        for parameter in state.parameters.values():
+            parameter.grad = parameter.detach().clone()  # towards zero
+        state.update(step)
+    assert state.tensors()["optimizer.group_0.d"].item() > 10 * before
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"lr": 5e-5}, "lr is 5e-05, but prodigy finds its own: pass optimizer.lr 1"),
+        ({"lr": 1.0, "projector_lr": 0.5}, "projector_lr is 0.5 and lr 1: prodigy has one learning rate"),
+    ],
+)
+def test_rates_that_prodigy_cannot_take_are_told(options, told):
+    with pytest.raises(ValueError, match=told):
+        make_state(name="prodigy", **options)
 
 
 def test_what_has_never_had_a_gradient_has_no_state_after_loading_either(tmp_path):

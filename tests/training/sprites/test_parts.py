@@ -223,7 +223,7 @@ def test_its_plot_is_a_picture(tmp_path):
 
 
 def test_every_arm_is_a_run_that_options_allow(tmp_path, training_world):
-    from refalign_training.run.config import check
+    from refalign_training.run.checks import check
     from refalign_training.run.config_files import read_command
 
     for options in ablation.ARMS.values():

@@ -7,13 +7,13 @@ import dataclasses
 import difflib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, TypeAdapter
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdapter
 from pydantic.dataclasses import dataclass
 from tyro.conf import Fixed
 
@@ -47,6 +47,16 @@ class ModelOptions(Options):
     """Compute each block again in the backward pass. A step takes a third more time and a fraction of the memory."""
     compile: bool = False
     """Compile the blocks by torch.compile. The start takes a minute or more, then steps are faster."""
+    attention: str | None = None
+    """The kernel of diffusers that computes attention, such as flash or _native_cudnn. None: torch chooses."""
+    quantization: Literal["int8", "fp8", "nf4"] | None = None
+    """The bits of the frozen matrices of the blocks, for adapters alone: int8 and fp8 by torchao, nf4 by bitsandbytes
+    on a GPU. They are made when the run starts; a LoRA that learnt beside them fits the whole model too."""
+    offload_blocks: NonNegativeInt = 0
+    """The number of blocks whose frozen weights stay in the CPU's memory and are copied whenever the block computes,
+    for adapters alone. Exact, and slower."""
+    offload_activations: bool = False
+    """Keep what the blocks are computed again from in the CPU's memory. Exact, and a little slower."""
 
 
 @dataclass(frozen=True)
@@ -101,9 +111,10 @@ class BatchOptions(Options):
 class OptimizerOptions(Options):
     """The optimiser, and how the learning rate changes."""
 
-    name: Literal["adamw", "adamw8bit", "muon"] = "adamw"
-    """The optimiser. adamw8bit is AdamW with its state in 8 bits, and needs bitsandbytes. muon changes the matrices of
-    the blocks by Muon and all other weights by AdamW. Only adamw works with fsdp2."""
+    name: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "muon"] = "adamw"
+    """The optimiser. adamw8bit is AdamW with its state in 8 bits, and needs bitsandbytes. adafactor keeps next to no
+    state. prodigy finds its learning rate itself, with lr 1, and needs prodigyopt. muon changes the matrices of the
+    blocks by Muon and all other weights by AdamW. Only adamw works with fsdp2."""
     lr: NonNegativeFloat = 5e-5
     """AdamW's learning rate."""
     muon_lr: NonNegativeFloat = 1e-2
@@ -213,6 +224,8 @@ class RunCommand(Options):
     """Go on although the dataset or the options differ from the checkpoint's."""
     dry_run: bool = False
     """Only say what would be done, with an estimate of the memory and time."""
+    gpu_memory: PositiveFloat | None = None
+    """The memory of the GPU in GiB, for --dry-run: it names the smallest setting that fits."""
     parallel: Literal["auto", "ddp", "fsdp2"] = "auto"
     """How several processes share the work: each holds all weights (ddp), or its part of them (fsdp2). auto is fsdp2
     if accelerate's file says FSDP, else ddp."""
@@ -290,7 +303,7 @@ def to_yaml(command: RunCommand) -> str:
     """The options as a YAML file that makes the same run."""
     import yaml
 
-    of_the_call = {"config", "resume", "allow_changes", "dry_run"}
+    of_the_call = {"config", "resume", "allow_changes", "dry_run", "gpu_memory"}
     tree = _TREE.dump_python(command, mode="json", exclude=of_the_call)
     return yaml.dump(tree, Dumper=with_exponents(yaml.SafeDumper), sort_keys=False, allow_unicode=True)
 
@@ -310,62 +323,3 @@ def wants_shards(mode: str) -> bool:
     """Whether `parallel` asks for FSDP2: itself, or by accelerate's file."""
     is_fsdp = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
     return mode == "fsdp2" or (mode == "auto" and is_fsdp)
-
-
-def check(command: RunCommand) -> None:
-    """Raises ValueError, naming the option, for options that do not fit each other."""
-    folder = command.output if command.resume == "latest" else Path(command.resume or "")
-    if command.resume != "auto" and not folder.exists():  # before what the folder would have told
-        raise ValueError(f"--resume {command.resume}: there is no folder {folder}.")
-    accumulation(command, world_size=1)
-    _check_data(command)
-    _check_prompts(command.validation.prompts)
-    _check_distillation(command)
-    optimizer = command.optimizer
-    if optimizer.warmup_steps > command.steps:
-        raise ValueError(f"optimizer.warmup_steps is {optimizer.warmup_steps}, more than the {command.steps} steps.")
-    if optimizer.name != "adamw" and wants_shards(command.parallel):
-        raise ValueError(f"optimizer.name {optimizer.name} does not work with fsdp2. Choose adamw, or parallel ddp.")
-
-
-# What a distillation must have: one pass can equal guided ones only where all conditions are there
-DISTILLED = {
-    "alignment.weight": 0,
-    "objective.no_text": 0,
-    "objective.no_references": 0,
-    "objective.neither": 0,
-    "objective.detail_weight": 1,
-    "validation.guidance_scale": 1,
-    "validation.image_guidance_scale": 1,
-}
-
-
-def _check_distillation(command: RunCommand) -> None:
-    objective, options = command.objective, flatten(command)
-    if objective.kind != "distil":
-        return
-    wrong = [f"{name} {needed}" for name, needed in DISTILLED.items() if options[name] != needed]
-    if wrong:
-        raise ValueError(f"objective.kind distil needs {', '.join(wrong)}. The recipe distil-1.3b has all of it.")
-    if objective.guidance_scale == objective.image_guidance_scale == 1:
-        raise ValueError("objective.guidance_scale and image_guidance_scale are 1: that is one pass already.")
-
-
-def _check_data(command: RunCommand) -> None:
-    data = command.data
-    has_cache, has_dataset = data.cache is not None, data.source.data is not None
-    if not has_cache and not has_dataset:
-        raise ValueError("Pass either data.cache, made by `refalign-train cache`, or a dataset as data.source.data.")
-    if has_cache and not has_dataset and data.teacher is not None:
-        raise ValueError("data.teacher goes with a dataset: a cache has its teacher's features. Leave it out.")
-    if not has_cache and data.teacher is None and command.alignment.weight:
-        raise ValueError("Without a cache, data.teacher must name the model to align to; or set alignment.weight 0.")
-    if not has_cache and command.validation.cache is not None:
-        raise ValueError("validation.cache goes with data.cache.")
-
-
-def _check_prompts(prompts: Sequence[PromptOptions]) -> None:
-    for number, prompt in enumerate(prompts, 1):
-        for reference in prompt.references:
-            if "://" not in reference and not Path(reference).is_file():
-                raise ValueError(f"validation.prompts, prompt {number}: the reference {reference} does not exist.")

@@ -6,8 +6,9 @@ and backward pass of fake tensors (torch 2.13, diffusers 0.42.1, peft 0.21; fuse
 keeps no copies of weights). See [`estimate`] for what is left out.
 """
 
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from operator import sub
 from typing import Any, NamedTuple
@@ -19,15 +20,17 @@ from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from refalign import RefAlignWanTransformer3DModel
-from refalign.devices import rank_and_processes
+from refalign.devices import find_device, rank_and_processes
 from refalign.pipeline_refalign_wan import guidance_passes
 from refalign_training.method.alignment import ReferenceAlignment
 from refalign_training.method.options import AlignmentOptions
 from refalign_training.run.batches import read_first
 from refalign_training.run.config import RunCommand, accumulation, wants_shards
 from refalign_training.run.inputs import open_samples
+from refalign_training.run.lean import check_lean
 from refalign_training.run.log import check_tracker
 from refalign_training.run.networks import add_lora, make_alignment, transformer_config
+from refalign_training.run.optimizers import check_optimizer
 from refalign_training.run.order import Order, hold_out, nothing_held_out
 from refalign_training.run.resume import checkpoint_to_resume, find_start
 
@@ -42,7 +45,9 @@ SAVED = {"full": (68, 4), "lora": (50, 4)}
 # ... and those that come and go on top: a LoRA's layers take their inputs in the adapters' float32
 WORKING = {"full": (4, 1), "lora": (12, 6)}
 FLOAT32_FACTOR = 1.5  # of both in float32: much of it is so already
-OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "muon": 4}  # AdamW's two moments of a weight, or Muon's one
+# AdamW's two moments of a weight, Muon's one, and what prodigy compares with beside them
+OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0.1, "prodigy": 16, "muon": 4}
+QUANTIZED_BYTES = {"int8": 1.01, "fp8": 1.01, "nf4": 0.57}  # of a frozen weight, with its scale
 _CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _CPU_ATTENTION_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 # As fused attention of a GPU is counted; a CPU's own is not known to torch's counter
@@ -169,6 +174,8 @@ def dry_run(command: RunCommand) -> int:
         teacher_dim = read_first(samples, order)["teacher_features"].shape[-1]
         make_alignment(command.alignment, config, teacher_dim, start, command.seed)  # does it fit?
     check_tracker(command.log.tracker)
+    check_optimizer(command.optimizer)
+    check_lean(command.model, config, find_device(command.device))
     rank, world_size = rank_and_processes()
     sharded = world_size > 1 and wants_shards(command.parallel)
     micro_batches = accumulation(command, world_size)
@@ -179,12 +186,57 @@ def dry_run(command: RunCommand) -> int:
         print(f"{samples.name}: {counts}. Of the largest:")
         found = estimate(command, config, bucket, world_size, sharded=sharded, teacher_dim=teacher_dim)
         print("\n".join(found.lines()))
+        if command.gpu_memory is not None:
+            print(smallest_setting(command, config, bucket, world_size, teacher_dim=teacher_dim))
         if len(rows) < command.batch.size:
             print(f"{len(rows)} samples are fewer than a batch: some come twice per step.")
         validation = command.validation
         if validation.every and validation.samples and validation.cache is None and not len(held_out):
             print(nothing_held_out(len(rows)))
     return 0
+
+
+def smallest_setting(
+    command: RunCommand,
+    config: Mapping[str, Any],
+    bucket: Sequence[int],
+    world_size: int = 1,
+    *,
+    teacher_dim: int = 1024,
+) -> str:
+    """Says which of the model's memory options have to change for `gpu_memory` GiB: as few as will do, what is exact
+    and quick before what is not. Arguments as those of [`estimate`]."""
+    limit = command.gpu_memory or 0.0
+    shape = _Shape(config, bucket, teacher_dim)
+    whole, block = _count_weights_and_flop(command, config, shape)
+    projectors = _count_projectors(command.alignment, shape)
+    parts = world_size if world_size > 1 and wants_shards(command.parallel) else 1
+    for changes in _settings(command, shape.blocks):
+        asked = dataclasses.replace(command, model=dataclasses.replace(command.model, **changes))
+        if _memory(asked, shape, whole, block, projectors, parts).total <= limit:
+            told = ", ".join(f"model.{name} {value}" for name, value in changes.items())
+            return f"fits        {limit:g} GiB with {told}" if told else f"fits        {limit:g} GiB as it is"
+    remedy = "Take smaller or shorter videos, fewer references, or more GPUs with parallel fsdp2."
+    return f"fits        not into {limit:g} GiB, whatever is put elsewhere. {remedy}"
+
+
+def _settings(command: RunCommand, blocks: int) -> Iterator[dict[str, Any]]:
+    """Changes of the model's options, each sparing more memory than the one before."""
+    changes: dict[str, Any] = {}
+    yield changes
+    if not command.model.gradient_checkpointing:
+        changes = {"gradient_checkpointing": True}
+        yield changes
+    if not command.model.offload_activations:
+        changes = {**changes, "offload_activations": True}
+        yield changes
+    if command.training == "full" or wants_shards(command.parallel):
+        return
+    if command.model.quantization is None:
+        changes = {**changes, "quantization": "int8"}
+        yield changes
+    for count in range(max(command.model.offload_blocks, 1) + 1, blocks + 1):
+        yield {**changes, "offload_blocks": count}
 
 
 class _Shape:
@@ -270,6 +322,8 @@ def _memory(command: RunCommand, shape: _Shape, whole: _Counts, block: _Counts, 
     compute_bytes = 2 if command.model.precision == "bfloat16" else 4
     has_teacher = bool(_teacher_passes(command))  # of a LoRA it is the frozen network itself
     frozen = 0 if is_full and not has_teacher else whole.parameters * compute_bytes
+    if not is_full:
+        frozen -= _spared(command, block.parameters * compute_bytes, block.parameters, shape.blocks)
     gathered = 0
     if parts > 1:  # a block in use, the next one, and the buffer that they arrive in; gradients and what they leave in
         frozen_block = 0 if is_full and not has_teacher else block.parameters * compute_bytes
@@ -288,6 +342,17 @@ def _memory(command: RunCommand, shape: _Shape, whole: _Counts, block: _Counts, 
     )
 
 
+def _spared(command: RunCommand, block_bytes: float, block_weights: int, blocks: int) -> float:
+    """What fewer bits, and blocks in the CPU's memory, spare of the frozen weights."""
+    model, spared = command.model, 0.0
+    if model.quantization is not None:  # a block that computes has its weights as they were, too
+        spared = blocks * (block_bytes - QUANTIZED_BYTES[model.quantization] * block_weights) - block_bytes
+        block_bytes = QUANTIZED_BYTES[model.quantization] * block_weights
+    if model.offload_blocks:  # one is there while it computes
+        spared += (min(model.offload_blocks, blocks) - 1) * block_bytes
+    return spared
+
+
 def _activations(command: RunCommand, shape: _Shape, block_weights: int) -> float:
     """What the blocks save: their inputs and one block's insides if it is computed again, else all insides."""
     is_bfloat16, again = command.model.precision == "bfloat16", command.model.gradient_checkpointing
@@ -295,7 +360,8 @@ def _activations(command: RunCommand, shape: _Shape, block_weights: int) -> floa
     (saved_dim, saved_ffn), (working_dim, working_ffn) = SAVED[command.training], WORKING[command.training]
     saved = tokens * factor * (saved_dim * shape.dim + saved_ffn * shape.ffn_dim)
     working = tokens * factor * (working_dim * shape.dim + working_ffn * shape.ffn_dim)
-    stream = shape.blocks * tokens * shape.dim * (2 if is_bfloat16 else 4) if again else 0
+    kept = 1 if command.model.offload_activations else shape.blocks
+    stream = kept * tokens * shape.dim * (2 if is_bfloat16 else 4) if again else 0
     copies = 2 * block_weights if is_bfloat16 else 0  # autocast's, of a block
     return stream + working + (saved + copies) * (1 if again else shape.blocks)
 

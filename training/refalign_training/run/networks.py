@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers.models.attention_dispatch import AttentionBackendName
 from peft import LoraConfig
 
 from refalign import RefAlignWanTransformer3DModel
@@ -81,14 +80,6 @@ def add_lora(transformer: RefAlignWanTransformer3DModel, options: LoraOptions, s
     for parameter in transformer.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-
-
-def take_plain_attention(transformer: RefAlignWanTransformer3DModel) -> None:
-    """For training on a CPU, where torch's flash attention takes eight times as long backwards as forwards."""
-    # Not by `set_attention_backend`, which would change all other models of the process too
-    for block in transformer.blocks:
-        for attention in (block.attn1, block.attn2):
-            attention.processor._attention_backend = AttentionBackendName._NATIVE_MATH
 
 
 def _keep_time_embedding_in_float32(transformer: RefAlignWanTransformer3DModel) -> None:

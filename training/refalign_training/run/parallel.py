@@ -65,6 +65,9 @@ class Parallel:
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*")  # that it will be as we ask for
         # `find_unused_parameters` keeps the buckets as they are: else they are made anew after the first backward
         # pass of a process, and three of them that went on would add in another order than those that did not stop
+        # Frozen weights are the same ones everywhere, and may be quantised or in the CPU's memory
+        frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, frozen)
         wrapped = DistributedDataParallel(
             module, ids, broadcast_buffers=False, gradient_as_bucket_view=True, find_unused_parameters=True
         )
@@ -114,7 +117,7 @@ class Parallel:
 def _move(module: nn.Module, device: torch.device, dtype: torch.dtype | None) -> None:
     """As `module.to`, without a touch to what is sharded already."""
     for parameter in module.parameters():
-        if not isinstance(parameter, DTensor):
+        if not isinstance(parameter, DTensor) and not hasattr(parameter, "stays_on_host"):
             parameter.data = parameter.data.to(device, dtype, copy=True)  # no longer mapped from a file
     for child in module.modules():
         for name, buffer in child.named_buffers(recurse=False):

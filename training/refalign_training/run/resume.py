@@ -24,7 +24,8 @@ logger = logging.getLogger(__name__)
 # Options that may differ when a run goes on: nothing that is trained depends on them
 FREE_OPTIONS = (
     *("config", "output", "resume", "allow_changes", "dry_run", "parallel", "device", "max_skipped_steps"),
-    *("checkpoints", "log", "model.compile", "data.workers"),
+    *("checkpoints", "log", "model.compile", "data.workers", "gpu_memory"),
+    *("model.offload_blocks", "model.offload_activations"),
     "data.cache",  # the dataset's fingerprint is compared
     *("validation.every", "validation.videos", "validation.video_steps"),
     *("validation.guidance_scale", "validation.image_guidance_scale", "validation.prompts"),

@@ -11,7 +11,8 @@ from torch import nn
 
 from refalign_training.run.checkpoint import load_tensors, stored_tensors
 from refalign_training.run.config import OptimizerOptions
-from refalign_training.run.muon import MuonWithAdamW, is_hidden, is_matrix
+from refalign_training.run.muon import is_hidden, is_matrix
+from refalign_training.run.optimizers import group_state, load_group_state, make_optimizer
 from refalign_training.run.parallel import gradient_norm, local
 
 
@@ -31,7 +32,7 @@ class TrainState:
                 self.parameters[name] = parameter
                 if options.ema_decay is not None and not name.startswith(PROJECTORS):  # they are not exported
                     self.averages[name] = parameter.detach().clone()
-        self.optimizer = _make_optimizer(options, self._groups())
+        self.optimizer = make_optimizer(options, self._groups())
 
     def _groups(self) -> list[dict[str, Any]]:
         """The parameters of one learning rate and weight decay together; with Muon, those that it changes apart."""
@@ -85,6 +86,7 @@ class TrainState:
     def tensors(self) -> dict[str, torch.Tensor]:
         """All of it by name, the tensors themselves: what is written, and what is filled."""
         tensors = {f"average.{name}": average for name, average in self.averages.items()}
+        tensors |= group_state(self.options.name, self.optimizer.param_groups)
         for name, parameter in self.parameters.items():
             tensors[f"weights.{name}"] = parameter.detach()
             for key, value in self.optimizer.state.get(parameter, {}).items():
@@ -97,13 +99,17 @@ class TrainState:
         stored, tensors, state = stored_tensors(checkpoint), self.tensors(), self.optimizer.state
         for name, parameter in self.parameters.items():
             for key in list(state[parameter]):
-                if f"optimizer.{key}.{name}" not in stored:  # it has never had a gradient
-                    del state[parameter][key], tensors[f"optimizer.{key}.{name}"]
+                place = f"optimizer.{key}.{name}"
+                if place not in stored:  # it has never had a gradient
+                    del state[parameter][key], tensors[place]
+                elif stored[place].shape != tensors[place].shape:  # prodigy keeps less of what began at 0
+                    state[parameter][key] = tensors[place] = parameter.new_empty(stored[place].shape)
         load_tensors(checkpoint, tensors, is_parallel)
         for name, parameter in self.parameters.items():
             for key, value in state[parameter].items():
                 if not isinstance(value, torch.Tensor):
                     state[parameter][key] = tensors[f"optimizer.{key}.{name}"].item()
+        load_group_state(self.options.name, self.optimizer.param_groups, tensors)
 
     def load_weights(self, checkpoint: Path, is_parallel: bool) -> None:
         """Starts from another run's weights, and projectors if it has some. Raises ValueError if they do not fit."""
@@ -140,16 +146,3 @@ def learning_rate_factor(step: int, steps: int, options: OptimizerOptions) -> fl
         case "linear":
             return 1 - place
     return 1.0
-
-
-def _make_optimizer(options: OptimizerOptions, groups: list[dict[str, Any]]) -> torch.optim.Optimizer | MuonWithAdamW:
-    if options.name == "muon":
-        return MuonWithAdamW(groups, options.betas, options.eps)
-    if options.name == "adamw":
-        # The others than the fused one take as much memory as the gradients for a moment
-        return torch.optim.AdamW(groups, betas=options.betas, eps=options.eps, fused=True)
-    try:
-        from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]  # only for this optimiser
-    except ImportError as error:
-        raise ValueError("optimizer.name adamw8bit needs bitsandbytes: pip install bitsandbytes") from error
-    return AdamW8bit(groups, betas=options.betas, eps=options.eps)

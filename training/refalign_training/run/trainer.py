@@ -26,12 +26,15 @@ from refalign_training.method.objective import Batch
 from refalign_training.run import resume
 from refalign_training.run.batches import load_batches, read_first
 from refalign_training.run.checkpoint import checkpoint_name, read_state, remove_old_checkpoints, save_checkpoint
-from refalign_training.run.config import RunCommand, accumulation, check, flatten
+from refalign_training.run.checks import check
+from refalign_training.run.config import RunCommand, accumulation, flatten
 from refalign_training.run.config_files import keep_options
 from refalign_training.run.inputs import CachedSamples, open_samples
+from refalign_training.run.lean import check_lean, make_lean
 from refalign_training.run.log import Bar, Metrics, RunLog, append_skipped, check_tracker
-from refalign_training.run.networks import load_transformer, make_alignment, take_plain_attention
+from refalign_training.run.networks import load_transformer, make_alignment, transformer_config
 from refalign_training.run.objectives import make_objective
+from refalign_training.run.optimizers import check_optimizer
 from refalign_training.run.order import Order, hold_out, nothing_held_out
 from refalign_training.run.parallel import Parallel, gradient_norm, owned_by_all
 from refalign_training.run.plots import describe_timesteps, plot_timesteps
@@ -68,6 +71,7 @@ class Trainer:
         self.command = command
         self.parallel = Parallel(command.parallel, command.device)
         check_tracker(command.log.tracker)
+        check_optimizer(command.optimizer)
         if not self.parallel.is_main:
             logging.getLogger("refalign_training").setLevel(logging.ERROR)
         checkpoint = resume.checkpoint_to_resume(command)
@@ -169,6 +173,7 @@ class Trainer:
     def _make_networks(self, resumes: bool) -> None:
         command, parallel = self.command, self.parallel
         start = resume.find_start(command, resumes)
+        check_lean(command.model, transformer_config(command.model), parallel.device)
         transformer = load_transformer(command, start, resumes)
         self.frozen = resume.frozen_fingerprint(transformer)
         self.base = command.model.base
@@ -179,8 +184,7 @@ class Trainer:
             value = read_first(self.samples, self.order)
             config, teacher_dim = transformer.config, value["teacher_features"].shape[-1]
             modules["alignment"] = make_alignment(command.alignment, config, teacher_dim, start, command.seed)
-        if parallel.device.type == "cpu":
-            take_plain_attention(transformer)
+        make_lean(transformer, command.model, parallel.device)
         if command.model.compile:
             # Each bucket for itself: loops of known length are faster
             transformer.compile_repeated_blocks(dynamic=False)
