@@ -33,6 +33,8 @@ def _check_memory(command: RunCommand) -> None:
             raise ValueError(f"model.{name} is for a frozen base: it goes with training lora.")
         if wants_shards(command.parallel):
             raise ValueError(f"model.{name} does not work with fsdp2, which shards the base. Choose parallel ddp.")
+    if model.offload_blocks and model.quantization == "nf4":
+        raise ValueError("model.offload_blocks works with int8 and fp8, not with model.quantization nf4.")
     if model.offload_blocks and model.compile:
         raise ValueError("model.offload_blocks does not work with model.compile. Leave one out.")
     if (model.offload_blocks or model.offload_activations) and not model.gradient_checkpointing:

@@ -131,8 +131,11 @@ def offload_weights(block: nn.Module, device: torch.device) -> None:
             if not weight.requires_grad:
                 places.append((module, name))
                 host = weight.data.to("cpu")
-                module._parameters[name] = nn.Parameter(host.pin_memory() if device.type == "cuda" else host, False)
-                setattr(module._parameters[name], STAYS_ON_HOST, True)
+                if device.type == "cuda" and type(host) is torch.Tensor:  # a quantised one may not know how
+                    host = host.pin_memory()
+                kept = nn.Parameter(host, requires_grad=False)
+                setattr(kept, STAYS_ON_HOST, True)
+                module._parameters[name] = kept
     compute = block.forward
 
     @functools.wraps(compute)
