@@ -16,10 +16,11 @@ from refalign import RefAlignWanTransformer3DModel
 from refalign_training.method.alignment import ReferenceAlignment
 from refalign_training.run import estimate as estimates
 from refalign_training.run.config import DataOptions, RunCommand
-from refalign_training.run.estimate import ASSUMED_TFLOPS, OVERHEAD, SAVED, dry_run, estimate
+from refalign_training.run.estimate import ASSUMED_TFLOPS, OVERHEAD, SAVED, dry_run, estimate, smallest_setting
 from tests.conftest import FIXTURES
 from tests.tiny_pipeline import TRANSFORMER, tiny_transformer
 from tests.training.small_cache import cache_command, write_clips, write_teacher
+from tests.training.small_run import changed, run_command
 
 
 SMALL = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}
@@ -306,3 +307,29 @@ def test_dry_run_tells_of_the_largest_samples(tmp_path, wan_folder, capsys):
     told = capsys.readouterr().out
     assert "references: 2" in told and "GiB per GPU" in told and "2 samples and 0 held out, of 2 shapes" in told
     assert not asked.output.exists()
+
+
+# -- What fits --------------------------------------------------------------------------------------------------------
+
+
+def settings_for(gpu_memory: float, **changes) -> str:
+    command = run_command(Path("run"), Path("base"), Path("cache"), **{"model.precision": "bfloat16", **changes})
+    asked = changed(command, dry_run=True, gpu_memory=gpu_memory)
+    return smallest_setting(asked, SMALL_WAN, (81, 480, 832, 3))
+
+
+SMALL_WAN = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30}
+
+
+@pytest.mark.parametrize(
+    ("gpu_memory", "told"),
+    [
+        (250.0, "250 GiB as it is"),
+        (24.0, "24 GiB with model.gradient_checkpointing True"),
+        (18.0, "18 GiB with model.gradient_checkpointing True, model.offload_activations True"),
+        (15.5, "model.offload_activations True, model.quantization int8, model.offload_blocks 14"),
+        (1.0, "not into 1 GiB, whatever is put elsewhere. Take smaller or shorter videos, fewer references, or more"),
+    ],
+)
+def test_the_smallest_setting_that_fits_is_named(gpu_memory, told):
+    assert told in settings_for(gpu_memory)

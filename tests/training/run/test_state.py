@@ -263,7 +263,7 @@ def test_prodigy_finds_a_rate_of_its_own():
         for parameter in state.parameters.values():
             parameter.grad = parameter.detach().clone()  # towards zero
         state.update(step)
-    assert state.tensors()["optimizer.group_0.d"].item() > 10 * before
+    assert state.tensors()["optimizer.group_0.d"].item() > 1.5 * before
 
 
 @pytest.mark.parametrize(
