@@ -154,8 +154,15 @@ def test_a_native_file_of_another_kind_is_named(native_file, wan_folder, tmp_pat
 # -- Other formats ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "message"), [("wan.gguf", "is a GGUF file"), ("wan.pth", "run code when they are")])
-@pytest.mark.parametrize("option", ["--model", "--checkpoint"])
+@pytest.mark.parametrize(
+    ("option", "name", "message"),
+    [
+        ("--model", "wan.pth", "run code when they are"),
+        ("--model", "wan.gguf", "is a native checkpoint: only the transformer"),  # which --base completes
+        ("--checkpoint", "wan.pth", "run code when they are"),
+        ("--checkpoint", "wan.gguf", "is a GGUF file"),
+    ],
+)
 def test_other_formats_are_named(wan_folder, tmp_path, capsys, name, message, option):
     (tmp_path / name).write_bytes(b"GGUF")
     words = ["generate", "--prompt", "a", "--output", str(tmp_path / "out.mp4"), "--model", str(tmp_path / name)]
