@@ -46,6 +46,8 @@ sys.excepthook = _tell_interruption  # only programs import this module
 
 DEBUG = "--debug"
 PACKAGES = {"refalign", "refalign_training", "refalign_evaluation"}
+# What torchao, where it is installed, logs whenever diffusers is imported: kernels for other machines that it lacks
+NOISY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 LONGEST = 1000  # characters of an error that nobody expected
 
 # What to do about errors, by the operating system's numbers and by words
@@ -108,6 +110,8 @@ class Program:
             logging.basicConfig(level=logging.INFO, handlers=[handler])
             for client in ("httpx", "httpx2"):  # the Hub's, which log each request
                 logging.getLogger(client).setLevel(logging.WARNING)
+            for library in NOISY:
+                logging.getLogger(library).setLevel(logging.ERROR)
             output: Any = _Shown(sys.stdout)
             with contextlib.redirect_stdout(output):
                 return command.run(options)

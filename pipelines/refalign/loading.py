@@ -113,7 +113,7 @@ def _load_parts(model: str, base: str | None, dtype: torch.dtype, quantize: str 
                 dtype=dtype,
                 quantization_config=config,
             )
-    if base is not None:
+    if base is not None and not index.get("call_defaults"):
         parts["scheduler"] = paper_scheduler()  # as `convert` writes it
     elif index.get("_class_name") == "WanPipeline":
         # Plain Wan, which with a LoRA is a RefAlign model: it takes the schedule that LoRAs are trained with

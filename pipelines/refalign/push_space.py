@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, SpaceCard
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
@@ -98,8 +99,9 @@ def _model_of_space(api: HfApi, repo_id: str) -> str | None:
             variable = api.get_space_variables(repo_id).get(MODEL_VARIABLE)
     except RepositoryNotFoundError:
         return None
-    is_id = variable is not None and HUB_ID.fullmatch(variable.value) is not None
-    return variable.value if is_id else None
+    if variable is None or HUB_ID.fullmatch(variable.value or "") is None:
+        return None
+    return variable.value
 
 
 def _is_open(api: HfApi, model: str) -> bool:
@@ -119,9 +121,10 @@ def _is_open(api: HfApi, model: str) -> bool:
 def _name_model(readme: Path, model: str, is_open: bool) -> None:
     """Names the model in the Space's front matter, and has it downloaded while the Space is built, if it may be."""
     card = SpaceCard.load(readme)
-    card.data.models = [model]
+    data: Any = card.data
+    data.models = [model]
     if is_open:
-        card.data.preload_from_hub = [model]
+        data.preload_from_hub = [model]
     card.save(readme)
 
 

@@ -7,7 +7,6 @@ are small, and each of them touches every token.
 
 import importlib.util
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +48,7 @@ def check_quantize(quantize: str | None, model: str, base: str | None, device: t
         raise ValueError(f"{model} is quantised as it is. Leave --quantize {quantize} out.")
     if is_gguf(quantize) and base is not None:
         raise ValueError(f"--quantize {quantize} has the weights that --model {model} has too. Pass it as --model.")
-    file = quantize if is_gguf(quantize) else model
+    file = quantize if quantize is not None and is_gguf(quantize) else model
     if is_gguf(file):
         _check_package("gguf", file)
         if not Path(file).is_file():
@@ -75,7 +74,7 @@ def torchao_config(kind: str) -> Any:
     from diffusers import TorchAoConfig
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
-    kinds: dict[str, Callable[[], Any]] = {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}
+    kinds: dict[str, Any] = {"int8": Int8WeightOnlyConfig, "fp8": Float8WeightOnlyConfig}
     return TorchAoConfig(kinds[kind](), modules_to_not_convert=list(NOT_QUANTIZED))
 
 
@@ -86,7 +85,8 @@ def weight_bytes(model: torch.nn.Module) -> int:
 
 def _bytes(tensor: torch.Tensor) -> int:
     if hasattr(tensor, "__tensor_flatten__"):
-        names, _ = tensor.__tensor_flatten__()  # pyright: ignore[reportCallIssue] (torch's protocol of subclasses)
+        subclass: Any = tensor  # torch's protocol of subclasses
+        names, _ = subclass.__tensor_flatten__()
         return sum(_bytes(getattr(tensor, name)) for name in names)
     return tensor.numel() * tensor.element_size()
 
@@ -170,5 +170,5 @@ def _weight(name: str, tensor: "ReaderTensor", file: str) -> torch.Tensor:
     if kind not in SUPPORTED_GGUF_QUANT_TYPES:
         known = ", ".join(sorted(known.name for known in SUPPORTED_GGUF_QUANT_TYPES))
         raise ValueError(f"{file}: {tensor.name} is of type {kind.name}, which diffusers does not read. Take {known}.")
-    quantized = GGUFParameter(data, quant_type=kind)
+    quantized: Any = GGUFParameter(data, quant_type=kind)  # pyright: ignore[reportCallIssue]
     return quantized if QUANTIZED.fullmatch(name) else dequantize_gguf_tensor(quantized)

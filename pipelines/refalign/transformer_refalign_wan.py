@@ -602,7 +602,8 @@ class KeptText:
 
     def __init__(self, transformer: RefAlignWanTransformer3DModel, is_small: bool) -> None:
         modules: list[Any] = [transformer.condition_embedder.text_embedder]
-        for block in transformer.blocks:
+        blocks: Any = transformer.blocks
+        for block in blocks:
             modules += [block.attn2.to_k, block.attn2.to_v, block.attn2.norm_k]
         # What is offloaded, cached or compiled has a forward of its own, which must see every call
         others = [module for module in (transformer, *transformer.blocks, *modules) if not _is_plain(module)]

@@ -371,7 +371,7 @@ class RefAlignWanPipeline(WanPipeline):
         prompt_embeds: torch.Tensor | None = None,
         negative_prompt_embeds: torch.Tensor | None = None,
         reference_images: Any = None,
-        reference_latents: torch.Tensor | None = None,
+        reference_latents: Any = None,
         output_type: str = "np",
         attention_kwargs: dict[str, Any] | None = None,
         callback_on_step_end: Callable | None = None,
@@ -474,9 +474,7 @@ class RefAlignWanPipeline(WanPipeline):
                 f"`callback_on_step_end_tensor_inputs` has {unknown}; it can have {self._callback_tensor_inputs}."
             )
 
-    def _default_size(
-        self, latents: torch.Tensor | None, reference_latents: torch.Tensor | None
-    ) -> tuple[int, int, int]:
+    def _default_size(self, latents: torch.Tensor | None, reference_latents: Any) -> tuple[int, int, int]:
         """(height, width, frames) of given latents, else those that the model was trained at"""
         defaults = self.call_defaults
         height, width, num_frames = defaults["height"], defaults["width"], defaults["num_frames"]
@@ -1243,7 +1241,7 @@ def check_projection(projection: Any) -> None:
         _check_scale("guidance_projection", value)
     momentum = projection.get("momentum", 0)
     is_number = isinstance(momentum, numbers.Real) and not isinstance(momentum, bool)
-    if not is_number or not -1 < momentum < 1:
+    if not is_number or not abs(momentum) < 1:
         raise ValueError(f"`guidance_projection` needs a `momentum` between -1 and 1, but has {momentum!r}.")
 
 
