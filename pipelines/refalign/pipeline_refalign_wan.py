@@ -1241,7 +1241,7 @@ def check_projection(projection: Any) -> None:
         _check_scale("guidance_projection", value)
     momentum: Any = projection.get("momentum", 0)
     is_number = isinstance(momentum, numbers.Real) and not isinstance(momentum, bool)
-    if not is_number or not abs(momentum) < 1:
+    if not is_number or not -1 < float(momentum) < 1:
         raise ValueError(f"`guidance_projection` needs a `momentum` between -1 and 1, but has {momentum!r}.")
 
 

@@ -1239,9 +1239,9 @@ def check_projection(projection: Any) -> None:
         )
     for value in (*thresholds, projection.get("eta", 1)):
         _check_scale("guidance_projection", value)
-    momentum = projection.get("momentum", 0)
+    momentum: Any = projection.get("momentum", 0)
     is_number = isinstance(momentum, numbers.Real) and not isinstance(momentum, bool)
-    if not is_number or not abs(momentum) < 1:
+    if not is_number or not -1 < float(momentum) < 1:
         raise ValueError(f"`guidance_projection` needs a `momentum` between -1 and 1, but has {momentum!r}.")
 
 
