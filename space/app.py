@@ -178,7 +178,7 @@ class Studio:
             can_change = not reference.has_alpha and can_cut_out()
             updates += [
                 gr.update(visible=True),
-                gr.update(value=reference.seen(height, width)),
+                gr.update(value=reference.seen(height, width, self.defaults["reference_long_edge"])),
                 gr.update(value=reference.cut_out, label=label, interactive=can_change),
                 gr.update(interactive=place > 0),
             ]
@@ -252,10 +252,12 @@ class Studio:
             guidance_scale=guidance_scale,
             image_guidance_scale=image_guidance_scale,
             negative_prompt=self.defaults["negative_prompt"],
+            guidance_projection=self.defaults["guidance_projection"],
+            reference_long_edge=self.defaults["reference_long_edge"],
             seed=int(seed),
         )
         arguments: dict[str, Any] = check_options(command)
-        arguments["reference_images"] = visit.seen(height, width) or None
+        arguments["reference_images"] = visit.seen(height, width, command.reference_long_edge) or None
         self.pipeline.check_inputs(**arguments)
         output = self.root / "gradio" / secrets.token_hex(16) / f"refalign-{command.seed}.mp4"
         since = time.monotonic()

@@ -28,15 +28,15 @@ class Reference:
     has_alpha: bool
     """Whether the image is cut out already: some pixel is transparent."""
     cut_out: bool = False
-    _seen: tuple[tuple[int, int, bool], Image.Image] | None = None
+    _seen: tuple[tuple[int, int, bool, int | None], Image.Image] | None = None
 
-    def seen(self, height: int, width: int) -> Image.Image:
-        """The image as the model sees it, `width` x `height` pixels. It is kept until a setting changes, because
-        cutting out takes seconds."""
-        settings = (height, width, self.cut_out)
+    def seen(self, height: int, width: int, long_edge: int | None = None) -> Image.Image:
+        """The image as the model sees it, as [`prepare_reference_image`] makes it. It is kept until a setting changes,
+        because cutting out takes seconds."""
+        settings = (height, width, self.cut_out, long_edge)
         if self._seen is None or self._seen[0] != settings:
             with naming_file(self.path):
-                self._seen = settings, prepare_reference_image(self.path, height, width, self.cut_out)
+                self._seen = settings, prepare_reference_image(self.path, *settings)
         return self._seen[1]
 
 
@@ -92,9 +92,9 @@ class Visit:
         """Removes the reference at a place, and its file."""
         shutil.rmtree(self.references.pop(place).path.parent)
 
-    def seen(self, height: int, width: int) -> list[Image.Image]:
+    def seen(self, height: int, width: int, long_edge: int | None = None) -> list[Image.Image]:
         """All references as the model sees them."""
-        return [reference.seen(height, width) for reference in self.references]
+        return [reference.seen(height, width, long_edge) for reference in self.references]
 
     @property
     def stop_file(self) -> Path:

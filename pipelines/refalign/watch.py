@@ -71,7 +71,8 @@ def _end(tell: Callable[[], Any], *_: Any) -> None:
 
 def _passes(arguments: Mapping[str, Any]) -> list[tuple[str, float]]:
     has_references = bool(arguments["reference_images"])
-    return guidance_passes(arguments["guidance_scale"], arguments["image_guidance_scale"], has_references)
+    scales = (arguments["guidance_scale"], arguments["image_guidance_scale"])
+    return guidance_passes(*scales, has_references, bool(arguments.get("guidance_projection")))
 
 
 class _Denoising:
