@@ -82,7 +82,7 @@ def find_release(checkpoint: str) -> str | None:
     for name, card in RELEASES.items():
         if checkpoint == name or _cache_name(name) in Path(checkpoint).absolute().parts:
             return card
-        if Path(checkpoint).exists() and _is_cached(find_safetensors(checkpoint), name):
+        if _is_cached(Path(checkpoint), name):
             return card
     return None
 
@@ -91,14 +91,15 @@ def _cache_name(repo: str) -> str:
     return f"models--{repo.replace('/', '--')}"
 
 
-def _is_cached(files: list[Path], repo: str) -> bool:
-    """Whether files equal some of a repo that were downloaded. The Hub's client names these by their sha256, which the
-    Hub told it and it has checked; the Hub is not asked anew."""
+def _is_cached(checkpoint: Path, repo: str) -> bool:
+    """Whether a file, or all weights in a folder, equal some of a repo that were downloaded. The Hub's client names
+    these by their sha256, which the Hub told it and it has checked; the Hub is not asked anew."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     blobs = list((Path(HF_HUB_CACHE) / _cache_name(repo) / "blobs").glob("?" * 64))
     names, sizes = {blob.name for blob in blobs}, {blob.stat().st_size for blob in blobs}
-    return all(file.stat().st_size in sizes and digest_of_file(file) in names for file in files)
+    files = [checkpoint] if checkpoint.is_file() else list(checkpoint.rglob("*.safetensors"))
+    return bool(files) and all(file.stat().st_size in sizes and digest_of_file(file) in names for file in files)
 
 
 def complete_repo(folder: str | Path, card: str = "template") -> None:

@@ -47,8 +47,10 @@ def check_levers(
 def apply_levers(pipeline: RefAlignWanPipeline, options: SpeedOptions) -> None:
     """Puts attention, compilation and tiling on a pipeline. The cache follows with each call ([`set_cache`])."""
     if options.attention is not None:
-        with quiet("diffusers.models.modeling_utils"):  # which warns that its API may change
-            pipeline.transformer.set_attention_backend(options.attention)
+        # diffusers warns that its API may change, and changes all other models of the process too, unless it is undone
+        name: Any = options.attention
+        with quiet("diffusers.models.modeling_utils"), attention_backend(name):
+            pipeline.transformer.set_attention_backend(name)
     if options.compile:
         # Not `compile_repeated_blocks`: it compiles from outside the hooks of caches, which break the graph to pieces
         for block in pipeline.transformer.blocks:

@@ -25,7 +25,13 @@ logger = logging.getLogger(__name__)
 MODEL_VARIABLE = "REFALIGN_MODEL"  # read by the app
 SPACE_FILES = ("app.py", "README.md", "requirements.txt")
 PACKAGE = Path(hub.__file__).parent
-PACKAGE_FILES = {".": "*.py", "sprites": "*.py", "sprites/subjects": "*.png"}  # and the embedded model
+# And the embedded model
+PACKAGE_FILES = (
+    (".", "*.py"),
+    ("sprites", "*.py"),
+    ("sprites", "*.safetensors"),
+    ("sprites/subjects", "*.png"),
+)
 
 
 def push_space(
@@ -75,8 +81,8 @@ def write_space(folder: Path) -> None:
     for name in SPACE_FILES:
         (folder / name).write_bytes((files("refalign.space") / name).read_bytes())
     package = folder / PACKAGE.name
-    for place, pattern in PACKAGE_FILES.items():
-        (package / place).mkdir()
+    for place, pattern in PACKAGE_FILES:
+        (package / place).mkdir(exist_ok=True)
         for file in (PACKAGE / place).glob(pattern):
             if not file.name.startswith("."):
                 shutil.copyfile(file, package / place / file.name)

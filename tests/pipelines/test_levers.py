@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from refalign import RefAlignWanTransformer3DModel
 from refalign.calibration import PASSES, RATIOS, Calibrate, run
@@ -95,7 +96,9 @@ def test_values_of_caches():
 def test_an_attention_kernel_is_set(pipeline, image):
     plain = frames(pipeline, image)
     check(attention="_native_math")
+    others = _AttentionBackendRegistry.get_active_backend()
     apply_levers(pipeline, SpeedOptions(attention="_native_math"))
+    assert _AttentionBackendRegistry.get_active_backend() == others  # of other models of this process
     backends = {block.attn1.processor._attention_backend for block in pipeline.transformer.blocks}
     ours = frames(pipeline, image)
     pipeline.transformer.reset_attention_backend()

@@ -48,7 +48,7 @@ def pipeline_velocity(transformer, batch, noisy, negative) -> torch.Tensor:
     context = {"step_index": 0, "sigma": 1.0, "num_inference_steps": 1}
     with torch.no_grad():
         return pipeline._predict_velocity(
-            noisy[:1], batch.timesteps[0], embeds, negative[None], references, "", context
+            noisy[:1], batch.timesteps[0], embeds, negative[None], references, "", context, None, {}, None, {}
         )
 
 

@@ -104,7 +104,7 @@ class Videos:
                 subfolder="vae",
                 torch_dtype=torch.float32,
                 use_safetensors=True,
-                variant=find_variant(model / "vae"),
+                variant=find_variant(Path(model, "vae")),
             )
         vae.to(self.parallel.device)  # pyright: ignore[reportArgumentType]  # diffusers' decorator hides `self`
         for one, video in zip(shown, latents, strict=True):
