@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 	$(BIN)/refalign demo --output demo
 
 test: $(VENV)/installed chromium
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,background,ray]"

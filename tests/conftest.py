@@ -111,3 +111,27 @@ def lora_folder(pipeline, tmp_path):
         RefAlignWanPipeline.save_lora_weights(tmp_path / name, transformer_lora_layers=layers)
         pipeline.transformer.delete_adapters(name)
     return tmp_path
+
+
+# Files that take long, longest first. Begun late, they would leave the other test process without work
+LONG = (
+    "training/run/test_parallel.py",
+    "space/test_app.py",
+    "pipelines/test_cli.py",
+    "pipelines/test_hub.py",
+    "training/run/test_resume.py",
+    "pipelines/test_demo.py",
+    "test_documents.py",
+    "pipelines/test_convert.py",
+    "training/publish/test_export.py",
+    "evaluation/test_generate.py",
+    "evaluation/test_whole_path.py",
+    "training/test_whole_path.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first; the others keep their order."""
+    tests = Path(__file__).parent
+    ranks = {tests / name: rank for rank, name in enumerate(LONG)}
+    items.sort(key=lambda item: ranks.get(item.path, len(LONG)))

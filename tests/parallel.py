@@ -20,7 +20,8 @@ def run_on_two_ranks(model, inputs: dict) -> list[tuple[torch.Tensor, tuple[torc
         folder = Path(folder)
         model.save_pretrained(folder / "model")
         save_file(inputs, folder / "inputs.safetensors")
-        mp.spawn(_rank, args=(folder, type(model)), nprocs=2)
+        # Forks, which spares the imports
+        mp.start_processes(_rank, args=(folder, type(model)), nprocs=2, start_method="fork")
         outputs = [load_file(folder / f"{rank}.safetensors") for rank in range(2)]
     return [(output["sample"], (output["block_0"], output["block_1"])) for output in outputs]
 
