@@ -103,7 +103,7 @@ def test_importing_the_package_imports_nothing_heavy():
 
 
 def test_every_reference_set_becomes_a_video(repo_folder, references, tmp_path):
-    """A face, a pet or object, and a place each, at the trained size; one process, as a user with four jobs would."""
+    """A face, a pet or object, and a place each; one process, as a user with four jobs would."""
     sets = sorted(path for path in references.iterdir() if path.is_dir())
     assert len(sets) == 4
     jobs = [
@@ -116,12 +116,13 @@ def test_every_reference_set_becomes_a_video(repo_folder, references, tmp_path):
     ]
     (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, jobs)), "utf-8")
     words = ["generate", "--model", repo_folder, "--batch", tmp_path / "jobs.jsonl", "--num-frames", 5, "--steps", 1]
+    words += ["--height", 240, "--width", 416]
     assert main(list(map(str, words))) == 0
     for job in jobs:
         with av.open(job["output"]) as container:
             frames = list(container.decode(video=0))
             assert container.streams.video[0].codec_context.name == "h264"
-        assert [(f.width, f.height) for f in frames] == [(832, 480)] * 5
+        assert [(f.width, f.height) for f in frames] == [(416, 240)] * 5
 
 
 # -- generate ---------------------------------------------------------------------------------------------------------
@@ -341,7 +342,9 @@ def test_a_lora_for_another_model_is_told(generate, tmp_path, capsys):
     assert "other.safetensors" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("sent", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
+)
 def test_stopping_leaves_no_half_file(repo_folder, images, tmp_path, sent, code):
     words = [sys.executable, "-m", "refalign.cli", "generate", "--model", str(repo_folder)]
     words += [*SMALL[:-1], "100000", "--prompt", "a", "--reference", *images, "--output", str(tmp_path / "out.mp4")]

@@ -423,6 +423,7 @@ print(json.dumps(memory("VmHWM") - before))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_peak_memory_stays_below_twice_the_largest_shard(wan_folder, tmp_path):
     """400 MB of weights, in one file and in 100 MB shards. Pages mapped from the disk count too."""

@@ -201,7 +201,7 @@ RUN = {
     "validation.videos": 1,
 }
 PAIRS = [
-    pytest.param(("ddp", "lora"), id="ddp-lora"),
+    pytest.param(("ddp", "lora"), id="ddp-lora", marks=pytest.mark.slow),
     pytest.param(("fsdp2", "full"), id="fsdp2-full"),
     pytest.param(("ddp", "full"), id="ddp-full", marks=pytest.mark.slow),
     pytest.param(("fsdp2", "lora"), id="fsdp2-lora", marks=pytest.mark.slow),
