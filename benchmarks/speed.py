@@ -2,7 +2,7 @@
 
     python -m benchmarks.speed --device cuda --page README.md docs/speed.md      # an hour on an H100, or so
     python -m benchmarks.speed --reckon --page README.md docs/speed.md           # no GPU: from operations and a rate
-    python -m benchmarks.speed --device cpu --output /tmp/speed.json             # tiny shapes: does it run
+    python -m benchmarks.speed --device cpu --output speed-cpu.json             # tiny shapes: does it run
 
 The transformer and the VAE have the real shapes and random weights, made on the device in bfloat16 (VAE: float32).
 Speed does not depend on the weights, with one exception: what a cache skips does. So caches are left out of what is
@@ -60,7 +60,7 @@ class Model:
 
     @property
     def parameters(self) -> float:
-        """Of the blocks, which are nearly all."""
+        """The weights of the blocks, which are nearly all."""
         return self.layers * (8 * self.width**2 + 2 * self.width * self.feed_forward)
 
 

@@ -279,6 +279,21 @@ def test_a_wrong_projection_is_named(bernini, projection, message):
         sample(bernini, None, guidance_projection=projection)
 
 
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        ({"prompt_prefix": "You are"}, "`prompt_prefix` must have a text for each"),
+        ({"prompt_prefix": {"references": "You are"}}, "no_references"),
+        ({"prompt_prefix": {"references": 1, "no_references": "a"}}, "must have a text"),
+        ({"first_sigma": 0}, "above 0, at most 1, but is 0"),
+        ({"first_sigma": "0.9"}, "'0.9'"),
+    ],
+)
+def test_wrong_settings_of_a_models_files_are_named_before_a_call(bernini, kept, message):
+    with pytest.raises(ValueError, match=message):
+        RefAlignWanPipeline(None, None, None, UniPCMultistepScheduler(), bernini.model, **kept)
+
+
 def test_more_references_than_bernini_was_trained_with_are_told(bernini, caplog):
     sample(bernini, bernini.many, num_inference_steps=1)
     assert "7 references, but Bernini-R was trained with 5" in caplog.text

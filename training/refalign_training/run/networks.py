@@ -20,8 +20,15 @@ from refalign_training.run.resume import Start, find_start
 
 def transformer_config(options: ModelOptions) -> dict[str, Any]:
     """The configuration of the base's transformer, downloaded alone if need be. Raises ValueError if it is not the one
-    of Wan 2.1's text-to-video transformer."""
-    return find_config(options.base, options.revision)
+    of Wan 2.1's text-to-video transformer, or of a model that reads references in another way than training gives
+    them."""
+    config = find_config(options.base, options.revision)
+    if config.get("reference_rope", "frames") != "frames" or config.get("text_to_references"):
+        raise ValueError(
+            f"{options.base} is a Bernini-R model, which cannot be trained yet: its references have sizes of "
+            "their own. Name a RefAlign or Wan 2.1 model as model.base."
+        )
+    return config
 
 
 def load_transformer(command: RunCommand, start: Start, resumes: bool = False) -> RefAlignWanTransformer3DModel:

@@ -292,6 +292,7 @@ class RefAlignWanPipeline(WanPipeline):
     ) -> None:
         if unknown := sorted((call_defaults or {}).keys() - CALL_DEFAULTS.keys()):
             raise ValueError(f"`call_defaults` names {unknown}; it can name {sorted(CALL_DEFAULTS)}.")
+        _check_kept_settings(prompt_prefix, first_sigma)
         DiffusionPipeline.__init__(self)  # not WanPipeline's: it registers Wan 2.2's second transformer
         _check_parts(transformer, vae)
         # `type is`, not `isinstance`: RefAlign's own class is one too, and each load from the Hub makes a new one
@@ -1222,6 +1223,17 @@ def check_settings(
     _check_scale("guidance_scale", guidance_scale)
     _check_scale("image_guidance_scale", image_guidance_scale)
     _check_gate(guidance_gate)
+
+
+def _check_kept_settings(prompt_prefix: Any, first_sigma: Any) -> None:
+    """Raises ValueError for what a model's `model_index.json` holds that is not as the pipeline takes it."""
+    names = {"references", "no_references"}
+    is_mapping = isinstance(prompt_prefix, Mapping) and prompt_prefix.keys() == names
+    if prompt_prefix and not (is_mapping and all(isinstance(text, str) for text in prompt_prefix.values())):
+        raise ValueError(f"`prompt_prefix` must have a text for each of {sorted(names)}, but is {prompt_prefix!r}.")
+    is_number = isinstance(first_sigma, numbers.Real) and not isinstance(first_sigma, bool)
+    if first_sigma is not None and not (is_number and 0 < float(first_sigma) <= 1):
+        raise ValueError(f"`first_sigma` must be a number above 0, at most 1, but is {first_sigma!r}.")
 
 
 def check_projection(projection: Any) -> None:
