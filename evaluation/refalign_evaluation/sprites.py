@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from refalign.files import new_file
 from refalign.privacy import source_name
@@ -54,8 +54,8 @@ class Sprites(SpeedOptions):
     """How closely the references are followed. By default it is the model's own."""
     guidance_gate: tuple[float, float] | None = None
     """The shares of the steps that make a null pass, and a reference pass. By default all steps make both."""
-    fast: Literal["exact", "balanced", "fast"] | None = None
-    """Settings for speed at once, as `refalign generate` has them."""
+    fast: str | None = None
+    """Settings for speed at once, as `refalign generate` has them: exact, balanced or fast."""
     sheet: Path | None = None
     """The PNG file to draw references and frames of the first clips to. It is replaced if it exists."""
     drawn: bool = False

@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from refalign.jobs import CUT_OUT, Generate, Job, read_jobs
-from refalign.presets import with_preset
+from refalign.presets import check_preset, with_preset
 from refalign.privacy import shown, source_name
 from refalign.processes import ALONE, Processes, together
 from refalign.sprites import FOLDER
@@ -48,6 +48,7 @@ def _filled_jobs(command: Generate) -> list[Job]:
         if command.base is not None:
             raise ValueError("--base goes with --model, a native checkpoint.")
         print("No --model: taking the tiny one of this package, which knows drawn figures alone (see refalign demo).")
+    check_preset(command.fast)
     jobs = read_jobs(command)
     from refalign.loading import read_defaults  # takes seconds, in which mistakes have been told
 
@@ -203,7 +204,7 @@ def filled(job: Job, defaults: dict[str, Any]) -> Job:
     defaults = {**defaults, "steps": defaults["num_inference_steps"]}
     missing = {}
     for name in defaults.keys() & settings.keys():
-        if settings[name] is None or settings[name] is False:  # a switch that is not given
+        if settings[name] is None:
             missing[name] = defaults[name]
     return replace(job, command=replace(job.command, **missing))
 

@@ -32,6 +32,12 @@ PRESETS = {
 CUDA_ALONE = ("attention", "compile")
 
 
+def check_preset(name: str | None) -> None:
+    """Raises ValueError if no preset is called so."""
+    if name is not None and name not in PRESETS:
+        raise ValueError(f"--fast {name}: known are {', '.join(PRESETS)}.")
+
+
 def with_preset(name: str | None, device: str, defaults: dict[str, Any]) -> dict[str, Any]:
     """
     A model's defaults with those of a preset in their place. A line tells what this machine cannot do, which is left
@@ -41,7 +47,11 @@ def with_preset(name: str | None, device: str, defaults: dict[str, Any]) -> dict
         name (`str`, *optional*): of the preset, as `--fast` has it.
         device (`str`): what `--device` says.
         defaults (`dict`): the model's own settings, by the names of the pipeline's call.
+
+    Raises:
+        ValueError: if no preset is called so.
     """
+    check_preset(name)
     if name is None:
         return defaults
     from refalign.devices import find_device

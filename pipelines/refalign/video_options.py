@@ -1,16 +1,18 @@
 """What the commands that make videos have in common: the model, and what it makes them with."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from tyro.conf import DisallowNone
 
 
 @dataclass(frozen=True)
 class SpeedOptions:
     """What makes a model smaller or faster, and what it computes a little different."""
 
-    fast: Literal["exact", "balanced", "fast"] | None = None
-    """Settings for speed at once. They take the place of options that are not given. docs/speed.md has the table, with
-    what each costs."""
+    fast: str | None = None
+    """Settings for speed at once: exact, balanced or fast. They take the place of options that are not given.
+    docs/speed.md has the table, with what each costs."""
     guidance_gate: tuple[float, float] | None = None
     """Two shares of the steps, from 0 to 1, for speed: after the first the null pass is left out, after the second the
     reference pass too, and what they last added is added again. Without it, every step makes all its passes."""
@@ -22,8 +24,8 @@ class SpeedOptions:
     PyTorch's own choice."""
     trust_kernels: bool = False
     """Allow --attention to download a kernel from the Hub, which is code, and to run it."""
-    compile: bool = False
-    """Compile the blocks. The first step takes a minute longer, the others less."""
+    compile: Annotated[bool | None, DisallowNone] = None
+    """Compile the blocks. The first step takes a minute longer, the others less. By default --fast decides."""
     cache: str | None = None
     """Reuse what changes little from step to step: first-block, mag (after `refalign calibrate`) or taylorseer. A
     :VALUE behind it says how much: the largest error of first-block (0.05) and mag (0.06), the steps from one that is

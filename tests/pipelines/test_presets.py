@@ -2,7 +2,9 @@
 
 import pytest
 
-from refalign.cli import main
+from refalign.cli import PROGRAM, main
+from refalign.generate import filled
+from refalign.jobs import read_jobs
 from refalign.presets import PRESETS, with_preset
 from refalign.sprites import SUBJECTS
 from refalign.video import read_settings
@@ -53,8 +55,13 @@ def test_what_is_given_goes_before_a_preset(generate):
     assert generate("--fast", "fast", "--guidance-gate", 0.25, 0.75, "--steps", 2)["guidance_gate"] == [0.25, 0.75]
 
 
+@pytest.mark.parametrize(("words", "is_compiled"), [((), True), (("--no-compile",), False)])
+def test_the_compilation_of_a_preset_is_switched_off(words, is_compiled):
+    _, command = PROGRAM.parse(["generate", "--prompt", "It rises.", "--output", "a.mp4", *words])
+    (job,) = read_jobs(command)
+    assert filled(job, {"num_inference_steps": 50, "compile": True}).command.compile is is_compiled
+
+
 def test_an_unknown_preset_is_told(capsys):
-    with pytest.raises(SystemExit) as exit:
-        main(["generate", "--fast", "faster"])
-    assert exit.value.code == 2
-    assert "exact" in capsys.readouterr().err
+    assert main(["generate", "--fast", "faster", "--prompt", "It rises.", "--output", "a.mp4"]) == 1
+    assert capsys.readouterr().err == "refalign: --fast faster: known are exact, balanced, fast.\n"
