@@ -12,6 +12,8 @@ __version__ = "0.1.0"
 _MODULES = {
     "RefAlignWanPipeline": "refalign.pipeline_refalign_wan",
     "RefAlignWanTransformer3DModel": "refalign.transformer_refalign_wan",
+    "RefineByAlignPipeline": "refalign.pipeline_refine_by_align",
+    "ReferenceProjector": "refalign.pipeline_refine_by_align",
     "letterbox": "refalign.reference_images",
     "load_reference_image": "refalign.reference_images",
     "prepare_reference_image": "refalign.reference_images",
