@@ -13,7 +13,7 @@ _MODULES = {
     "RefAlignWanPipeline": "refalign.pipeline_refalign_wan",
     "RefAlignWanTransformer3DModel": "refalign.transformer_refalign_wan",
     "RefineByAlignPipeline": "refalign.pipeline_refine_by_align",
-    "ReferenceProjector": "refalign.pipeline_refine_by_align",
+    "ReferenceProjector": "refalign.reference_projector",
     "letterbox": "refalign.reference_images",
     "load_reference_image": "refalign.reference_images",
     "prepare_reference_image": "refalign.reference_images",

@@ -2,22 +2,27 @@
 
 No code or weight of the paper is public. What it says is marked [P] here, what its precedents do (Paint-by-Example,
 ObjectStitch, AnyDoor) [Q], and our own choices [O]. A Hub repo carries this file at its root, with
-`reference_images.py` beside it.
+`reference_images.py` and `reference_projector.py` beside it.
 """
 
 import contextlib
+import json
 import logging
 import math
 import numbers
-from collections.abc import Callable, Iterator, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, ConfigMixin, DDIMScheduler, DiffusionPipeline, ModelMixin, UNet2DConditionModel
-from diffusers.configuration_utils import register_to_config
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.pipelines.pipeline_loading_utils import LOADABLE_CLASSES
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
@@ -25,6 +30,7 @@ from torch import nn
 from transformers import Dinov2Model
 
 from .reference_images import WHITE, load_reference_image
+from .reference_projector import ReferenceProjector
 
 
 logger = logging.getLogger(__name__)
@@ -35,36 +41,6 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels; the last
 SUBJECT_MARGIN = 1.1  # a reference's square against its subject's box
 NEARLY_WHITE = 250  # of 255: the background of a reference without alpha
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-
-
-class ReferenceProjector(ModelMixin, ConfigMixin):
-    """
-    What the UNet attends to: an MLP of the image encoder's patch tokens [P], here Linear, GELU, Linear, LayerNorm, and
-    a learnt null embedding for dropped conditions and classifier-free guidance [O, Q].
-
-    Args:
-        image_dim (`int`): width of the image encoder's tokens.
-        cross_attention_dim (`int`): width of the UNet's cross-attention.
-    """
-
-    @register_to_config
-    def __init__(self, image_dim: int = 1024, cross_attention_dim: int = 768) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(image_dim, cross_attention_dim),
-            nn.GELU(),
-            nn.Linear(cross_attention_dim, cross_attention_dim),
-            nn.LayerNorm(cross_attention_dim),
-        )
-        self.null_embedding = nn.Parameter(torch.randn(1, 1, cross_attention_dim) * 0.02)
-
-    def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """`(batch, tokens, image_dim)` to `(batch, tokens, cross_attention_dim)`."""
-        return self.layers(patches)
-
-    def null(self, batch_size: int, tokens: int) -> torch.Tensor:
-        """The condition that says nothing, `(batch_size, tokens, cross_attention_dim)`."""
-        return self.null_embedding.expand(batch_size, tokens, -1)
 
 
 # -- Squares of images ------------------------------------------------------------------------------------------------
@@ -598,6 +574,8 @@ class RefineByAlignPipeline(DiffusionPipeline):
         steps = self.config["num_inference_steps"] if num_inference_steps is None else num_inference_steps
         self._guidance_scale = self.config["guidance_scale"] if guidance_scale is None else guidance_scale
         _check_settings(steps, self._guidance_scale, strength, output_type, callback_on_step_end_tensor_inputs)
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         samples = self._samples(image, mask_image, reference_image, reference_mask)
         _check_generator(generator, len(samples))
         if region is None:
@@ -805,6 +783,79 @@ class RefineByAlignPipeline(DiffusionPipeline):
         array = values.astype(np.float32) / 255
         return array if output_type == "np" else torch.from_numpy(array).permute(2, 0, 1)
 
+    # -- Doors --
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> "RefineByAlignPipeline":
+        """Loads as diffusers' own does, but from safetensors files alone: others run code when they are opened.
+        ValueError for a pipeline of another kind."""
+        return super().from_pretrained(*args, **{**kwargs, "use_safetensors": True})
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | os.PathLike) -> dict[str, Any]:
+        """Reads `model_index.json`, and checks what it is of. The installed package takes its own classes for those of
+        the code that a Hub repo carries, so that it needs no `trust_remote_code`."""
+        config = super()._dict_from_json_file(json_file)
+        check_is_refine_pipeline(config, os.fspath(json_file))
+        if _is_installed_package(__name__):
+            config["_class_name"] = "RefineByAlignPipeline"
+            config["reference_projector"] = ["refalign", "ReferenceProjector"]
+        return config
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike, safe_serialization: bool = True, **kwargs: Any
+    ) -> None:
+        """
+        Saves the pipeline as diffusers' own does, with the code and entries by which it opens again, with and without
+        the package `refalign`.
+
+        Raises:
+            ValueError: if another format than safetensors is asked for.
+        """
+        if not safe_serialization:
+            raise ValueError("`safe_serialization=False` writes files that run code when opened. Leave it out.")
+        is_pushed = kwargs.pop("push_to_hub", False)
+        names = ("repo_id", "commit_message", "private", "token", "create_pr")
+        hub = {name: kwargs.pop(name) for name in names if name in kwargs}
+        super().save_pretrained(save_directory, **kwargs)
+        write_code(Path(save_directory))
+        if is_pushed:
+            self.push_to_hub(**{"repo_id": Path(save_directory).name, **hub})
+
+
+def _is_installed_package(module: str) -> bool:
+    # This file is also part of Hub repos, where there is no package `refalign`
+    return module.partition(".")[0] == "refalign"
+
+
+if _is_installed_package(__name__):
+    # diffusers/pipelines/pipeline_loading_utils.py: a Hub repo may name parts of a package only if it is entered here
+    LOADABLE_CLASSES["refalign"] = {"ModelMixin": ["save_pretrained", "from_pretrained"]}
+
+_CODE = {
+    "reference_images": load_reference_image,
+    "reference_projector": ReferenceProjector,
+    "pipeline_refine_by_align": RefineByAlignPipeline,
+}
+
+
+def write_code(folder: Path) -> None:
+    """Makes a folder as diffusers saves it one that opens with and without the package `refalign`: this code goes in,
+    and entries that name it. Where its parts were once loaded from is forgotten."""
+    for name, part in _CODE.items():
+        source = Path(str(sys.modules[part.__module__].__file__)).read_text("utf-8")
+        (folder / f"{name}.py").write_text(source, "utf-8")
+        if name == "reference_projector":
+            (folder / f"reference_projector/{name}.py").write_text(source, "utf-8")
+    for file in folder.rglob("*.json"):
+        content = json.loads(file.read_text("utf-8"))
+        for key in ("_name_or_path", "name_or_path"):
+            content.pop(key, None)
+        if file == folder / "model_index.json":
+            content["_class_name"] = ["pipeline_refine_by_align", "RefineByAlignPipeline"]
+            content["reference_projector"] = ["reference_projector", "ReferenceProjector"]
+        file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
 
 def feathered(mask: np.ndarray, width: int) -> np.ndarray:
     """How much of what is new shows, float32 `(height, width)`: 0 outside the mask, 1 from `width` pixels inside it
@@ -818,6 +869,20 @@ def feathered(mask: np.ndarray, width: int) -> np.ndarray:
 
 
 # -- Checks -----------------------------------------------------------------------------------------------------------
+
+
+def check_is_refine_pipeline(index: Mapping[str, Any], source: str) -> None:
+    """Raises ValueError, naming what it is instead, unless a `model_index.json` is of Refine-by-Align's pipeline."""
+    entry = index.get("_class_name")
+    name = entry[-1] if isinstance(entry, list) and entry else entry
+    if name == "RefineByAlignPipeline":
+        return
+    remedy = "Pass a folder that `refalign refine init` or `refalign-train export` wrote."
+    if name == "RefAlignWanPipeline":
+        remedy = "It makes videos: `refalign generate` takes it."
+    if name == "StableDiffusionInpaintPipeline":
+        remedy = "`refalign refine init --inpainting` makes one of it, to be trained."
+    raise ValueError(f"{source} is of a {name}, not of Refine-by-Align's pipeline. {remedy}")
 
 
 def load_mask(mask: Any, size: tuple[int, int], name: str = "The mask") -> np.ndarray:

@@ -3,11 +3,12 @@ import logging
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from refalign import ReferenceProjector, RefineByAlignPipeline
 from refalign.pipeline_refine_by_align import (
     attention_map,
     bounding_box,
@@ -305,14 +306,75 @@ def test_half_the_strength_makes_half_the_steps(pipe):
     assert len(steps) == 2
 
 
-def test_a_pipeline_is_the_same_after_saving(pipe, tmp_path):
-    pipe.save_pretrained(tmp_path)
-    loaded = type(pipe).from_pretrained(tmp_path)
-    loaded.set_progress_bar_config(disable=True)
-    assert dict(loaded.config)["alignment_seeds"] == 2
-    arguments = (picture(), mask_of(BOX), reference())
-    found, expected = (one(*arguments, generator=seeded()).images[0] for one in (loaded, pipe))
-    assert np.array_equal(np.asarray(found), np.asarray(expected))
+# -- Doors --
+
+
+@pytest.fixture(scope="module")
+def folder(pipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("refine") / "model"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def refine(pipe):
+    pipe.set_progress_bar_config(disable=True)
+    return np.asarray(pipe(picture(), mask_of(BOX), reference(), generator=seeded()).images[0])
+
+
+def test_a_saved_pipeline_is_the_same_with_the_package(pipe, folder):
+    loaded = RefineByAlignPipeline.from_pretrained(folder)
+    assert type(loaded.reference_projector) is ReferenceProjector
+    assert loaded.config["alignment_seeds"] == 2
+    assert np.array_equal(refine(loaded), refine(pipe))
+
+
+def test_a_saved_pipeline_is_the_same_by_the_code_it_carries(pipe, folder):
+    loaded = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
+    modules = (type(loaded).__module__, type(loaded.reference_projector).__module__)
+    assert not any(module.startswith("refalign") for module in modules)
+    assert np.array_equal(refine(loaded), refine(pipe))
+
+
+def test_a_pipeline_saved_by_the_code_it_carries_opens_with_the_package(folder, tmp_path):
+    DiffusionPipeline.from_pretrained(folder, trust_remote_code=True).save_pretrained(tmp_path)
+    assert {file.relative_to(tmp_path) for file in tmp_path.rglob("*.*")} == {
+        file.relative_to(folder) for file in folder.rglob("*.*")
+    }
+    RefineByAlignPipeline.from_pretrained(tmp_path)
+
+
+def test_a_saved_pipeline_does_not_tell_where_it_came_from(folder, tmp_path):
+    RefineByAlignPipeline.from_pretrained(folder).save_pretrained(tmp_path)
+    for file in tmp_path.rglob("*.json"):
+        assert str(folder) not in file.read_text("utf-8")
+
+
+@pytest.mark.parametrize("offload", ["model", "group leaf"])
+def test_offload_changes_nothing(pipe, folder, offload):
+    """On the CPU, so that only the moving is tried."""
+    offloaded = RefineByAlignPipeline.from_pretrained(folder)
+    if offload == "model":
+        offloaded.enable_model_cpu_offload(device="cpu")
+    else:
+        offloaded.enable_group_offload(torch.device("cpu"), offload_type="leaf_level")
+    difference = np.abs(refine(offloaded).astype(int) - refine(pipe))
+    assert difference.max() <= 1
+
+
+def test_a_reference_to_video_pipeline_is_told(tmp_path):
+    (tmp_path / "model_index.json").write_text('{"_class_name": ["pipeline_refalign_wan", "RefAlignWanPipeline"]}')
+    with pytest.raises(ValueError, match=r"is of a RefAlignWanPipeline, .*`refalign generate` takes it"):
+        RefineByAlignPipeline.from_pretrained(tmp_path)
+
+
+def test_other_formats_than_safetensors_are_not_written(pipe, tmp_path):
+    with pytest.raises(ValueError, match="run code"):
+        pipe.save_pretrained(tmp_path, safe_serialization=False)
+
+
+def test_parts_that_do_not_fit_are_told(pipe):
+    with pytest.raises(ValueError, match="goes from 8 to 24 channels, but the image encoder and the UNet have 16"):
+        RefineByAlignPipeline(**{**pipe.components, "reference_projector": ReferenceProjector(8, 24)})
 
 
 # -- Bad input --
