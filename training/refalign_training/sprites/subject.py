@@ -29,6 +29,7 @@ SHAPES = ("circle", "square", "triangle", "star", "heart", "plus")
 PATTERNS = ("half", "stripes", "spots", "rim")
 FACES = ("two eyes", "one eye", "glasses")
 ACCESSORIES = ("nothing", "hat", "crown", "antennae")
+PARTS = ("body", "pattern", "face", "accessory")  # a later one hides an earlier one
 HELD_OUT_SHARE = 10  # one of so many combinations of shape, colours and pattern is never trained on
 SIDE = 128  # pixels of a drawn frame; models see half of it
 
@@ -204,6 +205,20 @@ def draw_subject(subject: Subject) -> Image.Image:
     _draw_face(draw, subject.face)
     _draw_accessory(draw, subject.accessory)
     return image
+
+
+def draw_part(subject: Subject, part: str) -> Image.Image:
+    """Where the upright drawing shows a part of [`PARTS`]: L, 255 there."""
+    alone = Image.new("RGBA", (_MASTER, _MASTER))
+    if part == "body":
+        return _outlined(subject.shape)
+    if part == "pattern":
+        return ImageChops.multiply(_pattern_mask(subject.shape, subject.pattern), _body_mask(subject.shape, 1.0))
+    if part == "face":
+        _draw_face(ImageDraw.Draw(alone), subject.face)
+    else:
+        _draw_accessory(ImageDraw.Draw(alone), subject.accessory)
+    return alone.getchannel("A")
 
 
 # -- In a frame -------------------------------------------------------------------------------------------------------

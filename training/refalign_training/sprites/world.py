@@ -87,7 +87,8 @@ PLACES = {
 }
 
 
-def _draw_place(place: str, generator: np.random.Generator, side: int) -> Image.Image:
+def draw_place(place: str, generator: np.random.Generator, side: int) -> Image.Image:
+    """A place of [`PLACES`] without anybody, `side` x `side` pixels; its details are drawn."""
     _, above, below, ground = PLACES[place]
     tint = generator.uniform(0.94, 1.06, 3)
     share = np.linspace(0, 1, side)[:, None]
@@ -211,7 +212,7 @@ class Drawn:
 def draw_scene(scene: Scene, side: int = SIDE) -> Drawn:
     """The clip of a scene: 17 frames, 16 a second."""
     generator = numpy_generator("sprites scene", scene.seed)
-    background = _draw_place(scene.place, generator, side)
+    background = draw_place(scene.place, generator, side)
     light = generator.uniform(0.9, 1.06)
     shift = generator.uniform(-0.02, 0.02, 2)
     sprites = list(map(draw_subject, scene.subjects))

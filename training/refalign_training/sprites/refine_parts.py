@@ -1,0 +1,184 @@
+"""The frozen parts of the small refining model: an image VAE and a DINOv2, both at tiny size, trained on drawn views."""
+
+import dataclasses
+import functools
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import nn
+from torch.nn import functional as F
+from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
+
+from refalign_training.data.randomness import numpy_generator, seed_of
+from refalign_training.run.config import OptimizerOptions
+from refalign_training.sprites.subject import PARTS, subjects
+from refalign_training.sprites.teacher import NAMES, normalised
+from refalign_training.sprites.training import train_part
+from refalign_training.sprites.views import GRID, IMAGE_SIDE, own_places, parts_of_view, random_view
+
+
+VAE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
+    "block_out_channels": (16, 32, 64),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "latent_channels": 4,
+    "sample_size": IMAGE_SIDE,
+    "mid_block_add_attention": False,
+}
+VAE_OPTIMIZER = OptimizerOptions(
+    name="muon", muon_lr=1e-2, lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0, warmup_steps=50, schedule="linear"
+)
+VAE_STEPS = 1000
+VAE_BATCH = 8  # images of half a batch
+DIVERGENCE = 1e-4  # the weight of the latents' divergence from the normal distribution
+GREY_SHARE = 0.25  # of the images, which get a grey rectangle: what is masked is encoded too
+
+ENCODER: dict[str, Any] = {
+    "hidden_size": 96,
+    "mlp_ratio": 4,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_register_tokens": 4,
+    "patch_size": IMAGE_SIDE // GRID,
+    "image_size": IMAGE_SIDE,
+}
+ENCODER_OPTIMIZER = OptimizerOptions(lr=1e-3, warmup_steps=100, schedule="linear", weight_decay=0.05)
+ENCODER_STEPS = 700
+ENCODER_BATCH = 16
+IMAGES = 8_000
+
+
+class Views(NamedTuple):
+    """Drawn views, and what is known about them."""
+
+    images: np.ndarray
+    """uint8 `(count, 64, 64, 3)`."""
+    parts: torch.Tensor
+    """The part that each patch shows, as [`parts_of_view`] gives it `(count, 256)`."""
+    places: torch.Tensor
+    """Where on the subject it is `(count, 256, 2)`."""
+    labels: torch.Tensor
+    """The subjects' names by number `(count, 6)`."""
+
+
+def _draw(number: int, held_out: bool, purpose: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
+    generator = numpy_generator("sprites", purpose, number)
+    pool = subjects(held_out)
+    subject = pool[generator.integers(len(pool))]
+    image, pose = random_view(generator, subject)
+    labels = list(map(tuple.index, NAMES, dataclasses.astuple(subject)))
+    return np.asarray(image), parts_of_view(subject, pose).ravel(), own_places(pose).reshape(-1, 2), labels
+
+
+def draw_views(count: int, held_out: bool, purpose: str) -> Views:
+    """The first `count` views of that purpose."""
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        drawn = pool.map(functools.partial(_draw, held_out=held_out, purpose=purpose), range(count), chunksize=64)
+        images, parts, places, labels = zip(*drawn, strict=True)
+    known = torch.from_numpy(np.stack(parts)).long(), torch.from_numpy(np.stack(places)), torch.tensor(labels)
+    return Views(np.stack(images), *known)
+
+
+# -- VAE --------------------------------------------------------------------------------------------------------------
+
+
+def train_image_vae(folder: Path, steps: int = VAE_STEPS, images: int = IMAGES) -> AutoencoderKL:
+    """Trains the VAE, or goes on with it. Its scaling factor is measured, so that latents deviate by 1."""
+    views = draw_views(images, held_out=False, purpose="refine vae").images
+    torch.manual_seed(0)
+    vae = AutoencoderKL(**VAE).to(memory_format=torch.channels_last)
+
+    def loss(step: int, half: int) -> torch.Tensor:
+        pixels = to_model(_masked_batch(views, numpy_generator("refine vae batch", step, half)))
+        noise = torch.Generator().manual_seed(seed_of("refine vae noise", step, half))
+        with torch.autocast("cpu", torch.bfloat16):
+            mean, log_variance = vae.quant_conv(vae.encoder(pixels)).float().chunk(2, dim=1)
+            log_variance = log_variance.clamp(-30, 20)
+            latents = mean + torch.exp(0.5 * log_variance) * torch.randn(mean.shape, generator=noise)
+            decoded = vae.decoder(vae.post_quant_conv(latents))
+        difference = decoded.float() - pixels
+        divergence = (mean.square() + log_variance.exp() - 1 - log_variance).mean() / 2
+        return difference.square().mean() + 0.05 * difference.abs().mean() + DIVERGENCE * divergence
+
+    train_part(folder, {"vae": vae}, loss, VAE_OPTIMIZER, steps)
+    vae.register_to_config(scaling_factor=1 / _deviation(vae, views[:400]))
+    return vae.eval()
+
+
+def to_model(images: np.ndarray) -> torch.Tensor:
+    """uint8 `(batch, height, width, 3)` as the VAE takes it."""
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return pixels.contiguous(memory_format=torch.channels_last)
+
+
+def _masked_batch(views: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    images = views[generator.integers(len(views), size=VAE_BATCH)]
+    for image in images[: round(GREY_SHARE * VAE_BATCH)]:
+        top, left = generator.integers(0, IMAGE_SIDE - 8, 2)
+        height, width = generator.integers(8, IMAGE_SIDE // 2, 2)
+        image[top : top + height, left : left + width] = 127
+    return images
+
+
+@torch.no_grad()
+def _deviation(vae: AutoencoderKL, images: np.ndarray) -> float:
+    """The standard deviation of the latents of images."""
+    return vae.encode(to_model(images)).latent_dist.mean.std().item()
+
+
+@torch.no_grad()
+def image_psnr(vae: AutoencoderKL, images: np.ndarray) -> float:
+    """The peak signal-to-noise ratio of images encoded and decoded, in decibels: the mean over images."""
+    pixels = to_model(images)
+    decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
+    errors = ((decoded - pixels) / 2).square().mean((1, 2, 3))
+    return (-10 * errors.log10()).mean().item()
+
+
+# -- Image encoder ----------------------------------------------------------------------------------------------------
+
+
+def train_image_encoder(folder: Path, steps: int = ENCODER_STEPS, images: int = IMAGES) -> Dinov2WithRegistersModel:
+    """
+    Trains the encoder, or goes on with it, so that each patch tells its own pixels, which part of the subject it shows
+    and where on it, and who that is. Such patches can be found again in another picture, as DINOv2's can.
+    """
+    views = draw_views(images, held_out=False, purpose="refine encoder")
+    pixels = normalised(views.images)
+    torch.manual_seed(0)
+    encoder = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**ENCODER))
+    dim, size = ENCODER["hidden_size"], ENCODER["patch_size"]
+    heads = nn.ModuleDict({"part": nn.Linear(dim, 1 + len(PARTS)), "place": nn.Linear(dim, 2)})
+    heads["own"] = nn.Linear(dim, 3 * size * size)
+    names = nn.ModuleList(nn.Linear(dim, len(respect)) for respect in NAMES)
+
+    def loss(step: int, half: int) -> torch.Tensor:
+        generator = numpy_generator("refine encoder batch", step, half)
+        rows = torch.from_numpy(generator.integers(len(pixels), size=ENCODER_BATCH))
+        with torch.autocast("cpu", torch.bfloat16):
+            tokens = patches_of(encoder, pixels[rows])
+        tokens = tokens.float()
+        parts, is_seen = views.parts[rows], (views.parts[rows] > 0).float()
+        own = F.unfold(pixels[rows], size, stride=size).transpose(1, 2)
+        total = F.mse_loss(heads["own"](tokens), own) + F.cross_entropy(heads["part"](tokens).transpose(1, 2), parts)
+        misplaced = (heads["place"](tokens) - views.places[rows]).square().sum(-1)
+        total = total + (misplaced * is_seen).sum() / is_seen.sum()
+        pooled = (tokens * is_seen[..., None]).sum(1) / is_seen.sum(1, keepdim=True).clamp(min=1)
+        for i in range(len(NAMES)):
+            total = total + 0.3 * F.cross_entropy(names[i](pooled), views.labels[rows, i])
+        return total
+
+    train_part(folder, {"encoder": encoder, "heads": heads, "names": names}, loss, ENCODER_OPTIMIZER, steps)
+    return encoder.eval()
+
+
+def patches_of(encoder: Dinov2WithRegistersModel, pixels: torch.Tensor) -> torch.Tensor:
+    """The patches' tokens `(batch, 256, dim)`, without the class token and the registers."""
+    return encoder(pixels).last_hidden_state[:, 1 + encoder.config.num_register_tokens :]
