@@ -1,4 +1,4 @@
-"""The frozen parts of the small refining model: an image VAE and a DINOv2, both at tiny size, trained on drawn views."""
+"""The frozen parts of the small refining model: a tiny image VAE and a tiny DINOv2, trained on drawn views."""
 
 import dataclasses
 import functools

@@ -91,4 +91,3 @@ def own_places(pose: Pose, side: int = GRID) -> np.ndarray:
     x, y = np.meshgrid((middles - pose.x) / pose.radius, (middles - pose.y) / pose.radius)
     cosine, sine = math.cos(math.radians(pose.tilt)), math.sin(math.radians(pose.tilt))
     return np.stack((cosine * x + sine * y, cosine * y - sine * x), -1)
-
