@@ -26,7 +26,8 @@ from refalign_training.run.config import SECTIONS
 
 ROOT = Path(__file__).parents[1]
 MAINS = [refalign.cli.main, refalign_training.cli.main, refalign_evaluation.cli.main]
-PROGRAMS = [refalign.cli.PROGRAM, refalign.cli.LORA, refalign_training.cli.PROGRAM, refalign_evaluation.cli.PROGRAM]
+GROUPS = [refalign.cli.LORA, refalign.cli.REFINE]
+PROGRAMS = [refalign.cli.PROGRAM, *GROUPS, refalign_training.cli.PROGRAM, refalign_evaluation.cli.PROGRAM]
 COMMANDS = [
     pytest.param(program, name, id=f"{program.name} {name}")
     for program in PROGRAMS

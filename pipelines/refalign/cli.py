@@ -11,11 +11,13 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from refalign import calibration, demo, generate
+from refalign import calibration, demo, generate, refine, refine_init
 from refalign.calibration import Calibrate
 from refalign.command_line import Command, Program
 from refalign.demo import Demo
 from refalign.generate import Generate
+from refalign.refine import Refine
+from refalign.refine_init import RefineInit
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,22 @@ LORA = Program(
         "convert": Command(LoraConvert, convert_lora, "my-lora.safetensors --output comfy.safetensors --to native"),
     },
 )
+REFINE = Program(
+    "refalign refine",
+    "Make a region of an image that went wrong anew from a reference (Refine-by-Align).",
+    {
+        "run": Command(
+            Refine, refine.run, "--image mug.png --mask logo.png --reference logo-right.png --output mug-refined.png"
+        ),
+        "init": Command(
+            RefineInit,
+            refine_init.run,
+            "--inpainting stable-diffusion-v1-5/stable-diffusion-inpainting "
+            "--image-encoder facebook/dinov2-with-registers-large --output refine-base",
+        ),
+    },
+    default="run",
+)
 PROGRAM = Program(
     "refalign",
     "RefAlign for diffusers: videos of the subjects of reference images.",
@@ -230,6 +248,7 @@ PROGRAM = Program(
         "push": Command(Push, push, "refalign-1.3b --repo ORG/NAME --dry-run"),
         "push-space": Command(PushSpace, run_push_space, "--repo ORG/NAME --dry-run"),
         "lora": LORA,
+        "refine": REFINE,
     },
 )
 

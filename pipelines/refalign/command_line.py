@@ -92,6 +92,8 @@ class Program:
     name: str
     description: str
     commands: Mapping[str, "Command | Program"]
+    default: str | None = None
+    """The command that is meant where options alone are given."""
     errors: tuple[type[Exception], ...] = (ValueError, OSError, ImportError)
     """Errors of users, whose words say all. Of others, the line also says what they are and where they were raised."""
 
@@ -141,6 +143,8 @@ class Program:
         if name == "--version":
             print(f"{self.name} {__version__}")
             raise SystemExit(0)
+        if self.default is not None and name.startswith("-"):
+            name, rest = self.default, list(words)
         command = self.commands.get(name)
         if command is None:
             print(f"{self.name}: {self._correction(name)}", file=sys.stderr)
@@ -167,6 +171,8 @@ class Program:
             columns = shutil.get_terminal_size().columns
             first, later = f"  {name}".ljust(width), " " * width
             lines.append(textwrap.fill(command.description, columns, initial_indent=first, subsequent_indent=later))
+        if self.default is not None:
+            lines += ["", f"`{self.name} [OPTIONS]` means `{self.name} {self.default} [OPTIONS]`."]
         lines += ["", f"`{self.name} COMMAND --help` describes a command and its options."]
         return "\n".join([*lines, f"With {DEBUG}, an error shows its traceback too."])
 

@@ -179,10 +179,10 @@ def find_config(model: str | Path, revision: str | None = None) -> dict[str, Any
 def read_config(folder: Path, model: str | Path) -> dict[str, Any]:
     """[`find_config`] of a folder that the user calls `model`."""
     index, transformer, vae = (folder / name for name in CONFIGS)
-    if not transformer.is_file():
-        raise ValueError(f"{model} is not a pipeline in diffusers' format: it has no transformer/config.json.")
     if index.is_file():
         check_is_wan21_pipeline(read_json(index), str(model))
+    if not transformer.is_file():
+        raise ValueError(f"{model} is not a pipeline in diffusers' format: it has no transformer/config.json.")
     if vae.is_file():
         check_is_wan21_vae(read_json(vae), f"The VAE of {model}")
     config = read_json(transformer)

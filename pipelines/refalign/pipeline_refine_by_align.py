@@ -147,6 +147,14 @@ def on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image).convert("RGB")
 
 
+def with_mask(reference: Image.Image, mask: Any) -> Image.Image:
+    """A reference cut out by a mask of its size, as [`load_mask`] takes it."""
+    alpha = load_mask(mask, reference.size, "The reference's mask")
+    cut_out = reference.convert("RGB")
+    cut_out.putalpha(Image.fromarray(alpha.astype(np.uint8) * 255))
+    return cut_out
+
+
 def reference_square(foreground: np.ndarray) -> Square:
     """The square of a reference that the image encoder sees, around its subject, bool `(height, width)`."""
     return square_around(bounding_box(foreground), SUBJECT_MARGIN)
@@ -608,15 +616,9 @@ class RefineByAlignPipeline(DiffusionPipeline):
     def _sample(self, image: Any, mask_image: Any, reference_image: Any, reference_mask: Any) -> _Sample:
         image, reference = load_reference_image(image), load_reference_image(reference_image)
         mask = load_mask(mask_image, image.size)
-        if not mask.any():
-            raise ValueError("The mask is empty, so nothing would be refined. Paint what went wrong white, on black.")
-        if mask.all():
-            raise ValueError(
-                "The mask covers the whole image: nothing of it would be left. Mask what went wrong only."
-            )
+        check_mask(mask)
         if reference_mask is not None:
-            alpha = load_mask(reference_mask, reference.size, "The reference's mask")
-            reference.putalpha(Image.fromarray(alpha.astype(np.uint8) * 255))
+            reference = with_mask(reference, reference_mask)
         square = mask_square(mask, self.config["crop_scale"])
         return _Sample(image, mask, square, reference, subject_mask(reference))
 
@@ -909,6 +911,14 @@ def load_mask(mask: Any, size: tuple[int, int], name: str = "The mask") -> np.nd
     if ((grey > 0) & (grey < 255)).any():
         logger.warning("%s has grey values: from half of white on they count as white.", name)
     return grey >= 128
+
+
+def check_mask(mask: np.ndarray) -> None:
+    """Raises ValueError for a mask, bool `(height, width)`, that is empty or leaves nothing of the image."""
+    if not mask.any():
+        raise ValueError("The mask is empty, so nothing would be refined. Paint what went wrong white, on black.")
+    if mask.all():
+        raise ValueError("The mask covers the whole image: nothing of it would be left. Mask what went wrong only.")
 
 
 def _given_regions(region: Any, samples: Sequence[_Sample]) -> list[Alignment]:

@@ -1,0 +1,223 @@
+"""`refalign refine`: a region of an image that went wrong, made anew from a reference.
+
+Nothing heavy is imported before it is needed, so that `--help` answers at once.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from refalign.files import check_new_file, fetch, new_file, read_json
+from refalign.sprites import REFINE_FOLDER
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+    from refalign.pipeline_refine_by_align import Alignment, RefineByAlignPipeline
+
+SIDE = 384  # the height of a panel of the map's picture, in pixels
+GAP = 8
+OUTLINE = (255, 0, 170)
+
+
+@dataclass(frozen=True)
+class Refine:
+    """Make a masked region of an image anew from a reference. Outside the mask nothing changes."""
+
+    image: str
+    """The image to refine, as a path or URL."""
+    mask: str
+    """What went wrong, white on black, in the size of the image."""
+    reference: str
+    """A picture of the subject as it is to be, as a path or URL; best cut out (with transparency) or on white."""
+    output: Path
+    """The image (.png, .jpg or .webp) to write."""
+    map: Path | None = None
+    """A picture to write: the image with the mask's outline, the reference with the map and the box of the region that
+    was found, and the result."""
+    model: str | None = None
+    """The Refine-by-Align pipeline, as a folder or a Hub id. The default is the tiny one of drawn figures in this
+    package."""
+    reference_mask: str | None = None
+    """Where the reference shows the subject, white on black, in its size, if it has no transparency."""
+    region: tuple[int, int, int, int] | None = None
+    """The region of the reference to take, as left, top, right and bottom in its pixels, in place of the one that the
+    model finds."""
+    steps: int | None = None
+    """The number of denoising steps. The default is the model's own: 50."""
+    guidance_scale: float | None = None
+    """How strongly the reference guides. The default is the model's own: 5."""
+    seed: int = 0
+    """The seed of the noise. The same seed gives the same image."""
+    device: str = "auto"
+    """The device to compute on: cuda, cuda:1, mps or cpu. auto takes this machine's accelerator if it has one."""
+    offload: Literal["none", "model"] = "none"
+    """What stays in main memory until it is needed, to save the accelerator's: nothing, or the parts that rest."""
+    overwrite: bool = False
+    """Replace files that exist."""
+
+
+def run(command: Refine) -> int:
+    """Refines and returns the exit code."""
+    check(command)
+    from refalign.pipeline_refine_by_align import check_mask, load_mask
+    from refalign.reference_images import load_reference_image
+
+    reference = load_reference(command)
+    image = load_reference_image(command.image)
+    mask = load_mask(command.mask, image.size)
+    check_mask(mask)
+    pipeline = load_refine_pipeline(command.model, command.device, command.offload)
+    output = pipeline(image, mask, reference, **call_arguments(command))
+    (result,), (alignment,) = output.images, output.alignments
+    with new_file(command.output, command.overwrite) as file:
+        saved(result, command.output).save(file, quality=95)
+    print(f"Wrote {command.output}{told(alignment)}.")
+    if command.map is not None:
+        write_map(command, draw_sheet(image, mask, reference, alignment, result))
+    return 0
+
+
+def check(command: Refine) -> None:
+    """Raises ValueError for options that do not go together, before anything is loaded."""
+    endings = (".png", ".jpg", ".jpeg", ".webp")
+    if command.output.suffix.lower() not in endings:
+        raise ValueError(f"--output is {command.output}, but must end in {', '.join(endings)}.")
+    if command.map is not None and command.map.suffix.lower() != ".png":
+        raise ValueError(f"--map is {command.map}, but must end in .png.")
+    for file in filter(None, (command.output, command.map)):
+        check_new_file(file, command.overwrite)
+
+
+def load_reference(command: Refine) -> "Image.Image":
+    """The reference, with its mask as transparency if one is given."""
+    from refalign.pipeline_refine_by_align import with_mask
+    from refalign.reference_images import load_reference_image
+
+    reference = load_reference_image(command.reference)
+    return reference if command.reference_mask is None else with_mask(reference, command.reference_mask)
+
+
+def load_refine_pipeline(model: str | None, device: str = "auto", offload: str = "none") -> "RefineByAlignPipeline":
+    """
+    The pipeline of a folder or a Hub id, in bfloat16 on an accelerator; by default the tiny one of this package.
+
+    Raises:
+        ValueError: if there is none, it is of another kind, or the device is not here.
+    """
+    if model is None and not (REFINE_FOLDER / "model_index.json").is_file():
+        raise ValueError("Pass --model: this package has no Refine-by-Align model of its own.")
+    name = str(REFINE_FOLDER) if model is None else model
+    if model is None:
+        print("No --model: taking the tiny one of this package, which knows drawn figures alone.")
+    index = fetch(name, ("model_index.json",)) / "model_index.json"
+    if not index.is_file():
+        raise ValueError(f"{name} is not a pipeline folder: it has no model_index.json.")
+    import torch
+
+    from refalign.devices import find_device
+    from refalign.pipeline_refine_by_align import RefineByAlignPipeline, check_is_refine_pipeline
+    from refalign.transformer_refalign_wan import check_finite
+
+    check_is_refine_pipeline(read_json(index), name)
+    where = find_device(device)
+    if offload == "model" and where.type == "cpu":
+        raise ValueError("--offload model moves parts to a GPU, but the device is cpu. Use --offload none.")
+    weights = torch.float32 if where.type == "cpu" else torch.bfloat16
+    pipeline = RefineByAlignPipeline.from_pretrained(name, dtype={"default": weights, "vae": torch.float32})
+    for part, module in pipeline.components.items():
+        if isinstance(module, torch.nn.Module):
+            check_finite(module.named_parameters(), f"The {part} of {name}")
+    if offload == "model":
+        pipeline.enable_model_cpu_offload(device=where)
+        return pipeline
+    return pipeline.to(where)
+
+
+def call_arguments(command: Refine) -> dict[str, Any]:
+    """What a call of the pipeline takes of the options."""
+    import torch
+
+    return {
+        "region": command.region,
+        "num_inference_steps": command.steps,
+        "guidance_scale": command.guidance_scale,
+        "generator": torch.Generator().manual_seed(command.seed),
+    }
+
+
+def told(alignment: "Alignment") -> str:
+    """What was used of the reference, in words."""
+    if alignment.confidence is None:
+        return ""
+    used = f"the region {', '.join(map(str, alignment.box))}"
+    if alignment.uses_whole:
+        used = "the whole reference"
+    return f", from {used} (confidence {alignment.confidence:.2f})"
+
+
+def saved(image: "Image.Image", output: Path) -> "Image.Image":
+    """An image as its file can hold it: a JPEG has no transparency, so it is put on white."""
+    from refalign.pipeline_refine_by_align import on_white
+
+    return on_white(image) if output.suffix.lower() in (".jpg", ".jpeg") else image
+
+
+def write_map(command: Refine, sheet: "Image.Image") -> None:
+    """Writes the picture that `--map` asks for."""
+    if command.map is not None:
+        with new_file(command.map, command.overwrite) as file:
+            sheet.save(file)
+        print(f"Wrote {command.map}: the mask, the region that was found, and the result.")
+
+
+def draw_sheet(
+    image: "Image.Image", mask: "np.ndarray", reference: "Image.Image", alignment: "Alignment", result: "Image.Image"
+) -> "Image.Image":
+    """One picture: the image with the outline of its mask, bool `(height, width)`, the reference with the map and the
+    box, and the result."""
+    from PIL import Image
+
+    panels = [_outlined(_panel(image), mask), _mapped(reference, alignment), _panel(result)]
+    width = sum(panel.width + GAP for panel in panels) - GAP
+    sheet = Image.new("RGB", (width, SIDE), "white")
+    left = 0
+    for panel in panels:
+        sheet.paste(panel, (left, 0))
+        left += panel.width + GAP
+    return sheet
+
+
+def _panel(image: "Image.Image") -> "Image.Image":
+    from PIL import Image
+
+    from refalign.pipeline_refine_by_align import on_white
+
+    size = (max(1, round(image.width * SIDE / image.height)), SIDE)
+    return on_white(image).resize(size, Image.Resampling.BICUBIC)
+
+
+def _outlined(panel: "Image.Image", mask: "np.ndarray") -> "Image.Image":
+    from PIL import Image, ImageChops, ImageFilter
+
+    large = Image.fromarray(mask).convert("L").resize(panel.size, Image.Resampling.NEAREST)
+    edge = ImageChops.subtract(large.filter(ImageFilter.MaxFilter(3)), large.filter(ImageFilter.MinFilter(3)))
+    panel.paste(OUTLINE, (0, 0), edge)
+    return panel
+
+
+def _mapped(reference: "Image.Image", alignment: "Alignment") -> "Image.Image":
+    """A reference with its map as a veil, and the box that is used."""
+    import numpy as np
+    from PIL import Image, ImageDraw
+
+    panel = _panel(reference)
+    if alignment.map is not None:
+        veil = Image.fromarray(np.rint(alignment.map * 160).astype(np.uint8)).resize(panel.size)
+        panel.paste(OUTLINE, (0, 0), veil)
+    scale = panel.height / reference.height
+    left, top, right, bottom = (round(value * scale) for value in alignment.box)
+    ImageDraw.Draw(panel).rectangle((left, top, right - 1, bottom - 1), outline=OUTLINE, width=3)
+    return panel
