@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from refalign_training.sprites.recipe import STAGES, SpritesCommand, make
+from refalign_training.sprites.refine_recipe import REFINE_STAGES
 
 
 def run(command: SpritesCommand) -> int:
@@ -19,10 +20,15 @@ def run(command: SpritesCommand) -> int:
     if command.clips < 1 or command.processes < 1:
         raise ValueError(f"--clips is {command.clips} and --processes {command.processes}: pass 1 or more.")
     if command.only is not None:
-        STAGES[command.only](command)
+        (STAGES | REFINE_STAGES)[command.only](command)
         return 0
+    if command.refine and command.ablation:
+        raise ValueError("--refine and --ablation make different models: pass one of them.")
+    stages = REFINE_STAGES if command.refine else STAGES
+    if command.until not in (None, *stages):
+        raise ValueError(f"--until {command.until} is not one of the stages made here: {', '.join(stages)}.")
     with _owned(command.output):
-        make(command, "cache" if command.ablation else command.until)
+        make(command, stages, "cache" if command.ablation else command.until)
         if command.ablation:
             from refalign_training.sprites import ablation
 

@@ -3,6 +3,7 @@
 
     refalign-train sprites --output sprites
     refalign-train sprites --output sprites --ablation
+    refalign-train sprites --output sprites --refine
 
 Killed, the same command goes on: a stage that is done leaves a folder, and each long one has checkpoints of its own.
 Nothing heavy is imported before it is needed, so that `--help` answers at once.
@@ -24,7 +25,10 @@ from refalign.files import new_folder
 
 logger = logging.getLogger(__name__)
 
-Stage = Literal["vae", "text", "teacher", "base", "data", "cache", "run", "model"]
+Stage = Literal[
+    *("vae", "text", "teacher", "base", "data", "cache", "run", "model"),
+    *("refine-vae", "refine-encoder", "refine-base"),
+]
 
 TRANSFORMER = {
     "num_attention_heads": 6,
@@ -75,37 +79,53 @@ class SpritesCommand:
     """How many processes train and encode together."""
     only: Stage | None = None
     """Make only this stage, in this process."""
-    until: Stage = "model"
-    """The last stage to make."""
+    until: Stage | None = None
+    """The last stage to make. By default all are made."""
     steps: int | None = None
     """The number of training steps of the transformer. By default it is the recipe's."""
     samples: int = 96
     """How many clips of one subject, and as many of two, the finished model is measured on."""
+    refine: bool = False
+    """Make the tiny model that refines images instead, by the stages whose names begin with refine."""
     ablation: bool = False
     """Train the arms of the ablation instead, one after the other, and write `ablation.json` and its pictures."""
 
 
-def make(command: SpritesCommand, until: Stage) -> None:
-    for stage in get_args(Stage):
+Stages = dict[Stage, Callable[[SpritesCommand], None]]
+
+
+def make(command: SpritesCommand, stages: Stages, until: Stage | None) -> None:
+    """Makes what is missing of those stages, up to one of them or all."""
+    for stage, make_stage in stages.items():
         if not _is_done(command, stage):
             logger.info("Stage %s", stage)
-            if stage in ("vae", "text", "teacher"):
+            if stage in TOGETHER:
                 arguments = ["--output", str(command.output), "--only", stage, "--clips", str(command.clips)]
                 launch(["sprites", *arguments], command.processes)
             else:
-                STAGES[stage](command)
+                make_stage(command)
         if stage == until:
             return
 
 
 def _is_done(command: SpritesCommand, stage: Stage) -> bool:
     """Whether a stage has left its folder. Data, cache and run find out for themselves what is missing."""
-    return stage not in ("data", "cache", "run") and (command.output / PRODUCTS[stage]).is_dir()
+    return stage in PRODUCTS and (command.output / PRODUCTS[stage]).is_dir()
 
 
 MEASURED = "measured.json"
 SAMPLE = "assets/demo.mp4"
-PRODUCTS = {"vae": "vae", "text": "text_encoder", "teacher": "teacher", "base": "base", "model": "model"}
+TOGETHER = ("vae", "text", "teacher", "refine-vae", "refine-encoder")  # stages that processes share
+PRODUCTS = {
+    "vae": "vae",
+    "text": "text_encoder",
+    "teacher": "teacher",
+    "base": "base",
+    "model": "model",
+    "refine-vae": "refine-vae",
+    "refine-encoder": "refine-encoder",
+    "refine-base": "refine-base",
+}
 
 
 def launch(arguments: list[str], processes: int) -> None:
@@ -127,7 +147,8 @@ def launch(arguments: list[str], processes: int) -> None:
 # -- Stages -----------------------------------------------------------------------------------------------------------
 
 
-def _is_main() -> bool:
+def is_main() -> bool:
+    """Whether this process is the first of those that work together."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
@@ -135,39 +156,40 @@ def _make_vae(command: SpritesCommand) -> None:
     from refalign_training.sprites.vae import draw_many, train_vae, vae_psnr
 
     vae = train_vae(command.output / "vae-run")
-    if _is_main():
+    if is_main():
         videos, _ = draw_many(64, held_out=True, purpose="held-out VAE")
         measured = {"psnr": vae_psnr(vae, videos), "clips": len(videos)}
         logger.info("VAE: %.1f dB on %d clips of held-out subjects", measured["psnr"], measured["clips"])
         with new_folder(command.output / PRODUCTS["vae"]) as folder:
             vae.half().save_pretrained(folder)
-            _write_measured(folder, measured)
+            write_measured(folder, measured)
 
 
 def _make_text(command: SpritesCommand) -> None:
     from refalign_training.sprites.text import train_text_encoder
 
     tokenizer, encoder, right = train_text_encoder(command.output / "text-run")
-    if _is_main():
+    if is_main():
         logger.info("Text encoder: %.1f %% of the captions are told whole by each of their tokens", 100 * right)
         tokenizer.save_pretrained(command.output / "tokenizer")
         with new_folder(command.output / PRODUCTS["text"]) as folder:
             encoder.save_pretrained(folder)
-            _write_measured(folder, {"captions": right})
+            write_measured(folder, {"captions": right})
 
 
 def _make_teacher(command: SpritesCommand) -> None:
     from refalign_training.sprites.teacher import train_teacher
 
     teacher, top_1 = train_teacher(command.output / "teacher-run")
-    if _is_main():
+    if is_main():
         logger.info("Teacher: of 300 held-out subjects, %.1f %% are found by another picture", 100 * top_1)
         with new_folder(command.output / PRODUCTS["teacher"]) as folder:
             teacher.save_pretrained(folder)
-            _write_measured(folder, {"top_1": top_1})
+            write_measured(folder, {"top_1": top_1})
 
 
-def _write_measured(folder: Path, figures: dict[str, float]) -> None:
+def write_measured(folder: Path, figures: dict[str, float]) -> None:
+    """Writes a part's figures into its folder."""
     (folder / MEASURED).write_text(json.dumps(figures, indent=2) + "\n", "utf-8")
 
 
@@ -309,7 +331,7 @@ def _read_measured(folder: Path) -> dict[str, float]:
     return json.loads((folder / MEASURED).read_text("utf-8"))
 
 
-STAGES: dict[Stage, Callable[[SpritesCommand], None]] = {
+STAGES: Stages = {
     "vae": _make_vae,
     "text": _make_text,
     "teacher": _make_teacher,

@@ -33,9 +33,9 @@ VAE = {
     "mid_block_add_attention": False,
 }
 VAE_OPTIMIZER = OptimizerOptions(
-    name="muon", muon_lr=1e-2, lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0, warmup_steps=50, schedule="linear"
+    name="muon", muon_lr=1e-2, lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0, warmup_steps=20, schedule="linear"
 )
-VAE_STEPS = 1000
+VAE_STEPS = 450
 VAE_BATCH = 8  # images of half a batch
 DIVERGENCE = 1e-4  # the weight of the latents' divergence from the normal distribution
 GREY_SHARE = 0.25  # of the images, which get a grey rectangle: what is masked is encoded too
@@ -49,10 +49,10 @@ ENCODER: dict[str, Any] = {
     "patch_size": IMAGE_SIDE // GRID,
     "image_size": IMAGE_SIDE,
 }
-ENCODER_OPTIMIZER = OptimizerOptions(lr=1e-3, warmup_steps=100, schedule="linear", weight_decay=0.05)
-ENCODER_STEPS = 700
+ENCODER_OPTIMIZER = OptimizerOptions(lr=1e-3, warmup_steps=40, schedule="linear", weight_decay=0.05)
+ENCODER_STEPS = 400
 ENCODER_BATCH = 16
-IMAGES = 8_000
+IMAGES = 4_000
 
 
 class Views(NamedTuple):
@@ -93,7 +93,7 @@ def train_image_vae(folder: Path, steps: int = VAE_STEPS, images: int = IMAGES) 
     """Trains the VAE, or goes on with it. Its scaling factor is measured, so that latents deviate by 1."""
     views = draw_views(images, held_out=False, purpose="refine vae").images
     torch.manual_seed(0)
-    vae = AutoencoderKL(**VAE).to(memory_format=torch.channels_last)
+    vae = AutoencoderKL(**VAE)
 
     def loss(step: int, half: int) -> torch.Tensor:
         pixels = to_model(_masked_batch(views, numpy_generator("refine vae batch", step, half)))
@@ -182,3 +182,31 @@ def train_image_encoder(folder: Path, steps: int = ENCODER_STEPS, images: int = 
 def patches_of(encoder: Dinov2WithRegistersModel, pixels: torch.Tensor) -> torch.Tensor:
     """The patches' tokens `(batch, 256, dim)`, without the class token and the registers."""
     return encoder(pixels).last_hidden_state[:, 1 + encoder.config.num_register_tokens :]
+
+
+@torch.no_grad()
+def correspondence(encoder: Dinov2WithRegistersModel, subjects_drawn: int = 100) -> tuple[float, float]:
+    """
+    How far off a patch is found in another view of its subject: from where it shows the subject to where the most
+    similar patch does.
+
+    Returns:
+        `tuple[float, float]`: the mean over the patches of held-out subjects, in the subjects' radii; and the same if
+        patches are found by chance.
+    """
+    pool, found, by_chance = subjects(held_out=True), [], []
+    for number in range(subjects_drawn):
+        generator = numpy_generator("refine correspondence", number)
+        subject = pool[generator.integers(len(pool))]
+        tokens, places = [], []
+        for kind in ("in a place", "on white"):
+            image, pose = random_view(generator, subject, kind)
+            is_seen = torch.from_numpy(parts_of_view(subject, pose) > 0).flatten()
+            patches = patches_of(encoder, normalised(np.asarray(image)[None]))[0]
+            tokens.append(F.normalize(patches[is_seen], dim=-1))
+            places.append(torch.from_numpy(own_places(pose)).reshape(-1, 2)[is_seen])
+        distances = torch.cdist(*places)
+        nearest = (tokens[0] @ tokens[1].T).argmax(1, keepdim=True)
+        found.append(distances.gather(1, nearest).mean().item())
+        by_chance.append(distances.mean().item())
+    return float(np.mean(found)), float(np.mean(by_chance))

@@ -55,17 +55,22 @@ def draw_background(generator: np.random.Generator, side: int = IMAGE_SIDE) -> I
     return place.resize((side, side), Resampling.BICUBIC, box)
 
 
-def random_view(generator: np.random.Generator, subject: Subject) -> tuple[Image.Image, Pose]:
+KINDS = ("in a place", "on white", "from near by")
+
+
+def random_view(
+    generator: np.random.Generator, subject: Subject, kind: str | None = None
+) -> tuple[Image.Image, Pose]:
     """As a model may see a subject: in a place, alone on white, or a piece of that from near by."""
-    kind = generator.integers(3)
+    kind = kind or str(generator.choice(KINDS))
     tilt, light = generator.uniform(-40, 40), generator.uniform(0.85, 1.1)
     fill, shift = (0.55, 1.0), 0.08
-    if kind == 2:
+    if kind == "from near by":
         fill, shift = (1.0, 3.0), 0.5
     pose = fitted_pose(subject, tilt, generator.uniform(*fill), tuple(generator.uniform(-shift, shift, 2)))
     background = Image.new("RGB", (IMAGE_SIDE, IMAGE_SIDE), "white")
     sprite = draw_subject(subject)
-    if kind == 0:
+    if kind == "in a place":
         return draw_view(sprite, pose, draw_background(generator), light), pose
     return draw_view(in_light(sprite, light), pose, background), pose
 
