@@ -58,9 +58,7 @@ def draw_background(generator: np.random.Generator, side: int = IMAGE_SIDE) -> I
 KINDS = ("in a place", "on white", "from near by")
 
 
-def random_view(
-    generator: np.random.Generator, subject: Subject, kind: str | None = None
-) -> tuple[Image.Image, Pose]:
+def random_view(generator: np.random.Generator, subject: Subject, kind: str | None = None) -> tuple[Image.Image, Pose]:
     """As a model may see a subject: in a place, alone on white, or a piece of that from near by."""
     kind = kind or str(generator.choice(KINDS))
     tilt, light = generator.uniform(-40, 40), generator.uniform(0.85, 1.1)
