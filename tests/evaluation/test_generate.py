@@ -1,11 +1,8 @@
 """A model's videos of a benchmark's samples: made, gone on with, shared among processes, and never of two settings."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,6 +18,7 @@ from refalign_evaluation.cli import main
 from refalign_evaluation.generate import fingerprint
 from refalign_evaluation.run_folder import read_failures, read_run
 from tests.evaluation.small_benchmark import CAT, DOG, MAN, SAMPLES, write_benchmark
+from tests.programs import started
 
 
 STEPS = ("--steps", "2", "--cut-out", "false", "--device", "cpu")
@@ -241,13 +239,8 @@ def test_options_that_cannot_be_used_are_told_before_anything(words, told, bench
 
 def test_a_killed_call_is_gone_on_with(whole, benchmark, tmp_path):
     folder = tmp_path / "run"
-    words = ["generate", "--benchmark", str(benchmark), "--output", str(folder), *STEPS]
-    command = [sys.executable, "-m", "refalign_evaluation.cli", *words]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ) as process:
-        for line in process.stdout or ():
-            if line.startswith(b"Wrote"):
-                break
-        process.send_signal(signal.SIGKILL)
+    with started(partial(generate, benchmark, folder)) as (_, told):
+        assert any(line.startswith("Wrote") for line in told)
     assert 1 <= len(videos(folder)) < len(SAMPLES)
     (folder / ".singleface_1.mp4.lock").touch()  # as if it had been killed at the very end of a video
     assert generate(benchmark, folder) == 0

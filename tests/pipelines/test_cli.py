@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import av
@@ -24,6 +25,7 @@ from refalign.loading import parse_lora
 from refalign.reference_images import prepare_reference_image
 from refalign.video import read_settings, read_video
 from tests.drawn_references import write_reference_sets
+from tests.programs import started
 
 
 SMALL = ["--height", "32", "--width", "48", "--num-frames", "5", "--steps", "1"]
@@ -346,14 +348,14 @@ def test_a_lora_for_another_model_is_told(generate, tmp_path, capsys):
     ("sent", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
 )
 def test_stopping_leaves_no_half_file(repo_folder, images, tmp_path, sent, code):
-    words = [sys.executable, "-m", "refalign.cli", "generate", "--model", str(repo_folder)]
-    words += [*SMALL[:-1], "100000", "--prompt", "a", "--reference", *images, "--output", str(tmp_path / "out.mp4")]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert "tokens" in process.stdout.readline()
-    process.send_signal(sent)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert "Traceback" not in error
+    words = ["generate", "--model", str(repo_folder), *SMALL[:-1], "100000", "--prompt", "a"]
+    words += ["--reference", *images, "--output", str(tmp_path / "out.mp4")]
+    with started(partial(main, words)) as (process, told):
+        assert any("tokens" in line for line in told)
+        os.kill(process.pid, sent)
+        assert "Traceback" not in told.read()
+        process.join(60)
+        assert process.exitcode == code
     assert list(tmp_path.iterdir()) == []
 
 

@@ -24,6 +24,7 @@ from refalign.convert import convert, export_native
 from refalign.files import find_safetensors
 from refalign.keys import diffusers_to_native, native_to_diffusers
 from tests.mock_hub import MockHub
+from tests.programs import call_script
 from tests.tiny_pipeline import TRANSFORMER
 
 
@@ -353,12 +354,7 @@ def from_hub(native, wan_folder, tmp_path_factory) -> SimpleNamespace:
             f"--checkpoint {checkpoint} --base org/wan --output {folder / output}"
             for checkpoint, output in ((authors, "authors"), (shards, "shards"), ("org/nothing", "nothing"))
         ]
-        child = subprocess.run(
-            [sys.executable, "-c", FROM_HUB, *lines],
-            env=hub.environment(folder / "home"),
-            capture_output=True,
-            text=True,
-        )
+        child = call_script(FROM_HUB, *lines, environment=hub.environment(folder / "home"))
     assert child.returncode == 0, child.stderr
     return SimpleNamespace(
         codes=json.loads(child.stdout.splitlines()[-1]),

@@ -1,7 +1,7 @@
 """A pipeline as a Hub repo: every door gives what the package gives, from a folder and from a Hub; and what is pushed.
 
-The doors are opened in child processes, each once for all its tests: one in which `import refalign` fails, one in
-which it does not.
+The doors are opened in child processes, each once for all its tests: a fresh one in which `import refalign` fails, and
+a fork in which it does not.
 """
 
 import ast
@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from refalign import RefAlignWanPipeline, RefAlignWanTransformer3DModel, cli, hub
 from refalign.convert import export_native
 from tests.mock_hub import MockHub
+from tests.programs import call_script
 from tests.tiny_pipeline import tiny_transformer, tiny_wan_pipeline
 
 
@@ -325,11 +326,14 @@ def mock_hub(work):
 def run_child(work, mock_hub, images):
     """Runs a script that prints JSON in the end, with the mock Hub for its only Hub."""
 
-    def run(script: str, *arguments: str) -> SimpleNamespace:
-        settings = json.dumps([str(work), images, EMBEDS, IMAGES])
+    def run(script: str, *arguments: str, is_fresh: bool = False) -> SimpleNamespace:
+        words = [json.dumps([str(work), images, EMBEDS, IMAGES]), *arguments]
         environment = mock_hub.environment(work / "home", TOKEN)
-        command = [sys.executable, "-c", script, settings, *arguments]
-        child = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if is_fresh:
+            command = [sys.executable, "-c", script, *words]
+            child = subprocess.run(command, env=environment, capture_output=True, text=True)
+        else:
+            child = call_script(script, *words, environment=environment)
         assert child.returncode == 0, child.stderr[-4000:]
         return json.loads(child.stdout.splitlines()[-1])
 
@@ -356,7 +360,7 @@ def pushes(work, run_child, mock_hub) -> dict[str, dict]:
 
 @pytest.fixture(scope="module")
 def without_package(run_child, work, pushes) -> SimpleNamespace:
-    notes = run_child(WITHOUT_PACKAGE)
+    notes = run_child(WITHOUT_PACKAGE, is_fresh=True)
     return SimpleNamespace(notes=notes, results=load_file(work / "without.safetensors"))
 
 
@@ -590,16 +594,10 @@ def test_a_folder_with_a_token_is_told_in_a_line_and_not_pushed(pushes, mock_hub
     assert not (mock_hub.root / "tester/leaking").exists()
 
 
-def test_a_dry_run_makes_no_request_and_says_every_file(work, tmp_path):
-    with MockHub(tmp_path / "hub") as empty_hub:
-        child = subprocess.run(
-            [sys.executable, "-m", "refalign.cli", "push", work / "trained", "--repo", "tester/model", "--dry-run"],
-            env=empty_hub.environment(tmp_path / "home", TOKEN),
-            capture_output=True,
-            text=True,
-        )
-    *lines, summary = child.stdout.splitlines()
-    assert empty_hub.requests == []
+def test_a_dry_run_makes_no_request_and_says_every_file(work, capsys):
+    """These tests' own process is offline: a request would raise."""
+    assert cli.main(["push", str(work / "trained"), "--repo", "tester/model", "--dry-run"]) == 0
+    *lines, summary = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[-1] for line in lines] == sorted([*digests(work / "repo"), "assets/teaser.png"])
     assert summary.startswith(f"Would push {len(lines)} files, ") and summary.endswith(" (public, if it is new).")
 

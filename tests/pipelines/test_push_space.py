@@ -16,6 +16,7 @@ from refalign import cli, push_space
 from refalign.files import files_below
 from refalign.sprites import FOLDER
 from tests.mock_hub import MockHub
+from tests.programs import call_script
 
 
 ROOT = Path(__file__).parents[2]
@@ -137,8 +138,7 @@ def pushes(hub, tmp_path_factory) -> dict[str, SimpleNamespace]:
     }
     words = json.dumps({name: line.split() for name, line in options.items()})
     environment = hub.environment(tmp_path_factory.mktemp("home"), TOKEN)
-    command = [sys.executable, "-c", COMMANDS, words]
-    child = subprocess.run(command, env=environment, capture_output=True, text=True)
+    child = call_script(COMMANDS, words, environment=environment)
     assert child.returncode == 0, child.stderr[-4000:]
     results = json.loads(child.stdout.splitlines()[-1])
     return {name: SimpleNamespace(**result) for name, result in results.items()}

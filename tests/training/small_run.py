@@ -1,13 +1,11 @@
 """The command of a tiny training run, the tiny world it trains in, and processes that do it."""
 
 import dataclasses
-import multiprocessing
 import os
 import random
 import shutil
 import signal
 import socket
-import threading
 import time
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
@@ -15,9 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from tqdm import tqdm
-from tqdm.auto import tqdm as tqdm_auto
 
 from refalign_training.data.workers import free_videos
 from refalign_training.method.options import AlignmentOptions
@@ -34,9 +29,9 @@ from refalign_training.run.config import (
     RunCommand,
     ValidationOptions,
 )
+from tests.programs import FORK, be_a_program
 
 
-FORK = multiprocessing.get_context("fork")
 ATTEMPTS = 10
 
 
@@ -215,10 +210,7 @@ def assert_holds_no_base(checkpoint: Path) -> None:
 def _train(command: RunCommand, environment: dict[str, str]) -> None:
     os.environ |= environment
     os.setpgid(0, 0)
-    torch.set_num_threads(1)
-    PartialState._reset_state()
-    for bar in (tqdm, tqdm_auto):  # else forked processes share one lock, and a killed one never gives it back
-        bar.set_lock(threading.RLock())
+    be_a_program()
     trainer.plot_timesteps = lambda *_: None  # a picture takes longer than the run, and nothing here is about it
     os._exit(trainer.run(command))
 

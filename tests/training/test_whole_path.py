@@ -1,5 +1,7 @@
 """From a dataset to a video by the command line alone; and tiny models that learn four clips by heart."""
 
+import contextlib
+import importlib
 import json
 import re
 import signal
@@ -23,6 +25,7 @@ from refalign_training.method.objective import Batch
 from refalign_training.run.batches import pad_prompt_embeds
 from refalign_training.run.config import RunCommand
 from refalign_training.run.trainer import Trainer
+from tests import programs
 from tests.drawn_references import draw_pet, draw_place
 from tests.tiny_pipeline import tiny_transformer, tiny_wan_pipeline
 from tests.training.opens2v_files import write_opens2v
@@ -90,7 +93,8 @@ def generate(output: str, *words: object) -> np.ndarray:
 
 def call(module: str, *words: object) -> str:
     """What a command says, in a process of its own."""
-    done = subprocess.run(command_line(module, *words), capture_output=True, text=True, timeout=300)
+    program = importlib.import_module(module)
+    done = programs.call(lambda: program.main(list(map(str, words))))
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
@@ -283,15 +287,14 @@ def test_a_lora_learns_four_clips_by_heart(learned_as_lora):
     assert after["cosine"] > before["cosine"] + 0.4
 
 
-# -- Exports in a process that knows nothing else ---------------------------------------------------------------------
+# -- Exports in a process of their own --------------------------------------------------------------------------------
 
 
-FRESH_PROCESS = """
+ANOTHER_PROCESS = """
 import torch
 from safetensors.torch import load_file, save_file
 from refalign import RefAlignWanPipeline, RefAlignWanTransformer3DModel
 
-torch.set_num_threads(1)
 {load}
 with torch.no_grad():
     velocity = transformer.eval()(**load_file("inputs.safetensors")).sample
@@ -316,7 +319,7 @@ transformer = pipeline.transformer
 )
 def test_exported_weights_say_what_the_trained_model_said(load, learned_in_full, model_folder, tmp_path):
     (tmp_path / "model").symlink_to(model_folder)
-    said = velocity_in_a_fresh_process(load, learned_in_full.inputs, tmp_path)
+    said = velocity_in_another_process(load, learned_in_full.inputs, tmp_path)
     torch.testing.assert_close(said, learned_in_full.velocity, rtol=0, atol=1e-4)
 
 
@@ -324,13 +327,13 @@ def test_exported_weights_say_what_the_trained_model_said(load, learned_in_full,
 def test_an_exported_lora_says_what_the_trained_model_said(learned_as_lora, model_folder, lora_folder, tmp_path):
     (tmp_path / "model").symlink_to(model_folder)
     (tmp_path / "lora").symlink_to(lora_folder)
-    said = velocity_in_a_fresh_process(LORA, learned_as_lora.inputs, tmp_path)
+    said = velocity_in_another_process(LORA, learned_as_lora.inputs, tmp_path)
     torch.testing.assert_close(said, learned_as_lora.velocity, rtol=0, atol=1e-4)
 
 
-def velocity_in_a_fresh_process(load: str, inputs: dict[str, torch.Tensor], folder: Path) -> torch.Tensor:
+def velocity_in_another_process(load: str, inputs: dict[str, torch.Tensor], folder: Path) -> torch.Tensor:
     save_file(inputs, folder / "inputs.safetensors")
-    code = FRESH_PROCESS.format(load=load)
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=120)
+    with contextlib.chdir(folder):
+        done = programs.call_script(ANOTHER_PROCESS.format(load=load))
     assert done.returncode == 0, done.stderr
     return load_file(folder / "velocity.safetensors")["velocity"]

@@ -4,8 +4,6 @@ import hashlib
 import json
 import re
 import shutil
-import subprocess
-import sys
 import textwrap
 
 import numpy as np
@@ -29,6 +27,7 @@ from refalign_training.cache.encoders import (
 from refalign_training.data.decoding import Decoded
 from refalign_training.method.teachers import load_teacher
 from tests.mock_hub import MockHub
+from tests.programs import call_script
 from tests.training.small_cache import write_teacher
 
 
@@ -225,9 +224,8 @@ def test_a_hub_id_is_resolved_once_and_identified_by_its_content(wan_folder, tmp
             print(models["video"].folder.name, models["video"].identity, models["text"].identity)
     """
     with MockHub(tmp_path / "repos") as hub:
-        command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "repos/org/wan/README.md")]
-        environment = hub.environment(tmp_path / "home")
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        card = str(tmp_path / "repos/org/wan/README.md")
+        done = call_script(textwrap.dedent(code), card, environment=hub.environment(tmp_path / "home"))
         assert done.returncode == 0, done.stderr
         first, second = map(str.split, done.stdout.splitlines())
         assert second[0] == hub.sha("org/wan") != first[0]

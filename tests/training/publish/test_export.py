@@ -29,6 +29,7 @@ from refalign_training.run.config import LoraOptions, ModelOptions, OptimizerOpt
 from refalign_training.run.parallel import Parallel
 from tests.conftest import TARGETS
 from tests.mock_hub import MockHub
+from tests.programs import call_script
 from tests.tiny_pipeline import tiny_transformer
 
 
@@ -573,6 +574,7 @@ def test_a_token_is_refused_and_nothing_is_left(run_copy):
 
 # -- Push -------------------------------------------------------------------------------------------------------------
 
+TOKEN = "hf_" + "tokenOfTheMockHub" * 2
 CHILD = """
 import json, sys
 from pathlib import Path
@@ -605,14 +607,6 @@ def mock_hub(tmp_path_factory):
         yield mock_hub
 
 
-def run_child(mock_hub: MockHub, home: Path, script: str, *arguments: object) -> str:
-    environment = mock_hub.environment(home, "hf_" + "tokenOfTheMockHub" * 2)
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    child = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr[-4000:]
-    return child.stdout
-
-
 @pytest.fixture(scope="module")
 def pushed(mock_hub, lora_run, full_run, wan_folder, tmp_path_factory) -> Path:
     """What the exports of three pushes left; each told its files. The base of the last one is on the Hub."""
@@ -624,7 +618,9 @@ def pushed(mock_hub, lora_run, full_run, wan_folder, tmp_path_factory) -> Path:
         ExportCommand(full_run, folder / "full", push="tester/full", base="org/wan", licence="mit"),
     ]
     commands = [{k: str(v) if isinstance(v, Path) else v for k, v in vars(command).items()} for command in commands]
-    (folder / "told.txt").write_text(run_child(mock_hub, folder / "home", CHILD, json.dumps(commands)), "utf-8")
+    child = call_script(CHILD, json.dumps(commands), environment=mock_hub.environment(folder / "home", TOKEN))
+    assert child.returncode == 0, child.stderr[-4000:]
+    (folder / "told.txt").write_text(child.stdout, "utf-8")
     return folder
 
 
@@ -662,8 +658,9 @@ def test_a_dry_run_tells_the_files_and_pushes_nothing(pushed, mock_hub):
 
 def test_a_pushed_lora_works_without_the_package(pushed, mock_hub, wan_folder, inputs, tmp_path):
     save_file(inputs, tmp_path / "inputs.safetensors")
-    arguments = (wan_folder, "tester/lora", tmp_path / "inputs.safetensors", tmp_path / "out.safetensors")
-    run_child(mock_hub, tmp_path / "home", WITHOUT_PACKAGE, *arguments)
+    command = [sys.executable, "-c", WITHOUT_PACKAGE, wan_folder, "tester/lora"]
+    command += [tmp_path / "inputs.safetensors", tmp_path / "out.safetensors"]
+    subprocess.run(command, env=mock_hub.environment(tmp_path / "home", TOKEN), check=True)
     expected = velocity(lora_transformer(wan_folder, 2), inputs)
     torch.testing.assert_close(load_file(tmp_path / "out.safetensors")["velocity"], expected, rtol=0, atol=1e-5)
 
