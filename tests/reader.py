@@ -33,6 +33,7 @@ import refalign_evaluation.cli
 import refalign_training.cli
 from refalign.command_line import Program
 from refalign.files import read_json
+from refalign.video import write_video
 from refalign_evaluation.run_folder import SCORES
 from refalign_evaluation.scores import METRICS
 from refalign_evaluation.totals import WEIGHTS, upload_json, write_upload
@@ -42,6 +43,7 @@ from tests.drawn_references import draw_face, draw_pet, draw_place
 from tests.evaluation.small_benchmark import write_benchmark
 from tests.evaluation.small_results import PERFECT, write_official, write_results
 from tests.pages import ROOT, Block, read_commands
+from tests.tiny_refine import mask_of, picture, reference, tiny_refine_pipeline
 from tests.training.data import test_phantom as phantom
 from tests.training.opens2v_files import write_opens2v
 from tests.training.small_cache import write_clips, write_teacher
@@ -104,6 +106,7 @@ def write_readers_folder(folder: Path, wan: Path, native: Path, repo: Path) -> P
     draw_place(0.3).save(folder / "beach.jpg")
     _write_training_data(folder)
     _write_evaluation_data(folder)
+    _write_refining_data(folder)
     return folder
 
 
@@ -124,6 +127,21 @@ def _write_training_data(folder: Path) -> None:
     videos = sorted(file.stem for file in (folder / "Koala-36M").iterdir())
     rows = [_phantom_row(*pair) for pair in itertools.permutations(videos, 2)]
     pq.write_table(pa.Table.from_pylist(rows), folder / "koala36M_multi_ref_merged_filtered.parquet")
+
+
+def _write_refining_data(folder: Path) -> None:
+    pipeline = tiny_refine_pipeline(num_inference_steps=1, alignment_seeds=1)
+    pipeline.save_pretrained(folder / "refine-model")
+    for name in ("unet", "vae", "scheduler"):
+        getattr(pipeline, name).save_pretrained(folder / "stable-diffusion-v1-5/stable-diffusion-inpainting" / name)
+    pipeline.image_encoder.save_pretrained(folder / "facebook/dinov2-with-registers-large")
+    picture().save(folder / "mug.png")
+    mask_of((30, 20, 50, 45)).save(folder / "logo.png")
+    reference().save(folder / "mug-right.png")
+    (folder / "logo-masks").mkdir()
+    for number in range(2):
+        mask_of((30, 20, 50, 45)).save(folder / f"logo-masks/{number}.png")
+    write_video([picture()] * 2, folder / "clip.mp4")
 
 
 def _phantom_row(clip: str, other: str) -> dict[str, Any]:

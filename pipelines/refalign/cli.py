@@ -212,7 +212,7 @@ LORA = Program(
 )
 REFINE = Program(
     "refalign refine",
-    "Make a region of an image that went wrong anew from a reference (Refine-by-Align).",
+    "Make a region of an image or a video that went wrong anew from a reference (Refine-by-Align).",
     {
         "run": Command(
             Refine, refine.run, "--image mug.png --mask logo.png --reference logo-right.png --output mug-refined.png"

@@ -160,6 +160,13 @@ def reference_square(foreground: np.ndarray) -> Square:
     return square_around(bounding_box(foreground), SUBJECT_MARGIN)
 
 
+def reference_foreground(image: Image.Image, size: int) -> tuple[Image.Image, torch.Tensor]:
+    """[`prepare_reference`], and where it shows the subject, float `(1, size, size)`."""
+    foreground = subject_mask(image)
+    square = reference_square(foreground)
+    return cut_square(on_white(image), square, size), cut_mask(foreground, square, size)
+
+
 def prepare_reference(image: Image.Image, size: int) -> Image.Image:
     """
     A whole reference as the image encoder sees it: the square around the subject, on white [O].
@@ -171,7 +178,7 @@ def prepare_reference(image: Image.Image, size: int) -> Image.Image:
     Raises:
         ValueError: if it is white or transparent all over.
     """
-    return cut_square(on_white(image), reference_square(subject_mask(image)), size)
+    return reference_foreground(image, size)[0]
 
 
 def crop_region(image: Image.Image, box: Box, size: int) -> Image.Image:
@@ -486,6 +493,7 @@ class RefineByAlignPipeline(DiffusionPipeline):
         reference_image: Any,
         reference_mask: Any = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
+        one_region: bool = False,
     ) -> Any:
         """
         Finds the region of a reference that corresponds to a masked one.
@@ -497,16 +505,21 @@ class RefineByAlignPipeline(DiffusionPipeline):
             reference_mask (*optional*): where the reference shows the subject, white on black; or a list.
             generator (`torch.Generator` or a list, *optional*): of the noise. With a list, one each, a batch gives
                 what single calls give.
+            one_region (`bool`, defaults to `False`): whether all images show the same region, as the frames of a video
+                do: their maps are averaged, for one [`Alignment`] with the first reference.
 
         Returns:
             `Alignment`: or a list of them, if any of the arguments is a list.
         """
         samples = self._samples(image, mask_image, reference_image, reference_mask)
         _check_generator(generator, len(samples))
-        found = self._align(samples, generator)
+        maps = self._maps(samples, generator)
+        if one_region:
+            maps = (maps / maps.sum(dim=(1, 2), keepdim=True)).mean(dim=0, keepdim=True)
+        found = [self._alignment(sample, map) for sample, map in zip(samples, maps, strict=False)]
         self.maybe_free_model_hooks()
         is_batch = any(isinstance(argument, list) for argument in (image, mask_image, reference_image))
-        return found if is_batch else found[0]
+        return found if is_batch and not one_region else found[0]
 
     @torch.no_grad()
     def attention_maps(
@@ -587,7 +600,7 @@ class RefineByAlignPipeline(DiffusionPipeline):
         samples = self._samples(image, mask_image, reference_image, reference_mask)
         _check_generator(generator, len(samples))
         if region is None:
-            alignments = self._align(samples, generator)
+            alignments = [self._alignment(*pair) for pair in zip(samples, self._maps(samples, generator), strict=True)]
         else:
             alignments = _given_regions(region, samples)
         tokens = self._encode_references([self._region_of(*pair) for pair in zip(samples, alignments, strict=True)])
@@ -692,11 +705,10 @@ class RefineByAlignPipeline(DiffusionPipeline):
                     maps[place, number] += attention_map(attention, mask, (side, side)).cpu() / seeds
         return maps
 
-    def _align(self, samples: Sequence[_Sample], generator: Any) -> list[Alignment]:
-        config = self.config
-        steps, blocks = [config["alignment_step"]], [config["alignment_block"]]
-        maps = self._attention_maps(samples, steps, blocks, generator)[0, 0]
-        return [self._alignment(*pair) for pair in zip(samples, maps, strict=True)]
+    def _maps(self, samples: Sequence[_Sample], generator: Any) -> torch.Tensor:
+        """The maps of the configuration's step and block, `(batch, rows, columns)`."""
+        steps, blocks = [self.config["alignment_step"]], [self.config["alignment_block"]]
+        return self._attention_maps(samples, steps, blocks, generator)[0, 0]
 
     def _alignment(self, sample: _Sample, map: torch.Tensor) -> Alignment:
         """The region that a map, `(rows, columns)`, means, at the reference's size."""

@@ -1,4 +1,4 @@
-"""`refalign refine`: a region of an image that went wrong, made anew from a reference.
+"""`refalign refine`: a region of an image or a video that went wrong, made anew from a reference.
 
 Nothing heavy is imported before it is needed, so that `--help` answers at once.
 """
@@ -24,16 +24,19 @@ OUTLINE = (255, 0, 170)
 
 @dataclass(frozen=True)
 class Refine:
-    """Make a masked region of an image anew from a reference. Outside the mask nothing changes."""
+    """Make a masked region of an image, or of a video, anew from a reference. Outside the mask nothing changes."""
 
-    image: str
-    """The image to refine, as a path or URL."""
     mask: str
-    """What went wrong, white on black, in the size of the image."""
+    """What went wrong, white on black, in the size of the image. For a video a picture (the same place in all frames),
+    a video, a folder with a picture for each frame, or auto, which only suggests masks and refines nothing."""
     reference: str
     """A picture of the subject as it is to be, as a path or URL; best cut out (with transparency) or on white."""
     output: Path
-    """The image (.png, .jpg or .webp) to write."""
+    """The image (.png, .jpg or .webp) or the video (.mp4) to write."""
+    image: str | None = None
+    """The image to refine, as a path or URL."""
+    video: Path | None = None
+    """The video to refine, in place of an image."""
     map: Path | None = None
     """A picture to write: the image with the mask's outline, the reference with the map and the box of the region that
     was found, and the result."""
@@ -49,6 +52,8 @@ class Refine:
     """The number of denoising steps. The default is the model's own: 50."""
     guidance_scale: float | None = None
     """How strongly the reference guides. The default is the model's own: 5."""
+    strength: float = 0.6
+    """For a video: how much of what the frame before shows in the mask is replaced, above 0 and at most 1."""
     seed: int = 0
     """The seed of the noise. The same seed gives the same image."""
     device: str = "auto"
@@ -62,15 +67,22 @@ class Refine:
 def run(command: Refine) -> int:
     """Refines and returns the exit code."""
     check(command)
+    reference = load_reference(command)
+    return run_image(command, reference) if command.video is None else run_video(command, command.video, reference)
+
+
+def run_image(command: Refine, reference: "Image.Image") -> int:
+    import torch
+
     from refalign.pipeline_refine_by_align import check_mask, load_mask
     from refalign.reference_images import load_reference_image
 
-    reference = load_reference(command)
-    image = load_reference_image(command.image)
+    image = load_reference_image(command.image or "")
     mask = load_mask(command.mask, image.size)
     check_mask(mask)
     pipeline = load_refine_pipeline(command.model, command.device, command.offload)
-    output = pipeline(image, mask, reference, **call_arguments(command))
+    generator = torch.Generator().manual_seed(command.seed)
+    output = pipeline(image, mask, reference, generator=generator, **call_settings(command))
     (result,), (alignment,) = output.images, output.alignments
     with new_file(command.output, command.overwrite) as file:
         saved(result, command.output).save(file, quality=95)
@@ -80,13 +92,64 @@ def run(command: Refine) -> int:
     return 0
 
 
+def run_video(command: Refine, video: Path, reference: "Image.Image") -> int:
+    from PIL import Image
+
+    from refalign.refine_masks import read_masks
+    from refalign.refine_video import flicker, read_clip, refine_frames
+    from refalign.video import write_video
+
+    frames, rate = read_clip(video)
+    if command.mask == "auto":
+        return suggest(command, frames, rate, reference)
+    masks = read_masks(command.mask, video, frames.shape)
+    pipeline = load_refine_pipeline(command.model, command.device, command.offload)
+    pipeline.set_progress_bar_config(disable=True)
+    options = {"strength": command.strength, "seed": command.seed, **call_settings(command)}
+    refined = refine_frames(pipeline, frames, masks, reference, **options)
+    write_video(refined.frames, command.output, rate, overwrite=command.overwrite)
+    print(f"Wrote {command.output}{told(refined.alignment)}.")
+    flickers = f"{flicker(frames, masks):.2f} before, {flicker(refined.frames, masks):.2f} after"
+    print(f"Flicker inside the mask, the mean difference of neighbouring frames (of 255): {flickers}.")
+    if command.map is not None:
+        key = refined.key_frame
+        before_and_after = [Image.fromarray(array[key]) for array in (frames, refined.frames)]
+        write_map(
+            command, draw_sheet(before_and_after[0], masks[key], reference, refined.alignment, before_and_after[1])
+        )
+    return 0
+
+
+def suggest(command: Refine, frames: "np.ndarray", rate: int, reference: "Image.Image") -> int:
+    """Writes masks that may be meant, as a video to pass and as a picture to look at."""
+    from refalign.refine_masks import suggest_masks
+    from refalign.video import write_video
+
+    masks_file, picture = (command.output.with_suffix(f".mask.{kind}") for kind in ("mp4", "png"))
+    for file in (masks_file, picture):
+        check_new_file(file, command.overwrite)
+    pipeline = load_refine_pipeline(command.model, command.device, command.offload)
+    masks = suggest_masks(pipeline, frames, reference)
+    white = (masks[..., None].repeat(3, axis=-1) * 255).astype("uint8")
+    write_video(white, masks_file, rate, overwrite=command.overwrite)
+    with new_file(picture, command.overwrite) as file:
+        draw_suggestion(frames, masks).save(file)
+    print(f"Nothing is refined yet. {picture} shows what looks unlike the reference; if that is what went wrong, run")
+    print(f"this again with --mask {masks_file}, else paint a mask.")
+    return 0
+
+
 def check(command: Refine) -> None:
     """Raises ValueError for options that do not go together, before anything is loaded."""
-    endings = (".png", ".jpg", ".jpeg", ".webp")
+    if (command.image is None) == (command.video is None):
+        raise ValueError("Pass --image FILE or --video FILE, one of the two.")
+    endings = (".mp4",) if command.image is None else (".png", ".jpg", ".jpeg", ".webp")
     if command.output.suffix.lower() not in endings:
         raise ValueError(f"--output is {command.output}, but must end in {', '.join(endings)}.")
     if command.map is not None and command.map.suffix.lower() != ".png":
         raise ValueError(f"--map is {command.map}, but must end in .png.")
+    if command.image is not None and command.mask == "auto":
+        raise ValueError("--mask auto looks at neighbouring frames, so it goes with --video alone. Pass a mask.")
     for file in filter(None, (command.output, command.map)):
         check_new_file(file, command.overwrite)
 
@@ -136,15 +199,12 @@ def load_refine_pipeline(model: str | None, device: str = "auto", offload: str =
     return pipeline.to(where)
 
 
-def call_arguments(command: Refine) -> dict[str, Any]:
+def call_settings(command: Refine) -> dict[str, Any]:
     """What a call of the pipeline takes of the options."""
-    import torch
-
     return {
         "region": command.region,
         "num_inference_steps": command.steps,
         "guidance_scale": command.guidance_scale,
-        "generator": torch.Generator().manual_seed(command.seed),
     }
 
 
@@ -178,9 +238,22 @@ def draw_sheet(
 ) -> "Image.Image":
     """One picture: the image with the outline of its mask, bool `(height, width)`, the reference with the map and the
     box, and the result."""
+    return _beside(_outlined(_panel(image), mask), _mapped(reference, alignment), _panel(result))
+
+
+def draw_suggestion(frames: "np.ndarray", masks: "np.ndarray") -> "Image.Image":
+    """One picture: three frames with the outlines of their masks."""
+    import numpy as np
     from PIL import Image
 
-    panels = [_outlined(_panel(image), mask), _mapped(reference, alignment), _panel(result)]
+    masked = np.flatnonzero(masks.any(axis=(1, 2)))
+    shown = masked[np.linspace(0, len(masked) - 1, 3).round().astype(int)]
+    return _beside(*[_outlined(_panel(Image.fromarray(frames[number])), masks[number]) for number in shown])
+
+
+def _beside(*panels: "Image.Image") -> "Image.Image":
+    from PIL import Image
+
     width = sum(panel.width + GAP for panel in panels) - GAP
     sheet = Image.new("RGB", (width, SIDE), "white")
     left = 0

@@ -118,6 +118,7 @@ def test_transparency_is_kept_in_png_and_put_on_white_in_jpeg(refine, pictures, 
 @pytest.mark.parametrize(
     ("words", "files", "told"),
     [
+        ((), {"image": None}, "Pass --image FILE or --video FILE"),
         ((), {"output": "refined.gif"}, "must end in .png"),
         (("--map", "map.jpg"), {}, "--map is map.jpg, but must end in .png"),
         ((), {"mask": "reference.png"}, "The mask is 72x48, but its image 96x80"),
@@ -134,6 +135,11 @@ def test_bad_inputs_are_told_in_one_line(refine, pictures, capsys, words, files,
     assert refine(*words, **files) == 1
     error = capsys.readouterr().err
     assert told in error.splitlines()[-1]
+
+
+def test_auto_masks_are_for_videos(refine, pictures, capsys):
+    assert main(["refine", "--image", "a.png", "--mask", "auto", "--reference", "b.png", "--output", "c.png"]) == 1
+    assert "--mask auto looks at neighbouring frames" in capsys.readouterr().err
 
 
 def test_an_existing_output_is_kept(refine, tmp_path, capsys):
