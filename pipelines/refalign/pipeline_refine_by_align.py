@@ -107,6 +107,11 @@ def cut_mask(mask: np.ndarray, square: Square, size: int) -> torch.Tensor:
     return F.adaptive_max_pool2d(values, size).gt(0).float()
 
 
+def grown(mask: torch.Tensor, reach: int) -> torch.Tensor:
+    """A mask, `(..., height, width)` of 0 and 1, that is `reach` pixels wider at each side."""
+    return F.max_pool2d(mask, 2 * reach + 1, stride=1, padding=reach)
+
+
 def put_square(values: torch.Tensor, square: Square, size: tuple[int, int], mode: str = "bilinear") -> torch.Tensor:
     """The way back: values of a square, `(height, width)`, at their place in an image of zeros, whose `size` is width
     and height."""
@@ -360,7 +365,7 @@ def _widened(box: Box, margin: float, smallest: float, size: int) -> Box:
 def _confidence(map: torch.Tensor, foreground: torch.Tensor, box: Box, size: int) -> float:
     inside = torch.zeros(1, 1, size, size)
     inside[..., box[1] : box[3], box[0] : box[2]] = 1
-    inside = F.adaptive_avg_pool2d(inside, map.shape)[0, 0]
+    inside = F.adaptive_avg_pool2d(inside, (map.shape[0], map.shape[1]))[0, 0]
     found = float((map * inside).sum() / map.sum().clamp(min=1e-12))
     expected = float((foreground * inside).sum() / foreground.sum().clamp(min=1e-12))
     return 0.0 if expected >= 1 else max(0.0, (found - expected) / (1 - expected))
@@ -518,7 +523,8 @@ class RefineByAlignPipeline(DiffusionPipeline):
             maps = (maps / maps.sum(dim=(1, 2), keepdim=True)).mean(dim=0, keepdim=True)
         found = [self._alignment(sample, map) for sample, map in zip(samples, maps, strict=False)]
         self.maybe_free_model_hooks()
-        is_batch = any(isinstance(argument, list) for argument in (image, mask_image, reference_image))
+        given = (image, mask_image, reference_image, reference_mask)
+        is_batch = any(isinstance(argument, list) for argument in given)
         return found if is_batch and not one_region else found[0]
 
     @torch.no_grad()
@@ -654,7 +660,7 @@ class RefineByAlignPipeline(DiffusionPipeline):
         and the mask in pixels."""
         pixels, mask = self._pixels(samples)
         reach = math.ceil(self.config["mask_dilation"] * self.config["image_size"])
-        wide = F.max_pool2d(mask, 2 * reach + 1, stride=1, padding=reach)
+        wide = grown(mask, reach)
         masked = self._encode_images(pixels * (1 - wide))
         return self._encode_images(pixels), masked, latent_mask(wide, self.vae_scale_factor), mask
 
@@ -714,7 +720,7 @@ class RefineByAlignPipeline(DiffusionPipeline):
         """The region that a map, `(rows, columns)`, means, at the reference's size."""
         size, square = self.config["reference_size"], reference_square(sample.foreground)
         shown = cut_mask(sample.foreground, square, size)
-        foreground = F.adaptive_avg_pool2d(shown, tuple(map.shape))[0]
+        foreground = F.adaptive_avg_pool2d(shown, (map.shape[0], map.shape[1]))[0]
         region = find_region(map, foreground, size, self.config["map_threshold"])
         scale, corner, ends = square.side / size, (square.left, square.top) * 2, sample.reference.size * 2
         box = []
@@ -762,7 +768,8 @@ class RefineByAlignPipeline(DiffusionPipeline):
         if strength < 1:
             latents = self.scheduler.add_noise(known, noise, timesteps[:1])
         null = self.reference_projector.null(*tokens.shape[:2]).to(tokens)
-        for number, timestep in enumerate(self.progress_bar(timesteps)):
+        bar: Any = self.progress_bar
+        for number, timestep in enumerate(bar(timesteps)):
             scaled = self.scheduler.scale_model_input(latents, timestep)
             prediction = self._predict(scaled, timestep, mask, masked, tokens).float()
             if self._guidance_scale > 1:
@@ -877,7 +884,7 @@ def feathered(mask: np.ndarray, width: int) -> np.ndarray:
     inside = torch.from_numpy(mask.astype(np.float32))[None, None]
     total = inside.clone()
     for _ in range(width):
-        inside = 1 - F.max_pool2d(1 - inside, 3, stride=1, padding=1)
+        inside = 1 - grown(1 - inside, 1)
         total += inside
     return (total / total.max())[0, 0].numpy()
 
@@ -975,7 +982,7 @@ def _check_settings(steps: Any, scale: Any, strength: Any, output_type: str, cal
         raise ValueError(f"`num_inference_steps` must be a whole number from 1 up, but is {steps!r}.")
     if not isinstance(scale, numbers.Real) or not math.isfinite(scale) or scale < 0:
         raise ValueError(f"`guidance_scale` must be a number from 0 up, but is {scale!r}.")
-    if not isinstance(strength, numbers.Real) or not 0 < strength <= 1:
+    if not isinstance(strength, numbers.Real) or not 0 < float(strength) <= 1:
         raise ValueError(f"`strength` must be a number above 0, at most 1, but is {strength!r}.")
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, but is {output_type!r}.")

@@ -71,7 +71,7 @@ def init(inpainting: str, image_encoder: str, output: str | Path, dtype: str = "
     with naming_component("UNet and VAE", inpainting):
         unet = UNet2DConditionModel.from_pretrained(inpainting, subfolder="unet", **options)
         vae = AutoencoderKL.from_pretrained(inpainting, subfolder="vae", **options)
-        scheduler = DDIMScheduler.from_pretrained(inpainting, subfolder="scheduler", clip_sample=False)
+        scheduler: Any = DDIMScheduler.from_pretrained(inpainting, subfolder="scheduler", clip_sample=False)
     with naming_component("image encoder", image_encoder):
         encoder = AutoModel.from_pretrained(image_encoder, **options)
     torch.manual_seed(SEED)

@@ -12,6 +12,7 @@ from refalign.pipeline_refine_by_align import (
     bounding_box,
     cut_square,
     encode_patches,
+    grown,
     largest_parts,
     load_mask,
     on_white,
@@ -92,7 +93,7 @@ def suggest_masks(pipeline: "RefineByAlignPipeline", frames: np.ndarray, referen
         )
     likeness = _likeness(pipeline, frames, reference)
     subject = torch.stack([_subject(one, _split(likeness)) for one in likeness])
-    inner = F.max_pool2d((~subject)[:, None].float(), 3, stride=1, padding=1)[:, 0] == 0  # edges look like no other
+    inner = grown((~subject).float(), 1) == 0  # edges look like no other
     if not inner.any():
         raise ValueError("The subject of the reference is not seen in the video. Pass a mask of what went wrong.")
     values = likeness[inner]
@@ -151,9 +152,7 @@ def _subject(likeness: torch.Tensor, split: float) -> torch.Tensor:
         return alike
     largest = largest_parts(alike, likeness - likeness.min(), 0.5)
     left, top, right, bottom = bounding_box(largest)
-    window = {"kernel_size": 2 * REACH + 1, "stride": 1, "padding": REACH}
-    wide = F.max_pool2d(largest[None, None].float(), **window)
-    closed = (1 - F.max_pool2d(1 - wide, **window))[0, 0] > 0.5
+    closed = (1 - grown(1 - grown(largest[None].float(), REACH), REACH))[0] > 0.5
     inside = torch.zeros_like(closed)
     inside[top:bottom, left:right] = True
     return closed & inside

@@ -3,10 +3,11 @@ import logging
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, UNet2DConditionModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers import Dinov2Config, Dinov2Model
 
 from refalign import ReferenceProjector, RefineByAlignPipeline
 from refalign.pipeline_refine_by_align import (
@@ -424,3 +425,22 @@ def test_a_low_confidence_is_told_and_the_whole_reference_used(caplog):
         found = pipe.align(picture(), mask_of(BOX), reference())
     assert found.uses_whole and found.box == (0, 0, 72, 48)
     assert "was not found in the reference" in caplog.text
+
+
+def test_at_real_sizes_block_9_sees_the_image_and_the_reference_as_16_by_16():
+    """Stable Diffusion 1.x's levels and DINOv2's patches, with few channels."""
+    unet = UNet2DConditionModel(
+        in_channels=9, block_out_channels=(4, 4, 4, 4), norm_num_groups=2, attention_head_dim=2, cross_attention_dim=8
+    )
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(4, 4, 4, 4),
+        norm_num_groups=2,
+    )
+    encoder = Dinov2Model(Dinov2Config(image_size=518, hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
+    pipe = RefineByAlignPipeline(vae, unet, encoder, ReferenceProjector(8, 8), DDIMScheduler(), alignment_seeds=1)
+    with record_attention(cross_attention_blocks(unet)[9][1]) as recorded:
+        maps = pipe.attention_maps(picture((832, 480)), mask_of((300, 200, 360, 240), (832, 480)), reference())
+    assert recorded[0].shape == (1, 256, 256)
+    assert maps.shape == (1, 16, 1, 16, 16)
