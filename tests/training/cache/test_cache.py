@@ -471,7 +471,7 @@ def unreadable(monkeypatch):
     """Makes one reference unreadable for as long as a family is computed."""
     from refalign_training.data import pixels
 
-    read = pixels._read_image
+    read = pixels.read_image
 
     def fail(name: str) -> None:
         def read_others(path: Path):
@@ -479,7 +479,7 @@ def unreadable(monkeypatch):
                 raise Unusable("image", "not now")
             return read(path)
 
-        monkeypatch.setattr(pixels, "_read_image", read_others)
+        monkeypatch.setattr(pixels, "read_image", read_others)
 
     return fail
 

@@ -17,9 +17,10 @@ from refalign_training.data.recipe import Recipe
 from refalign_training.data.source import Dataset, check_source
 
 
-Family = Literal["video", "references", "text", "teacher"]
+Family = Literal["video", "references", "text", "teacher", "pictures"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 FAMILIES: tuple[Family, ...] = get_args(Family)
+OF_VIDEOS: tuple[Family, ...] = ("video", "references", "text", "teacher")
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,8 @@ class CacheCommand:
     """The vision model whose features references are aligned to: a folder or Hub id."""
     teacher_revision: str | None = None
     """The teacher's revision on the Hub."""
-    families: tuple[Family, ...] = ("video", "references", "text", "teacher")
-    """What to compute."""
+    families: tuple[Family, ...] = OF_VIDEOS
+    """What to compute. pictures are what a refinement is trained on; the others are for videos."""
     variants: int = 1
     """How often the references of each sample are drawn and augmented."""
     dtype: Dtype = "bfloat16"
@@ -119,8 +120,10 @@ def check(command: CacheCommand) -> None:
     check_source(command.source)
     if not families or len(families) < len(command.families):
         raise ValueError(f"--families is {command.families}; pass some of {', '.join(FAMILIES)}, each once.")
-    if command.model is None and families - {"teacher"}:
-        raise ValueError("Pass --model, a Wan 2.1 or RefAlign pipeline; only the family `teacher` needs none.")
+    if command.model is None and families - {"teacher", "pictures"}:
+        raise ValueError("Pass --model, a Wan 2.1 or RefAlign pipeline; only `teacher` and `pictures` need none.")
+    if "pictures" in families and len(families) > 1:
+        raise ValueError("--families pictures is for a cache of its own. Name another --output for the others.")
     if command.teacher is None and "teacher" in families:
         raise ValueError("Pass --teacher, or leave `teacher` out of --families.")
     for name, least in (("variants", 1), ("workers", 0), ("limit", 1)):

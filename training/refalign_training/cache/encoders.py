@@ -34,8 +34,14 @@ logger = logging.getLogger(__name__)
 
 MAX_SEQUENCE_LENGTH = 512  # of RefAlignWanPipeline: longer prompts are cut there
 PADDING = 64  # tokens: prompts are padded to multiples of it
-BATCH_SIZES = {"video": 1, "references": 1, "text": 8, "teacher": 1}  # a clip at 480x832x81 fills the GPU by itself
-NOT_FINITE = {"video": "video", "references": "image", "teacher": "image", "text": "not readable"}
+BATCH_SIZES = {
+    "video": 1,
+    "references": 1,
+    "text": 8,
+    "teacher": 1,
+    "pictures": 1,
+}  # a clip at 480x832x81 fills the GPU by itself
+NOT_FINITE = {"video": "video", "references": "image", "teacher": "image", "text": "not readable", "pictures": "image"}
 PARTS = {"video": ("vae",), "references": ("vae",), "text": ("text_encoder", "tokenizer")}
 FILES = ("*.json", "*.safetensors", "*.model", "*.txt")
 
@@ -176,6 +182,14 @@ class TeacherEncoder:
         return self.teacher(images, grid=grid).to(self.dtype).cpu().contiguous()
 
 
+class PictureEncoder:
+    """Subjects as they are: what a refinement sees of them is drawn anew in each epoch, before it is encoded."""
+
+    def __call__(self, batch: Sequence[Decoded]) -> list[dict[str, torch.Tensor]]:
+        """`pixels`, uint8 `(subjects, side, side, 8)`."""
+        return [{"pixels": decoded.pixels} for decoded in batch]
+
+
 # -- Where the models come from ---------------------------------------------------------------------------------------
 
 
@@ -215,6 +229,8 @@ def fetch_models(
         check_weights(folder, sorted(parts - {"tokenizer"}))
         for family in of_pipeline:
             models[family] = Model(folder, model_identity(folder, PARTS[family]))
+    if "pictures" in families:
+        models["pictures"] = Model(Path(), "")
     if "teacher" in families and teacher is not None:
         files = teacher_files(teacher, teacher_revision)
         models["teacher"] = Model(files[0].parent, identity(files[0].parent, files))
@@ -244,6 +260,8 @@ def vae_config(model: str | Path) -> dict[str, Any]:
 
 def make_encoder(family: str, command: CacheCommand, model: Model) -> Encoder:
     """A family's encoder, on this process's device."""
+    if family == "pictures":
+        return PictureEncoder()
     device = find_device(command.device)
     dtype = getattr(torch, command.dtype)
     if family == "teacher":

@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 2  # of samples.parquet
 PLAN, INDEX, FAILED = "plan.json", "samples.parquet", "failed.jsonl"
+OF_REFERENCES = ("references", "teacher", "pictures")  # families with variants
 BUCKET = ("frames", "height", "width", "num_references")
 
 # (frames, height, width, number of references), in pixels of the video
@@ -179,7 +180,7 @@ class Cache:
         for family in self.families:
             self.excluded[f"without `{family}`"] = table[family].null_count
             table = table.filter(pc.field(family).is_valid())
-        if {"references", "teacher"} & set(self.families):
+        if set(OF_REFERENCES) & set(self.families):
             count = len(table)
             table = table.filter(pc.field("num_references") > 0)
             self.excluded["references and teacher disagree"] += count - len(table)
@@ -202,7 +203,7 @@ class Cache:
     def place(self, entry: Entry, family: str, variant: int = 0) -> bytes:
         """Where a sample's item lies among `items[family]`; of video and text, the same for all variants."""
         places = self.samples.table[family][entry.row].as_py()
-        return places[variant if family in ("references", "teacher") else 0]
+        return places[variant if family in OF_REFERENCES else 0]
 
     def read(self, entry: Entry, variant: int = 0, prompt: int | None = None) -> dict[str, Any]:
         """
@@ -216,8 +217,8 @@ class Cache:
         Returns:
             `dict`: `latents` `(16, latent frames, h, w)` and `reference_latents` `(16, references, h, w)`, float32 and
             normalised; `prompt_embeds`, a list of `(tokens, dim)`, or with `prompt` that one;
-            `teacher_features` `(references, rows, columns, dim)`; `subjects` `(references,)`, int64: equal numbers are
-            one subject.
+            `teacher_features` `(references, rows, columns, dim)`; `pixels`, uint8 `(subjects, side, side, 8)`;
+            `subjects` `(references,)`, int64: equal numbers are one subject.
 
         Raises:
             ValueError: if the variant cannot be had, or an item is broken.
@@ -232,10 +233,12 @@ class Cache:
                 values[name] = normalize_latents(tensors["latents"], self.recipes[family]["vae"])
             elif family == "teacher":
                 values["teacher_features"] = tensors["features"]
+            elif family == "pictures":
+                values["pixels"] = tensors["pixels"]
             else:
                 embeds = [tensors[f"prompt_embeds_{number}"] for number in range(len(tensors))]
                 values["prompt_embeds"] = embeds if prompt is None else embeds[prompt]
-            if family in ("references", "teacher"):
+            if family in OF_REFERENCES:
                 values["subjects"] = torch.tensor(self.samples.table["subjects"][entry.row].as_py()[variant])
         return values
 

@@ -24,19 +24,36 @@ from refalign_training.cache.command import OPTIONS, CacheCommand, write_options
 from refalign_training.cache.holders import remove_leftovers, root_lock, writing
 from refalign_training.cache.items import RECIPE, Items, digest, text_key, write_json
 from refalign_training.cache.plan import Plan
-from refalign_training.cache.reader import BUCKET, FAILED, FORMAT, INDEX, PLAN, check_format, open_families, open_index
+from refalign_training.cache.reader import (
+    BUCKET,
+    FAILED,
+    FORMAT,
+    INDEX,
+    OF_REFERENCES,
+    PLAN,
+    check_format,
+    open_families,
+    open_index,
+)
 from refalign_training.data.decoding import decoding
 from refalign_training.data.sample import Unusable
 
 
 ROWS = 10_000  # of samples.parquet are written at once
-SCHEMAS = {"video": 2, "references": 2, "text": 1, "teacher": 2}  # raised when our code gives other numbers
+SCHEMAS = {
+    "video": 2,
+    "references": 2,
+    "text": 1,
+    "teacher": 2,
+    "pictures": 1,
+}  # raised when our code gives other numbers
 
 # What of the pixels' recipe a family's items do not depend on
 _WITHOUT = {
     "video": {"cross_probability", "augment"},
     "references": {"num_frames", "stride"},
     "teacher": {"num_frames", "stride"},
+    "pictures": {"num_frames", "stride", "augment"},
 }
 
 
@@ -55,7 +72,7 @@ def fill(command: CacheCommand) -> int:
     recipes = {}
     for family in command.families:
         recipe = _recipe(family, command, models[family])
-        variants = command.variants if family in ("references", "teacher") else 1
+        variants = command.variants if family in OF_REFERENCES else 1
         families[family] = {"folder": f"{family}-{digest(recipe)[:12]}", "variants": variants}
         recipes[root / families[family]["folder"]] = recipe
     if not command.allow_changes:
@@ -203,7 +220,7 @@ def _find(
 def _shape(infos: Mapping[str, Sequence[dict[str, Any] | None]]) -> dict[str, Any]:
     """The columns of a sample's bucket, and by variant the numbers of its references' subjects."""
     video = next(filter(None, infos.get("video", ())), {"frames": 0, "size": (0, 0)})
-    families = [infos[family] for family in ("references", "teacher") if any(infos.get(family, ()))]
+    families = [infos[family] for family in OF_REFERENCES if any(infos.get(family, ()))]
     subjects = list(map(_agreed, zip(*families, strict=False)))
     count = next((len(numbers) for numbers in subjects if numbers is not None), 0)
     for variant, numbers in enumerate(subjects):

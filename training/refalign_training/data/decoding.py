@@ -15,6 +15,7 @@ from refalign_training.data.fields import Unusable
 from refalign_training.data.pixels import load_references, load_video
 from refalign_training.data.recipe import Recipe
 from refalign_training.data.sample import Sample
+from refalign_training.data.subjects import load_subjects
 from refalign_training.data.workers import end_with_parent
 
 
@@ -53,15 +54,22 @@ def decode(family: str, sample: Sample, recipe: Recipe, variant: int) -> Decoded
         info = {"frames": len(frames), "size": list(frames.shape[1:3])}
         return Decoded(torch.from_numpy(frames), info=info)
     lost: list[Unusable] = []
+    if family == "pictures":
+        subjects, names = load_subjects(sample, recipe, variant, on_fault=lost.append)
+        return Decoded(torch.from_numpy(subjects), info=_info_of(names, ["regular"] * len(names), lost))
     references = load_references(sample, recipe, variant, on_fault=lost.append)
     pixels = np.stack([np.asarray(reference.image) for reference in references])
-    info: dict[str, Any] = {
-        "subjects": [reference.subject for reference in references],
-        "origins": [reference.origin for reference in references],
-    }
+    names = [reference.subject for reference in references]
+    origins = [reference.origin for reference in references]
+    return Decoded(torch.from_numpy(pixels), info=_info_of(names, origins, lost))
+
+
+def _info_of(subjects: list[str], origins: list[str], lost: list[Unusable]) -> dict[str, Any]:
+    """What is kept beside an item of references."""
+    info: dict[str, Any] = {"subjects": subjects, "origins": origins}
     if lost:
         info["lost"] = [[fault.kind, fault.detail] for fault in lost]
-    return Decoded(torch.from_numpy(pixels), info=info)
+    return info
 
 
 def try_decode(family: str, task: Task, recipe: Recipe) -> Decoded | Unusable:

@@ -118,7 +118,7 @@ def play(sample: Sample, recipe: Recipe, variant: int = 0) -> tuple[np.ndarray, 
         numbers = draw_frames(available, fps, recipe, generator, stride=clip.stride, times=times) + clip.start
         frames, size = {}, (0, 0)
         for number, frame in video.read(numbers.tolist(), squares=False):
-            image = square(_crop(frame, clip.crop))
+            image = square(crop_frame(frame, clip.crop))
             size = image.size
             frames[number] = np.asarray(cover(image, None, recipe.height, recipe.width))
         stride = recipe.stride or clip.stride
@@ -141,10 +141,10 @@ def _variable_times(times: Sequence[float]) -> np.ndarray | None:
 def cover(image: Image.Image, crop: tuple[int, int, int, int] | None, height: int, width: int) -> Image.Image:
     """The crop of an image, scaled to cover a size and centred; what is too much is cut off. Raises [`Unusable`]."""
     # Cropped apart, so that no filter reaches what was cut off
-    return ImageOps.fit(square(_crop(image, crop)), (width, height), Image.Resampling.BICUBIC)
+    return ImageOps.fit(square(crop_frame(image, crop)), (width, height), Image.Resampling.BICUBIC)
 
 
-def _crop(image: Image.Image, crop: tuple[int, int, int, int] | None) -> Image.Image:
+def crop_frame(image: Image.Image, crop: tuple[int, int, int, int] | None) -> Image.Image:
     left, top, right, bottom = crop or (0, 0, *image.size)
     if not (0 <= left < right <= image.width and 0 <= top < bottom <= image.height):
         raise Unusable("crop", f"{crop} (left, top, right, bottom) in a frame of {image.width}x{image.height}")
@@ -162,9 +162,9 @@ def load_references(
     references = []
     for number, reference in enumerate(sample.references):
         generator = numpy_generator("reference", recipe.seed, variant, sample.id, number)
-        for view, origin in _drawn_views(reference, recipe, generator):
+        for view, origin in drawn_views(reference, recipe, generator):
             try:
-                image = _cut_out(view, frames)
+                image = cut_out(view, frames)
             except Unusable as fault:
                 on_fault(fault)
                 continue
@@ -175,7 +175,7 @@ def load_references(
     return references
 
 
-def _drawn_views(reference: Reference, recipe: Recipe, generator: np.random.Generator) -> list[tuple[View, Origin]]:
+def drawn_views(reference: Reference, recipe: Recipe, generator: np.random.Generator) -> list[tuple[View, Origin]]:
     """The view that is drawn, and behind it the others in case it cannot be read."""
     takes_cross = generator.random() < recipe.cross_probability
     views: list[tuple[View, Origin]] = []
@@ -195,14 +195,14 @@ def _prepare(image: Image.Image, origin: Origin, recipe: Recipe, generator: np.r
     return warp(image, generator) if augments else image
 
 
-def _cut_out(view: View, frames: dict[tuple[Path, int | float], Image.Image]) -> Image.Image:
+def cut_out(view: View, frames: dict[tuple[Path, int | float], Image.Image]) -> Image.Image:
     """The view's subject: RGBA where it has a mask or its file has alpha, else RGB. Raises [`Unusable`]."""
     if view.frame is None:
-        return _read_image(view.path)
+        return read_image(view.path)
     place = (view.path, view.frame)
     if place not in frames:
-        frames[place] = _read_frame(*place)
-    image = _crop(frames[place], view.crop)
+        frames[place] = read_frame(*place)
+    image = crop_frame(frames[place], view.crop)
     if view.mask is not None:
         mask = decode_mask(view.mask, image.height, image.width)
         if mask.any():  # else its box has to do
@@ -215,7 +215,7 @@ def _cut_out(view: View, frames: dict[tuple[Path, int | float], Image.Image]) ->
     return square(image)
 
 
-def _read_image(path: Path) -> Image.Image:
+def read_image(path: Path) -> Image.Image:
     check_file(path)
     try:
         return load_reference_image(path)
@@ -223,7 +223,7 @@ def _read_image(path: Path) -> Image.Image:
         raise Unusable("image", str(error)) from error
 
 
-def _read_frame(path: Path, frame: int | float) -> Image.Image:
+def read_frame(path: Path, frame: int | float) -> Image.Image:
     with open_video(path) as video:
         if isinstance(frame, float):  # a share of all
             frame = min(int(frame * len(video)), len(video) - 1)

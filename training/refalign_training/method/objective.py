@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import nn
@@ -14,7 +14,24 @@ from refalign_training.method.options import AlignmentOptions
 
 
 @dataclass
-class Batch:
+class Moved:
+    """Tensors that go together to the device where the networks are."""
+
+    def to(self, device: torch.device) -> Self:
+        """The batch with what the network needs on a device."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """The batch in memory that a GPU copies from while it computes."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        tensors = {name: change(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return dataclasses.replace(self, **tensors)
+
+
+@dataclass
+class Batch(Moved):
     """What [`Objective`] takes: samples of one shape with their noise, timesteps and dropout."""
 
     ids: list[str]
@@ -38,18 +55,9 @@ class Batch:
     unusable: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     """Samples in whose place another one was taken, and why."""
 
-    def to(self, device: torch.device) -> "Batch":
-        """The batch with what the network needs on a device."""
-        moved = self._each(lambda tensor: tensor.to(device, non_blocking=True))
-        return dataclasses.replace(moved, keeps_references=self.keeps_references, subjects=self.subjects)
-
-    def pin_memory(self) -> "Batch":
-        """The batch in memory that a GPU copies from while it computes."""
-        return self._each(torch.Tensor.pin_memory)
-
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        tensors = {name: change(value) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
-        return dataclasses.replace(self, **tensors)
+    def to(self, device: torch.device) -> Self:
+        """The batch with what the network needs on a device; what lists are made of stays on the CPU."""
+        return dataclasses.replace(super().to(device), keeps_references=self.keeps_references, subjects=self.subjects)
 
 
 class Losses(NamedTuple):

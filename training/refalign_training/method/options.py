@@ -2,19 +2,20 @@
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass
 
-from refalign_training.bounds import InvalidOption, Many, Options, Share
+from refalign_training.bounds import InvalidOption, Listed, Many, Options, Share
 
 
 @dataclass(frozen=True)
 class ObjectiveOptions(Options):
     """What is predicted under which conditions (RefAlign, arXiv 2603.25743, section 4)."""
 
-    kind: Literal["refalign", "distil"] = "refalign"
+    kind: Literal["refalign", "distil", "refine"] = "refalign"
     """What is learnt. refalign: to denoise, with the alignment of references. distil: that one pass of the trained
-    model equals the guided passes of the base, which takes two or three; the result is used with both scales at 1."""
+    model equals the guided passes of the base, which takes two or three; the result is used with both scales at 1.
+    refine: to make a masked part of a picture anew from a reference (Refine-by-Align); see the options of refine."""
     guidance_scale: NonNegativeFloat = 7.5
     """The guidance scale that distil teaches: how closely the prompt is followed."""
     image_guidance_scale: NonNegativeFloat = 5.0
@@ -42,6 +43,33 @@ class ObjectiveOptions(Options):
         if total > 1:
             told = f"is {self.no_text}: with no_references and neither it must be 1 or less in sum, but is {total:g}."
             raise InvalidOption(type(self), "no_text", told)
+        return self
+
+
+@dataclass(frozen=True)
+class RefineOptions(Options):
+    """What a refinement is trained on, for objective.kind refine (Refine-by-Align, arXiv 2412.00306, section 3). The
+    defaults are this project's: the paper says less."""
+
+    alignment_share: Share = 0.5
+    """The share of samples whose reference is the whole subject, so that the region is found by attention. The others
+    are given the region alone. A picture from elsewhere is always whole."""
+    mask_area: Annotated[tuple[Share, Share], Listed] = (0.05, 0.4)
+    """The smallest and the largest share of the subject that is masked."""
+    crop_scale: Annotated[tuple[PositiveFloat, PositiveFloat], Listed] = (1.0, 1.6)
+    """How much larger than the region its crop is, at least and at most."""
+    crop_shift: Share = 0.15
+    """How far the crop is moved at most, as a share of its side."""
+    smallest_crop: Share = 0.2
+    """The smallest side of a region, as a share of the reference's."""
+
+    @model_validator(mode="after")
+    def _ranges_rise(self) -> Self:
+        for name in ("mask_area", "crop_scale"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                told = f"is {low:g} to {high:g}: pass two numbers above 0, the smaller one first."
+                raise InvalidOption(type(self), name, told)
         return self
 
 

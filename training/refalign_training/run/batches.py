@@ -1,7 +1,7 @@
 """From the rows of a micro-batch to a batch: reading, in worker processes if there are some, and encoding."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -144,9 +144,11 @@ def load_batches(
     workers: int,
     encodes: bool,
     pin_memory: bool = False,
-) -> Iterator[Batch]:
+    make: Callable[[Read], Any] | None = None,
+) -> Iterator[Any]:
     """The batches of one process from a step on, in their order: `batch_size / (micro_batch_size * world_size)` per
-    step. With `encodes`, encoders run in this process; otherwise the workers do everything."""
+    step. With `encodes`, encoders run in this process; otherwise the workers do everything. `make` is what makes a
+    batch of what was read, if it is not [`make_batch`]."""
     micro_batches = _MicroBatches(samples, order, options, encodes)
     loader = DataLoader(
         micro_batches,
@@ -159,7 +161,7 @@ def load_batches(
     if workers:
         free_videos()
     loaded = _told(iter(loader))
-    return map(micro_batches.make, loaded) if encodes else loaded
+    return map(make or micro_batches.make, loaded) if encodes else loaded
 
 
 @dataclass

@@ -15,6 +15,7 @@ def check(command: RunCommand) -> None:
     _check_data(command)
     _check_prompts(command.validation.prompts)
     _check_distillation(command)
+    _check_refinement(command)
     _check_memory(command)
     optimizer = command.optimizer
     if optimizer.warmup_steps > command.steps:
@@ -62,6 +63,19 @@ def _check_distillation(command: RunCommand) -> None:
         raise ValueError(f"objective.kind distil needs {', '.join(wrong)}. The recipe distil-1.3b has all of it.")
     if objective.guidance_scale == objective.image_guidance_scale == 1:
         raise ValueError("objective.guidance_scale and image_guidance_scale are 1: that is one pass already.")
+
+
+def _check_refinement(command: RunCommand) -> None:
+    if command.objective.kind != "refine":
+        return
+    if command.training != "full":
+        raise ValueError("objective.kind refine trains all weights of a UNet: pass training full.")
+    if command.alignment.weight:
+        raise ValueError(
+            f"objective.kind refine has no alignment loss: pass alignment.weight 0, not {command.alignment.weight:g}."
+        )
+    if command.dry_run:
+        raise ValueError("--dry-run reckons for videos. A refinement sees one picture at a time: just start it.")
 
 
 def _check_data(command: RunCommand) -> None:

@@ -20,7 +20,7 @@ from tyro.conf import Fixed
 from refalign_training.bounds import UNKNOWN, InvalidOption, Listed, Many, Options, ShareBelowOne
 from refalign_training.data.recipe import Recipe
 from refalign_training.data.source import Dataset
-from refalign_training.method.options import AlignmentOptions, ObjectiveOptions
+from refalign_training.method.options import AlignmentOptions, ObjectiveOptions, RefineOptions
 from refalign_training.run.yaml_file import with_exponents
 
 
@@ -120,7 +120,7 @@ class OptimizerOptions(Options):
     muon_lr: NonNegativeFloat = 1e-2
     """Muon's learning rate."""
     projector_lr: NonNegativeFloat | None = None
-    """The projectors' learning rate. None: it is AdamW's."""
+    """The learning rate of projectors: the alignment's, or that of a refinement's references. None: it is AdamW's."""
     betas: Annotated[tuple[ShareBelowOne, ShareBelowOne], Listed] = (0.9, 0.999)
     """AdamW's betas."""
     eps: float = 1e-8
@@ -241,6 +241,7 @@ class RunCommand(Options):
     optimizer: OptimizerOptions = field(default_factory=OptimizerOptions)
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     alignment: AlignmentOptions = field(default_factory=AlignmentOptions)
+    refine: RefineOptions = field(default_factory=RefineOptions)
     checkpoints: CheckpointOptions = field(default_factory=CheckpointOptions)
     log: LogOptions = field(default_factory=LogOptions)
     validation: ValidationOptions = field(default_factory=ValidationOptions)

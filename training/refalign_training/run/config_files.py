@@ -13,7 +13,7 @@ from typing import Any
 import tyro
 
 from refalign.files import new_file
-from refalign_training.cache.command import FAMILIES, CacheCommand
+from refalign_training.cache.command import OF_VIDEOS, CacheCommand, Family
 from refalign_training.data.check import Check
 from refalign_training.data.source import Source
 from refalign_training.run.config import CONFIG_FILE, RunCommand, naming_sections, to_yaml, validated
@@ -131,10 +131,16 @@ def cache_of(command: RunCommand) -> CacheCommand:
         output=tyro.MISSING if data.cache is None else data.cache,
         source=data.source,
         recipe=data.recipe,
-        model=model.base,
+        model=None if command.objective.kind == "refine" else model.base,
         revision=model.revision,
         teacher=data.teacher,
         teacher_revision=data.teacher_revision,
-        families=FAMILIES if command.alignment.weight else FAMILIES[:-1],
+        families=_families_of(command),
         device=command.device,
     )
+
+
+def _families_of(command: RunCommand) -> tuple[Family, ...]:
+    if command.objective.kind == "refine":
+        return ("pictures",)
+    return OF_VIDEOS if command.alignment.weight else OF_VIDEOS[:-1]

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from refalign.pipeline_refalign_wan import normalize_latents
+from refalign_training.cache.command import OF_VIDEOS
 from refalign_training.cache.encoders import Model, TeacherEncoder, TextEncoder, VaeEncoder, fetch_models, vae_config
 from refalign_training.cache.holders import READERS, hold
 from refalign_training.cache.reader import Cache, open_index
@@ -19,9 +20,6 @@ from refalign_training.data.randomness import numpy_generator
 from refalign_training.data.sample import Unusable, usable
 from refalign_training.data.source import read_source
 from refalign_training.run.config import DataOptions, ModelOptions
-
-
-FAMILIES = ("video", "references", "text", "teacher")
 
 
 class Encoders:
@@ -81,7 +79,7 @@ class CachedSamples:
     def __init__(self, folder: Path, needs_teacher: bool) -> None:
         open_index(folder)  # nothing is written into what is not a cache
         self._hold = hold(folder, READERS)
-        self.cache = Cache(folder, FAMILIES if needs_teacher else FAMILIES[:-1])
+        self.cache = Cache(folder, OF_VIDEOS if needs_teacher else OF_VIDEOS[:-1])
         self.buckets = self.cache.samples.buckets
         self.name, self.fingerprint = folder.name, self.cache.fingerprint
         self._empty_prompt_embeds = self.cache.empty_prompt_embeds
@@ -130,7 +128,7 @@ class OnlineSamples:
         for sample in self.samples:
             digest.update(repr(sample).encode("utf-8", "surrogatepass"))
         self.fingerprint = f"sha256:{digest.hexdigest()}"
-        families = FAMILIES if needs_teacher else FAMILIES[:-1]
+        families = OF_VIDEOS if needs_teacher else OF_VIDEOS[:-1]
         self.encoders = Encoders(families, model, device, (options.teacher, options.teacher_revision))
         if fetches:
             vae_config(self.encoders.models["video"].folder)

@@ -17,6 +17,7 @@ from refalign_training.run.parallel import gradient_norm, local
 
 
 PROJECTORS = "alignment."
+REFERENCE_PROJECTOR = "refiner.reference_projector."
 
 
 class TrainState:
@@ -40,7 +41,8 @@ class TrainState:
         groups: dict[Any, dict[str, Any]] = {}
         for name, parameter in self.parameters.items():
             lr = options.lr
-            if name.startswith(PROJECTORS) and options.projector_lr is not None:
+            is_projector = name.startswith((PROJECTORS, REFERENCE_PROJECTOR))
+            if is_projector and options.projector_lr is not None:
                 lr = options.projector_lr
             extra = {}
             if options.name == "muon" and is_hidden(name, parameter):

@@ -58,10 +58,18 @@ def run(command: RunCommand) -> int:
 
         return dry_run(command)
     with owned_by_all(Parallel(command.parallel, command.device), command.output):
-        trainer = Trainer(command)
+        trainer = _trainer_of(command)(command)
         code = trainer.train()
         trainer.parallel.close()
     return code
+
+
+def _trainer_of(command: RunCommand) -> "type[Trainer]":
+    if command.objective.kind != "refine":
+        return Trainer
+    from refalign_training.run.refine_trainer import RefineTrainer
+
+    return RefineTrainer
 
 
 class Trainer:
@@ -221,8 +229,7 @@ class Trainer:
         if self.parallel.is_main:
             command.output.mkdir(parents=True, exist_ok=True)
             keep_options(command)
-            picture = command.output / "timesteps.png"
-            plot_timesteps(command.objective.timesteps, picture, command.alignment.gate_power)
+            self._plot_timesteps()
             self.log = RunLog(command.output, command.log, flatten(command), self.step)
             for line in self._summary().splitlines():
                 logger.info("%s", line)
@@ -237,8 +244,16 @@ class Trainer:
             f"{command.output} {begin}: {command.training}, {trained:,} trained weights, {len(self.rows):,} samples "
             f"of {self.samples.name} ({len(self.held_out)} held out), {command.steps:,} steps of {command.batch.size} "
             f"({epochs:.2g} epochs), processes: {self.parallel.world_size}"
-            f"{', sharded' if self.parallel.is_sharded else ''}.\n{describe_timesteps(command.objective.timesteps)}"
+            f"{', sharded' if self.parallel.is_sharded else ''}.\n{self._describe_timesteps()}"
         )
+
+    def _plot_timesteps(self) -> None:
+        command = self.command
+        picture = command.output / "timesteps.png"
+        plot_timesteps(command.objective.timesteps, picture, command.alignment.gate_power)
+
+    def _describe_timesteps(self) -> str:
+        return describe_timesteps(self.command.objective.timesteps)
 
     # -- Parts of a step -------------------------------------------------------------------------------------------
 
@@ -354,7 +369,8 @@ class Trainer:
         self._since += time.perf_counter() - started
 
     def _tell_validation(self, bar: Bar, values: dict[str, float]) -> None:
-        names = {"validation/mse": "loss", "validation/reference_gain": "gain", "validation/order_gain": "order gain"}
+        names = {"validation/mse": "loss", "validation/miou": "mIoU"}
+        names |= {"validation/reference_gain": "gain", "validation/order_gain": "order gain"}
         told = [f"{name} {values[key]:.4f}" for key, name in names.items() if key in values]
         logger.info("Step %d, held out: %s", self.step, ", ".join(told))
         bar.tell(values)

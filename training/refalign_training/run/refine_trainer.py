@@ -1,0 +1,103 @@
+"""The trainer of the objective `refine`: another network on other samples, in the same loop."""
+
+import logging
+from functools import partial
+
+import torch
+
+from refalign_training.method.refinement import Refinement, Refiner
+from refalign_training.run import resume
+from refalign_training.run.batches import load_batches
+from refalign_training.run.log import Bar
+from refalign_training.run.order import Order, hold_out, nothing_held_out
+from refalign_training.run.refine import (
+    RefineEncoders,
+    RefineValidation,
+    load_base,
+    make_refine_batch,
+    open_subjects,
+)
+from refalign_training.run.state import TrainState
+from refalign_training.run.trainer import Trainer
+
+
+logger = logging.getLogger(__name__)
+
+
+class RefineTrainer(Trainer):
+    """A run of Refine-by-Align."""
+
+    def _open_samples(self) -> None:
+        command, batch = self.command, self.command.batch
+        self.pipeline = load_base(command.model)
+        self.encoders = RefineEncoders(self.pipeline, self.parallel.device)
+        self.samples = open_subjects(command.data, command.refine, self.pipeline)
+        self.rows, self.held_out = hold_out(len(self.samples.buckets), command.validation.samples)
+        self.order = Order(self.samples.buckets, self.rows, batch.size, batch.micro, command.seed)
+
+    def _open_validation(self) -> None:
+        self.prompts, self.validation = [], None
+        if not self.command.validation.every:
+            return
+        if not len(self.held_out):
+            logger.warning("%s", nothing_held_out(len(self.rows)))
+            return
+        validation = RefineValidation(self.samples, self.held_out.tolist(), self.encoders)
+        if validation.count:
+            self.validation = validation
+
+    def _make_networks(self, resumes: bool) -> None:
+        command, parallel = self.command, self.parallel
+        start = resume.find_start(command, resumes)
+        pipeline = self.pipeline
+        refiner = Refiner(pipeline.unet, pipeline.reference_projector).train()
+        if command.model.gradient_checkpointing:
+            pipeline.unet.enable_gradient_checkpointing()
+        if command.model.compile:
+            pipeline.unet.compile(dynamic=False)
+        self.frozen, self.base, self.refiner = "", command.model.base, refiner
+        wrapped = parallel.wrap(refiner, refiner.blocks, torch.float32)
+        self.objective = Refinement(
+            transformer=wrapped,
+            alignment=None,
+            options=command.alignment,
+            dtype=getattr(torch, command.model.precision),
+            scheduler=pipeline.scheduler,
+        )
+        self.state = TrainState({"refiner": refiner}, command.optimizer, command.steps)
+        if start.checkpoint is not None:
+            resume.check_start(start.checkpoint, command, self.frozen)
+            self.state.load_weights(start.checkpoint, parallel.world_size > 1)
+
+    def _start_reading(self) -> None:
+        command, objective = self.command, self.command.objective
+        make = partial(
+            make_refine_batch, samples=self.samples, order=self.order, options=objective, encoders=self.encoders
+        )
+        self.batches = load_batches(
+            self.samples,
+            self.order,
+            objective,
+            rank=self.parallel.rank,
+            world_size=self.parallel.world_size,
+            first_step=self.step,
+            steps=command.steps,
+            workers=command.data.workers,
+            encodes=True,
+            make=make,
+        )
+
+    def _plot_timesteps(self) -> None:
+        """They are drawn evenly: there is nothing to see."""
+
+    def _describe_timesteps(self) -> str:
+        return "Timesteps are drawn evenly from 0 to 999."
+
+    def _validate(self, bar: Bar) -> None:
+        """Losses and how well the attention finds the true region, by the averaged weights if there are some."""
+        if self.validation is None:
+            return
+        with self.state.averaged():
+            values = self.validation.losses(self.objective, self.step - 1)
+            values |= self.validation.maps(self.objective, self.refiner)
+        self._tell_validation(bar, values)
