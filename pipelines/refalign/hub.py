@@ -42,7 +42,11 @@ logger = logging.getLogger(__name__)
 
 REPO_PLACEHOLDER = "ORG/NAME"
 # The Hub has none for reference-to-video. With `image-to-video` it shows `pipe(image=...)`, which is not our call
-PIPELINE_TAG = "image-text-to-video"
+PIPELINE_TAG, REFINE_PIPELINE_TAG = "image-text-to-video", "image-to-image"
+TAGS = {
+    PIPELINE_TAG: ("refalign", "reference-to-video", "subject-to-video", "wan"),
+    REFINE_PIPELINE_TAG: ("refine-by-align", "inpainting", "stable-diffusion"),
+}
 UNKNOWN = "FILL-IN"  # what a card leaves to the user: `push` refuses it
 # The authors' releases, for which we have cards with published results
 RELEASES = {
@@ -340,29 +344,31 @@ def fill_card(
     relation: str = "finetune",
     tags: tuple[str, ...] = (),
     widget: list[dict[str, Any]] | None = None,
+    pipeline_tag: str = PIPELINE_TAG,
     **facts: Any,
 ) -> str:
     """
     A template of `model_cards/` with its front matter and `ORG/NAME` for the repo's name.
 
     Args:
-        card (`str`): `template`, `trained` or `trained_lora`.
+        card (`str`): `template`, `trained`, `trained_lora`, `trained_refine`, ...
         base_model (`str`, *optional*): Hub id of the model that training began from.
         datasets (`list[str]`, *optional*): Hub ids of the data.
         licence (`str`, defaults to `"apache-2.0"`): the Hub's name for the licence.
         relation (`str`, defaults to `"finetune"`): the relation to the base: `finetune` or `adapter`.
         tags (`tuple[str]`, defaults to `()`): tags besides those of every card.
         widget (`list[dict]`, *optional*): what `<Gallery />` shows, as the Hub reads it.
+        pipeline_tag (`str`): the Hub's name for what the model does.
         facts: values for what else the template names.
     """
     data = ModelCardData(
         license=licence,
         library_name="diffusers",
-        pipeline_tag=PIPELINE_TAG,
+        pipeline_tag=pipeline_tag,
         base_model=base_model,
         base_model_relation=relation if base_model else None,
         datasets=datasets,
-        tags=["refalign", "reference-to-video", "subject-to-video", "wan", *tags],
+        tags=[*TAGS[pipeline_tag], *tags],
         widget=widget,
     )
     template = _card(card)

@@ -32,6 +32,7 @@ FAULTS: dict[str, str] = {
     "mask size": "a mask of another size than the frame it was made on",
     "mask": "a mask that cannot be decoded",
     "empty mask": "a mask without a pixel; its box is taken instead",
+    "no mask": "a subject without a mask or alpha, which a refinement cannot be trained on",
     "cross pair": "a cross pair that names a clip or a subject that is not there",
     "no references": "a sample without a reference that can be used",
     "no prompt": "a sample without a caption",

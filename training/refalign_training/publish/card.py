@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 
 from refalign.files import HUB_ID
-from refalign.hub import NATIVE, PROJECTORS, UNKNOWN, fill_card
+from refalign.hub import NATIVE, PIPELINE_TAG, PROJECTORS, REFINE_PIPELINE_TAG, UNKNOWN, fill_card
 from refalign.privacy import shown
 from refalign_training.run.log import METRICS_FILE, read_metrics
 
@@ -63,8 +63,10 @@ def write_card(
     losses = write_curve(run / METRICS_FILE, state["step"], folder / CURVE)
     num_frames, height, width = _sizes(state)[0]
     rows = training_facts(state, _linked(base), dataset, weights)
+    refines = options.get("objective.kind") == "refine"
     text = fill_card(
-        "trained_lora" if is_lora else "trained",
+        "trained_refine" if refines else "trained_lora" if is_lora else "trained",
+        pipeline_tag=REFINE_PIPELINE_TAG if refines else PIPELINE_TAG,
         base_model=base if is_hub_id(base) else None,
         datasets=datasets or None,
         licence=licence or _base_licence(base, base_folder),
@@ -147,20 +149,23 @@ def training_facts(state: Mapping[str, Any], base: str, dataset: str, weights: s
     versions = [f"{plain(name)} {plain(version)}" for name, version in state["versions"].items()]
     seen, count = state["samples"], state["dataset"]["samples"]
     videos = [f"{width}x{height}, {frames} frames" for frames, height, width in _sizes(state)]
+    teacher = state["dataset"].get("teacher") or given["data.teacher"]
     dropped = (o["objective.no_text"], o["objective.no_references"], o["objective.neither"])
+    refines = given.get("objective.kind") == "refine"
     rows = [
         ("Base", f"{base}, revision {code(revision)}" if revision else base),
         ("Started from", code(public_name(start)) if start else ""),
         ("Trained", _trained(o)),
         ("Weights", weights),
         ("Dataset", f"{dataset}, {count:,} samples"),
-        ("Videos", ", ".join(videos)),
+        ("Videos", "" if refines else ", ".join(videos)),
+        ("Trained on", _refined(o) if refines else ""),
         ("Steps", f"{state['step']:,} of {o['steps']:,}, global batch {o['batch.size']}: {seen:,} samples seen"),
         ("Optimiser", _optimiser(o)),
         ("Distilled", f"guidance at the scales {_distilled(given)}, into one pass" if _distilled(given) else ""),
-        ("Timesteps", f"`{o['objective.timesteps']}`"),
+        ("Timesteps", "evenly drawn" if refines else f"`{o['objective.timesteps']}`"),
         ("Dropped", "{:.0%} text, {:.0%} references, {:.0%} both".format(*dropped)),
-        ("Reference alignment", _alignment(o, state["dataset"].get("teacher") or given["data.teacher"])),
+        ("Reference alignment", "" if refines else _alignment(o, teacher)),
         ("Precision", f"{o['model.precision']}; trained weights float32"),
         ("Seed", str(o["seed"])),
         ("Made with", ", ".join(versions)),
@@ -169,10 +174,21 @@ def training_facts(state: Mapping[str, Any], base: str, dataset: str, weights: s
 
 
 def _trained(o: Mapping[str, Any]) -> str:
+    if o.get("objective.kind") == "refine":
+        return "all weights of the UNet and the projector of references"
     if o["training"] == "full":
         return "all weights of the transformer"
     targets = "`, `".join(o["lora.targets"])
     return f"LoRA of rank {o['lora.rank']}, alpha {o['lora.alpha']:g}, dropout {o['lora.dropout']:g}, on `{targets}`"
+
+
+def _refined(o: Mapping[str, Any]) -> str:
+    """What a refinement was trained on."""
+    low, high = o["refine.mask_area"]
+    return (
+        f"masks of {low:.0%} to {high:.0%} of a subject; the whole subject as the reference in "
+        f"{o['refine.alignment_share']:.0%}, else the region alone"
+    )
 
 
 def _optimiser(o: Mapping[str, Any]) -> str:

@@ -5,7 +5,8 @@
     refalign-train export RUN/checkpoints/step-00005000 --output my-model --push ORG/NAME
 
 A LoRA run gives its adapters, as diffusers and ComfyUI read them. A full run gives a whole pipeline and, beside it,
-its transformer as one native file. Nothing heavy is imported before it is needed, so that `--help` answers at once.
+its transformer as one native file; a refinement gives a whole pipeline of its own. Nothing heavy is imported before it
+is needed, so that `--help` answers at once.
 """
 
 import json
@@ -40,8 +41,8 @@ class ExportCommand:
     """Which weights to write: the moving average, or those of the last step. auto is the average, if the run has
     one."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """The type of the weights. auto is float32 for adapters, which are small and then exactly what was trained, else
-    bfloat16. What the model computes in float32 (norms, modulation) stays in float32."""
+    """The type of the weights. auto is float32 for adapters, which are small and then exactly what was trained,
+    float16 for a refinement, else bfloat16. What a video model computes in float32 (norms, modulation) stays so."""
     base: str | None = None
     """The base, as a folder or a Hub id, if it is no longer where the run had it, or if the card must name its Hub
     id."""
@@ -97,12 +98,16 @@ def export(command: ExportCommand) -> None:
         has_average = options["optimizer.ema_decay"] is not None
         average = command.weights == "average" or (command.weights == "auto" and has_average)
         defaults = ONE_PASS if options.get("objective.kind") == "distil" else {}  # older runs have no such option
-        if options["training"] == "lora":
+        revision = options["model.revision"] if base == options["model.base"] else None
+        if options.get("objective.kind") == "refine":
+            base_folder = Path(base) if Path(base).is_dir() else None
+            _write_refiner(folder, checkpoint, base, revision, average, command.dtype)
+        elif options["training"] == "lora":
             base_folder = Path(base) if Path(base).is_dir() else None
             scale = options["lora.alpha"] / options["lora.rank"]
             _write_lora(folder, read_weights(checkpoint, average), scale, command.dtype, defaults)
         else:
-            base_folder = _fetch_base(base, options["model.revision"] if base == options["model.base"] else None)
+            base_folder = _fetch_base(base, revision)
             _write_pipeline(folder, read_weights(checkpoint, average), base_folder, command)
             _add_call_defaults(folder / "model_index.json", defaults)
         if projectors := read_projectors(checkpoint):
@@ -134,6 +139,15 @@ def _write_lora(
     layers = _cast(native_lora(weights, scale), dtype)
     write_lora(layers, folder / LORA_WEIGHTS, "native", metadata=as_metadata(defaults))
     write_community_script(folder / COMMUNITY_SCRIPT)
+
+
+def _write_refiner(folder: Path, checkpoint: Path, base: str, revision: str | None, average: bool, dtype: str) -> None:
+    import torch
+
+    from refalign_training.publish.refiner import write_refiner
+
+    dtype = "float16" if dtype == "auto" else dtype
+    write_refiner(folder, checkpoint, base, revision, average=average, dtype=getattr(torch, dtype))
 
 
 def _write_pipeline(folder: Path, weights: dict[str, "torch.Tensor"], base: Path, command: ExportCommand) -> None:

@@ -12,10 +12,10 @@ def check(command: RunCommand) -> None:
     if command.resume != "auto" and not folder.exists():  # before what the folder would have told
         raise ValueError(f"--resume {command.resume}: there is no folder {folder}.")
     accumulation(command, world_size=1)
+    _check_refinement(command)
     _check_data(command)
     _check_prompts(command.validation.prompts)
     _check_distillation(command)
-    _check_refinement(command)
     _check_memory(command)
     optimizer = command.optimizer
     if optimizer.warmup_steps > command.steps:
