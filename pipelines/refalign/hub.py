@@ -60,6 +60,9 @@ NATIVE = "refalign-native.safetensors"  # the whole transformer once more, for C
 COMMUNITY_SCRIPT = "pipeline.py"  # where `custom_pipeline="ORG/NAME"` looks
 BASES = {30: "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 40: "Wan-AI/Wan2.1-T2V-14B-Diffusers"}  # by number of layers
 
+REFINE_CODE = ("reference_projector", "pipeline_refine_by_align")
+REFINE_TAGS = ("refalign", "refine-by-align", "inpainting", "subject")
+
 ROOT_FILES = (
     "model_index.json",
     RATIOS,
@@ -67,16 +70,17 @@ ROOT_FILES = (
     "LICENSE*",
     PROJECTORS,
     NATIVE,
-    *(f"{name}.py" for name in CODE),
+    *(f"{name}.py" for name in (*CODE, *REFINE_CODE)),
 )
 LORA_FILES = (LORA_WEIGHTS, PROJECTORS, "README.md", "LICENSE*", COMMUNITY_SCRIPT)
 RESULTS = ".eval_results"  # of benchmarks, as the Hub reads them
 RESULT_FILES = ("*.yaml",)
 ASSET_FILES = ("*.png", "*.jpg", "*.webp", "*.gif", "*.mp4")
-COMPONENT_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "transformer_refalign_wan.py")
+COMPONENT_CODE = ("transformer_refalign_wan.py", "reference_projector.py")
+COMPONENT_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", *COMPONENT_CODE)
 REPO_FOLDERS = ("assets/*", f"{RESULTS}/*.yaml")
 REPO_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "README.md", "LICENSE*", *REPO_FOLDERS)  # no code
-FILLED_CARDS = ("trained", "trained_lora", "sprites")  # by [`fill_card`], with what a run was
+FILLED_CARDS = ("trained", "trained_lora", "sprites", "refine")  # by [`fill_card`], with what a run was
 TRAINING_STATE = ("*optim*", "*ema_state*", "*random_states*", "trainer_state*")
 
 
@@ -117,18 +121,34 @@ def complete_repo(folder: str | Path, card: str = "template") -> None:
             `refalign-14b`.
 
     Raises:
-        ValueError: if it is not a pipeline folder with Wan 2.1's text-to-video transformer.
+        ValueError: if it is not a pipeline folder with Wan 2.1's text-to-video transformer, or Refine-by-Align's.
     """
-    from refalign.pipeline_refalign_wan import write_code  # loads torch
+    from refalign import pipeline_refalign_wan, pipeline_refine_by_align  # load torch
 
     folder = Path(folder)
-    index, config = _read_json(folder / "model_index.json"), _read_json(folder / "transformer/config.json")
-    for name in ("transformer", "vae", "text_encoder"):
+    index = _read_json(folder / "model_index.json")
+    if _is_refine(index):
+        _check_has_weights(folder, index, ("unet", "vae", "image_encoder", "reference_projector"))
+        pipeline_refine_by_align.write_code(folder)
+        text = _refine_card()
+    else:
+        config = _read_json(folder / "transformer/config.json")
+        _check_has_weights(folder, index, ("transformer", "vae", "text_encoder"))
+        pipeline_refalign_wan.write_code(folder)
+        text = model_card(config, card)
+    if not (folder / "README.md").exists():
+        (folder / "README.md").write_text(text, "utf-8")
+
+
+def _is_refine(index: dict[str, Any]) -> bool:
+    """Whether a `model_index.json` is of Refine-by-Align's pipeline."""
+    return "RefineByAlignPipeline" in (index.get("_class_name") or "")
+
+
+def _check_has_weights(folder: Path, index: dict[str, Any], names: tuple[str, ...]) -> None:
+    for name in names:
         if name in index and not any((folder / name).glob("*.safetensors")):
             raise ValueError(f"{folder} has no safetensors weights in {name}/. Other formats are not published.")
-    write_code(folder)
-    if not (folder / "README.md").exists():
-        (folder / "README.md").write_text(model_card(config, card), "utf-8")
 
 
 def export_repo(model: Any, output: str | Path, card: str = "template") -> Path:
@@ -271,6 +291,8 @@ def _fill_stage(stage: Path, folder: Path, kind: str, repo_id: str) -> None:
 
 
 def _check_kind(stage: Path, folder: Path) -> None:
+    if _is_refine(_read_json(stage / "model_index.json")):
+        return
     from refalign.pipeline_refalign_wan import check_is_wan21_pipeline  # loads torch
     from refalign.transformer_refalign_wan import check_is_wan21
 
@@ -290,13 +312,10 @@ def _fill_in_repo(card: Path, folder: Path, repo_id: str) -> None:
 
 
 def _check_weights(folder: Path) -> None:
-    """Raises ValueError unless transformer and VAE have the very tensors that their configurations ask for."""
+    """Raises ValueError unless the networks have the very tensors that their configurations ask for."""
     import torch
-    from diffusers import AutoencoderKLWan
 
-    from refalign.transformer_refalign_wan import RefAlignWanTransformer3DModel
-
-    for part, kind in (("transformer", RefAlignWanTransformer3DModel), ("vae", AutoencoderKLWan)):
+    for part, kind in _networks(folder).items():
         if not (folder / part).is_dir():
             continue
         with torch.device("meta"):
@@ -310,6 +329,18 @@ def _check_weights(folder: Path) -> None:
                     f"{folder / part} {what} {len(names)} tensors of its config.json, such as {name} {shape}. Was it "
                     "saved with a LoRA loaded, or without all shards? Save it anew."
                 )
+
+
+def _networks(folder: Path) -> dict[str, Any]:
+    """The classes of a pipeline's networks that are diffusers' or ours, by their folders."""
+    from diffusers import AutoencoderKL, AutoencoderKLWan, UNet2DConditionModel
+
+    from refalign.reference_projector import ReferenceProjector
+    from refalign.transformer_refalign_wan import RefAlignWanTransformer3DModel
+
+    if _is_refine(_read_json(folder / "model_index.json")):
+        return {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "reference_projector": ReferenceProjector}
+    return {"transformer": RefAlignWanTransformer3DModel, "vae": AutoencoderKLWan}
 
 
 def check_repo_id(repo_id: str) -> None:
@@ -373,6 +404,14 @@ def fill_card(
     )
     template = _card(card)
     return ModelCard.from_template(data, template_str=template, repo=REPO_PLACEHOLDER, **facts).content
+
+
+def _refine_card() -> str:
+    data = ModelCardData(
+        license=UNKNOWN, library_name="diffusers", pipeline_tag="image-to-image", tags=list(REFINE_TAGS)
+    )
+    facts = {"repo": REPO_PLACEHOLDER, "unknown": UNKNOWN}
+    return ModelCard.from_template(data, template_str=_card("refine"), **facts).content
 
 
 def _card(name: str) -> str:

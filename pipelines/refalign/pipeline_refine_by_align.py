@@ -870,6 +870,8 @@ def write_code(folder: Path) -> None:
             (folder / f"reference_projector/{name}.py").write_text(source, "utf-8")
     for file in folder.rglob("*.json"):
         content = json.loads(file.read_text("utf-8"))
+        if not isinstance(content, dict):
+            continue
         for key in ("_name_or_path", "name_or_path"):
             content.pop(key, None)
         if file == folder / "model_index.json":
