@@ -61,8 +61,6 @@ COMMUNITY_SCRIPT = "pipeline.py"  # where `custom_pipeline="ORG/NAME"` looks
 BASES = {30: "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", 40: "Wan-AI/Wan2.1-T2V-14B-Diffusers"}  # by number of layers
 
 REFINE_CODE = ("reference_projector", "pipeline_refine_by_align")
-REFINE_TAGS = ("refalign", "refine-by-align", "inpainting", "subject")
-
 ROOT_FILES = (
     "model_index.json",
     RATIOS,
@@ -80,7 +78,13 @@ COMPONENT_CODE = ("transformer_refalign_wan.py", "reference_projector.py")
 COMPONENT_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", *COMPONENT_CODE)
 REPO_FOLDERS = ("assets/*", f"{RESULTS}/*.yaml")
 REPO_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "README.md", "LICENSE*", *REPO_FOLDERS)  # no code
-FILLED_CARDS = ("trained", "trained_lora", "sprites", "refine")  # by [`fill_card`], with what a run was
+FILLED_CARDS = (
+    "trained",
+    "trained_lora",
+    "trained_refine",
+    "sprites",
+    "refine",
+)  # by [`fill_card`], with what a run was
 TRAINING_STATE = ("*optim*", "*ema_state*", "*random_states*", "trainer_state*")
 
 
@@ -130,7 +134,8 @@ def complete_repo(folder: str | Path, card: str = "template") -> None:
     if _is_refine(index):
         _check_has_weights(folder, index, ("unet", "vae", "image_encoder", "reference_projector"))
         pipeline_refine_by_align.write_code(folder)
-        text = _refine_card()
+        options = {"licence": UNKNOWN, "unknown": UNKNOWN, "pipeline_tag": REFINE_PIPELINE_TAG}
+        text = fill_card("refine", base_model=None, datasets=None, **options)
     else:
         config = _read_json(folder / "transformer/config.json")
         _check_has_weights(folder, index, ("transformer", "vae", "text_encoder"))
@@ -404,14 +409,6 @@ def fill_card(
     )
     template = _card(card)
     return ModelCard.from_template(data, template_str=template, repo=REPO_PLACEHOLDER, **facts).content
-
-
-def _refine_card() -> str:
-    data = ModelCardData(
-        license=UNKNOWN, library_name="diffusers", pipeline_tag="image-to-image", tags=list(REFINE_TAGS)
-    )
-    facts = {"repo": REPO_PLACEHOLDER, "unknown": UNKNOWN}
-    return ModelCard.from_template(data, template_str=_card("refine"), **facts).content
 
 
 def _card(name: str) -> str:

@@ -189,7 +189,7 @@ def prepare_reference(image: Image.Image, size: int) -> Image.Image:
 def crop_region(image: Image.Image, box: Box, size: int) -> Image.Image:
     """A region of a reference as the image encoder sees it: the square around its box, from the reference at its full
     size, on white [O]."""
-    return cut_square(on_white(image), square_around(box, 1.0, image.size), size)
+    return cut_square(on_white(image), square_around(box, 1.0), size)
 
 
 def reference_pixels(images: torch.Tensor) -> torch.Tensor:
