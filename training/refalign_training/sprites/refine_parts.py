@@ -35,7 +35,7 @@ VAE = {
 VAE_OPTIMIZER = OptimizerOptions(
     name="muon", muon_lr=1e-2, lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0, warmup_steps=20, schedule="linear"
 )
-VAE_STEPS = 450
+VAE_STEPS = 1200
 VAE_BATCH = 8  # images of half a batch
 DIVERGENCE = 1e-4  # the weight of the latents' divergence from the normal distribution
 GREY_SHARE = 0.25  # of the images, which get a grey rectangle: what is masked is encoded too
@@ -50,7 +50,7 @@ ENCODER: dict[str, Any] = {
     "image_size": IMAGE_SIDE,
 }
 ENCODER_OPTIMIZER = OptimizerOptions(lr=1e-3, warmup_steps=40, schedule="linear", weight_decay=0.05)
-ENCODER_STEPS = 400
+ENCODER_STEPS = 1000
 ENCODER_BATCH = 16
 IMAGES = 4_000
 
