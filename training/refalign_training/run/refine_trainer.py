@@ -1,5 +1,6 @@
 """The trainer of the objective `refine`: another network on other samples, in the same loop."""
 
+import dataclasses
 import logging
 from functools import partial
 
@@ -32,17 +33,23 @@ class RefineTrainer(Trainer):
         self.pipeline = load_base(command.model)
         self.encoders = RefineEncoders(self.pipeline, self.parallel.device)
         self.samples = open_subjects(command.data, command.refine, self.pipeline)
-        self.rows, self.held_out = hold_out(len(self.samples.buckets), command.validation.samples)
+        wanted = command.validation.samples if command.validation.cache is None else 0
+        self.rows, self.held_out = hold_out(len(self.samples.buckets), wanted)
         self.order = Order(self.samples.buckets, self.rows, batch.size, batch.micro, command.seed)
 
     def _open_validation(self) -> None:
         self.prompts, self.validation = [], None
-        if not self.command.validation.every:
+        options, samples, rows = self.command.validation, self.samples, self.held_out.tolist()
+        if not options.every:
             return
-        if not len(self.held_out):
+        if options.cache is not None:
+            data = dataclasses.replace(self.command.data, cache=options.cache)
+            samples = open_subjects(data, self.command.refine, self.pipeline)
+            rows = range(min(options.samples, len(samples.buckets)))
+        if not rows:
             logger.warning("%s", nothing_held_out(len(self.rows)))
             return
-        validation = RefineValidation(self.samples, self.held_out.tolist(), self.encoders)
+        validation = RefineValidation(samples, rows, self.encoders)
         if validation.count:
             self.validation = validation
 

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 Stage = Literal[
     *("vae", "text", "teacher", "base", "data", "cache", "run", "model"),
-    *("refine-vae", "refine-encoder", "refine-base"),
+    *("refine-vae", "refine-encoder", "refine-base", "refine-data", "refine-cache", "refine-run"),
 ]
 
 TRANSFORMER = {
@@ -240,12 +240,15 @@ def _train(command: SpritesCommand) -> None:
     train(command, command.output / "run", ["--steps", str(command.steps)] if command.steps else [])
 
 
-def train(command: SpritesCommand, output: Path, options: list[str]) -> None:
-    """Trains a transformer by the recipe and what differs from it, or goes on with it."""
-    with as_file(files("refalign_training.configs") / "sprites.yaml") as config:
+def train(command: SpritesCommand, output: Path, options: list[str], prefix: str = "") -> None:
+    """Trains a network by its recipe and what differs from it, or goes on with it. `prefix` is `refine-` for the model
+    that refines."""
+    name = "refine-sprites" if prefix else "sprites"
+    with as_file(files("refalign_training.configs") / f"{name}.yaml") as config:
         arguments = ["--config", config, "--output", output, "--resume", "auto"]
-        arguments += ["--model.base", command.output / PRODUCTS["base"], "--data.cache", command.output / "cache"]
-        arguments += ["--validation.cache", command.output / "cache-held-out"]
+        arguments += ["--model.base", command.output / f"{prefix}base"]
+        arguments += ["--data.cache", command.output / f"{prefix}cache"]
+        arguments += ["--validation.cache", command.output / f"{prefix}cache-held-out"]
         launch(["run", *map(str, arguments), *options], command.processes)
 
 

@@ -7,7 +7,17 @@
 import logging
 
 from refalign.files import new_folder
-from refalign_training.sprites.recipe import PRODUCTS, SpritesCommand, Stages, is_main, write_measured
+from refalign_training.sprites.recipe import (
+    HELD_OUT_CLIPS,
+    PRODUCTS,
+    SpritesCommand,
+    Stages,
+    is_main,
+    launch,
+    train,
+    write_measured,
+)
+from refalign_training.sprites.views import IMAGE_SIDE
 
 
 logger = logging.getLogger(__name__)
@@ -69,7 +79,6 @@ def _make_base(command: SpritesCommand) -> None:
 
     from refalign.pipeline_refine_by_align import RefineByAlignPipeline
     from refalign.reference_projector import ReferenceProjector
-    from refalign_training.sprites.views import IMAGE_SIDE
 
     torch.manual_seed(0)
     encoder = Dinov2WithRegistersModel.from_pretrained(command.output / PRODUCTS["refine-encoder"])
@@ -88,8 +97,36 @@ def _make_base(command: SpritesCommand) -> None:
         pipeline.save_pretrained(folder)
 
 
+def _make_data(command: SpritesCommand) -> None:
+    from refalign_training.sprites.dataset import write_dataset
+
+    write_dataset(command.output / "refine-data", command.clips // 2)
+    write_dataset(command.output / "refine-data-held-out", HELD_OUT_CLIPS, seed=1, held_out=True)
+
+
+def _make_cache(command: SpritesCommand) -> None:
+    for name in ("", "-held-out"):
+        data = command.output / f"refine-data{name}"
+        arguments = ["--data", "opens2v", "--videos", data / "Videos"]
+        arguments += ["--annotations", data / "Jsons/mask_and_bbox/total_part1.json"]
+        arguments += ["--cross-pairs", data / "Jsons/cross_video_pairs/pairs.json"]
+        arguments += ["--families", "pictures", "--output", command.output / f"refine-cache{name}"]
+        # Two draws of each subject, a third of them with its picture from another clip
+        arguments += ["--variants", 2, "--cross-probability", 0.3, "--workers", "0"]
+        side = ["--height", str(IMAGE_SIDE), "--width", str(IMAGE_SIDE), "--num-frames", "1"]
+        launch(["cache", *map(str, arguments), *side], command.processes)
+
+
+def _train(command: SpritesCommand) -> None:
+    steps = ["--steps", str(command.steps)] if command.steps else []
+    train(command, command.output / "refine-run", steps, prefix="refine-")
+
+
 REFINE_STAGES: Stages = {
     "refine-vae": _make_vae,
     "refine-encoder": _make_encoder,
     "refine-base": _make_base,
+    "refine-data": _make_data,
+    "refine-cache": _make_cache,
+    "refine-run": _train,
 }
