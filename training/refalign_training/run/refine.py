@@ -145,7 +145,8 @@ class RefineEncoders:
     """The frozen VAE and image encoder of a pipeline, on a device."""
 
     def __init__(self, base: RefineByAlignPipeline, device: torch.device) -> None:
-        self.vae = base.vae.to(device).eval().requires_grad_(False)
+        # Another layout of the same numbers, in which a CPU convolves faster
+        self.vae = base.vae.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
         self.image_encoder = base.image_encoder.to(device).eval().requires_grad_(False)
         self.device = device
         self.factor = base.vae_scale_factor
@@ -161,7 +162,7 @@ class RefineEncoders:
         images = stacked("image").permute(0, 3, 1, 2).float() / 127.5 - 1
         mask = stacked("mask")[:, None].float()
         latents = self.vae.encode(torch.cat([images, images * (1 - mask)])).latent_dist.mode()
-        latents, masked_latents = (latents * self.vae.config.scaling_factor).chunk(2)
+        latents, masked_latents = (latents.contiguous() * self.vae.config.scaling_factor).chunk(2)
         patches = encode_patches(self.image_encoder, reference_pixels(stacked("reference")))
         grid = math.isqrt(patches.shape[1])
         return {
