@@ -3,6 +3,7 @@ import torch
 
 from refalign_training.cache.command import CacheCommand
 from refalign_training.cache.writer import fill
+from refalign_training.cli import main
 from refalign_training.data.recipe import Recipe
 from refalign_training.run.checkpoint import find_checkpoint, read_tensors
 from refalign_training.run.checks import check
@@ -99,9 +100,22 @@ def test_a_cache_of_another_size_is_refused(world, tmp_path):
     [
         ({"training": "lora"}, "objective.kind refine trains all weights of a UNet: pass training full"),
         ({"alignment.weight": 1.0}, "objective.kind refine has no alignment loss: pass alignment.weight 0, not 1"),
-        ({"dry_run": True}, "--dry-run reckons for videos"),
+        ({"dry_run": True, "gpu_memory": 24.0}, "--gpu-memory is reckoned for videos"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(world, tmp_path, changes, told):
     with pytest.raises(ValueError, match=told):
         check(refine_command(tmp_path, world, **changes))
+
+
+@pytest.mark.parametrize("recipe", ["refine", "refine-sprites"])
+def test_its_recipes_pass_a_dry_run(recipe, world, tmp_path, capsys):
+    source = world.source
+    options = ["--config", recipe, "--output", tmp_path / "run", "--model.base", world.base, "--data.cache", "None"]
+    options += ["--data.source.data", "opens2v", "--data.source.videos", source.videos]
+    options += ["--data.source.annotations", *source.annotations, "--validation.cache", "None", "--dry-run"]
+    assert main(["run", *map(str, options)]) == 0
+    told = capsys.readouterr().out
+    assert "4 samples and 0 held out" in told
+    assert "TFLOP a sample" in told
+    assert not (tmp_path / "run").exists()

@@ -74,8 +74,8 @@ def _check_refinement(command: RunCommand) -> None:
         raise ValueError(
             f"objective.kind refine has no alignment loss: pass alignment.weight 0, not {command.alignment.weight:g}."
         )
-    if command.dry_run:
-        raise ValueError("--dry-run reckons for videos. A refinement sees one picture at a time: just start it.")
+    if command.gpu_memory is not None:
+        raise ValueError("--gpu-memory is reckoned for videos, not for objective.kind refine. Leave it out.")
 
 
 def _check_data(command: RunCommand) -> None:

@@ -130,9 +130,8 @@ class OnlineSubjects(SubjectSamples):
         return load_subjects(self.samples[row], self.recipe, epoch)[0]
 
 
-def open_subjects(data: DataOptions, options: RefineOptions, base: RefineByAlignPipeline) -> SubjectSamples:
-    """The samples that a run is to be trained on, or that it is validated on."""
-    side, reference_side = int(base.config["image_size"]), int(base.config["reference_size"])
+def open_subjects(data: DataOptions, options: RefineOptions, side: int, reference_side: int) -> SubjectSamples:
+    """The samples that a run is to be trained on, or that it is validated on, for a model of these sizes in pixels."""
     if data.cache is not None:
         return CachedSubjects(data.cache, options, side, reference_side)
     return OnlineSubjects(data, options, side, reference_side)

@@ -32,7 +32,8 @@ class RefineTrainer(Trainer):
         command, batch = self.command, self.command.batch
         self.pipeline = load_base(command.model)
         self.encoders = RefineEncoders(self.pipeline, self.parallel.device)
-        self.samples = open_subjects(command.data, command.refine, self.pipeline)
+        self.sizes = int(self.pipeline.config["image_size"]), int(self.pipeline.config["reference_size"])
+        self.samples = open_subjects(command.data, command.refine, *self.sizes)
         wanted = command.validation.samples if command.validation.cache is None else 0
         self.rows, self.held_out = hold_out(len(self.samples.buckets), wanted)
         self.order = Order(self.samples.buckets, self.rows, batch.size, batch.micro, command.seed)
@@ -44,7 +45,7 @@ class RefineTrainer(Trainer):
             return
         if options.cache is not None:
             data = dataclasses.replace(self.command.data, cache=options.cache)
-            samples = open_subjects(data, self.command.refine, self.pipeline)
+            samples = open_subjects(data, self.command.refine, *self.sizes)
             rows = range(min(options.samples, len(samples.buckets)))
         if not rows:
             logger.warning("%s", nothing_held_out(len(self.rows)))

@@ -7,6 +7,7 @@
 Killed, it goes on with `--resume latest` from its last checkpoint to the same numbers.
 """
 
+import importlib
 import importlib.metadata
 import logging
 import math
@@ -54,9 +55,8 @@ def run(command: RunCommand) -> int:
     by Ctrl-C. Raises ValueError if the options, the data or a checkpoint do not fit, or another run has the folder."""
     check(command)
     if command.dry_run:
-        from refalign_training.run.estimate import dry_run
-
-        return dry_run(command)
+        name = "refine_estimate" if command.objective.kind == "refine" else "estimate"
+        return importlib.import_module(f"refalign_training.run.{name}").dry_run(command)
     with owned_by_all(Parallel(command.parallel, command.device), command.output):
         trainer = _trainer_of(command)(command)
         code = trainer.train()
