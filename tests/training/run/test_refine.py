@@ -7,6 +7,7 @@ from refalign_training.cli import main
 from refalign_training.data.recipe import Recipe
 from refalign_training.run.checkpoint import find_checkpoint, read_tensors
 from refalign_training.run.checks import check
+from refalign_training.run.config import PromptOptions
 from refalign_training.run.log import read_metrics
 from refalign_training.run.refine_trainer import RefineTrainer
 from refalign_training.run.trainer import run
@@ -100,6 +101,8 @@ def test_a_cache_of_another_size_is_refused(world, tmp_path):
     [
         ({"training": "lora"}, "objective.kind refine trains all weights of a UNet: pass training full"),
         ({"alignment.weight": 1.0}, "objective.kind refine has no alignment loss: pass alignment.weight 0, not 1"),
+        ({"model.attention": "flash"}, "model.attention is for videos, not for objective.kind refine"),
+        ({"validation.prompts": (PromptOptions("A dog."),)}, "validation.prompts is for videos"),
         ({"dry_run": True, "gpu_memory": 24.0}, "--gpu-memory is reckoned for videos"),
     ],
 )

@@ -65,6 +65,15 @@ def _check_distillation(command: RunCommand) -> None:
         raise ValueError("objective.guidance_scale and image_guidance_scale are 1: that is one pass already.")
 
 
+# What a refinement has nothing of
+OF_VIDEOS = {
+    "model.offload_activations": False,
+    "model.attention": None,
+    "objective.detail_weight": 1,
+    "validation.prompts": [],
+}
+
+
 def _check_refinement(command: RunCommand) -> None:
     if command.objective.kind != "refine":
         return
@@ -74,6 +83,10 @@ def _check_refinement(command: RunCommand) -> None:
         raise ValueError(
             f"objective.kind refine has no alignment loss: pass alignment.weight 0, not {command.alignment.weight:g}."
         )
+    options = flatten(command)
+    for name, default in OF_VIDEOS.items():
+        if options[name] != default:
+            raise ValueError(f"{name} is for videos, not for objective.kind refine. Leave it out.")
     if command.gpu_memory is not None:
         raise ValueError("--gpu-memory is reckoned for videos, not for objective.kind refine. Leave it out.")
 

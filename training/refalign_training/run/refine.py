@@ -52,7 +52,7 @@ def load_base(options: ModelOptions) -> RefineByAlignPipeline:
     """The pipeline that is trained, downloaded if need be, in float32 on the CPU. Raises ValueError if it is another
     one's folder."""
     folder = fetch(options.base, FILES, options.revision)
-    return RefineByAlignPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    return RefineByAlignPipeline.from_pretrained(folder, dtype=torch.float32)
 
 
 # -- Samples ----------------------------------------------------------------------------------------------------------
