@@ -270,11 +270,16 @@ def _copy_component(source: Path, target: Path) -> None:
 def _write_scheduler(folder: Path, family: Family) -> list[str]:
     for file in folder.iterdir():
         file.unlink()
-    scheduler = paper_scheduler()
-    if family.scheduler is not None:
-        scheduler = getattr(diffusers, family.scheduler["_class_name"]).from_config(family.scheduler)
+    scheduler = family_scheduler(family)
     scheduler.save_config(folder)
     return ["diffusers", type(scheduler).__name__]
+
+
+def family_scheduler(family: Family) -> Any:
+    """The scheduler that models of a family are sampled with."""
+    if family.scheduler is None:
+        return paper_scheduler()
+    return getattr(diffusers, family.scheduler["_class_name"]).from_config(family.scheduler)
 
 
 def _plan_shards(tensors: dict[str, StoredTensor], max_shard_size: int | str) -> StateDictSplit:

@@ -1,5 +1,6 @@
 """The families of models that one pipeline runs. What differs between them is data, kept in a model's own files."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,7 @@ class Family:
     """The model card of `model_cards/` for a checkpoint that is not recognised."""
 
 
-FAMILIES = {
+FAMILIES: dict[str, Family] = {
     "refalign": Family(),  # arXiv 2603.25743
     # arXiv 2605.22344: references and prompts as its code has them, and the settings of its command line
     "bernini": Family(
@@ -50,3 +51,17 @@ FAMILIES = {
         card="bernini-r-1.3b",
     ),
 }
+
+
+def family_of(config: Mapping[str, Any], model: str) -> str:
+    """The family of a transformer, by its configuration; plain Wan counts as RefAlign's, which it becomes. Raises
+    ValueError, naming the model, if it is of none."""
+    found = {
+        "reference_rope": config.get("reference_rope", "frames"),
+        "text_to_references": bool(config.get("text_to_references")),
+    }
+    plain = {"reference_rope": "frames", "text_to_references": False}
+    for name, family in FAMILIES.items():
+        if plain | family.transformer == found:
+            return name
+    raise ValueError(f"{model} is of no family that is known here: its transformer's configuration has {found}.")

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from refalign.convert import convert
 from refalign_training.cache import run
+from tests.drawn_references import draw_pet
 from tests.training.small_cache import cache_command, write_clips, write_teacher
 from tests.training.small_run import World
 
@@ -24,3 +26,15 @@ def larger_cache(tmp_path_factory, training_world) -> Path:
     clips, cache = write_clips(folder / "clips", 12), folder / "cache"
     assert run(cache_command(clips, cache, training_world.wan, training_world.teacher)) == 0
     return cache
+
+
+@pytest.fixture(scope="session")
+def bernini_world(tmp_path_factory, training_world, native_file) -> World:
+    """The same with a Bernini-R base, and references of two sizes: six samples of two, six of one."""
+    folder = tmp_path_factory.mktemp("bernini")
+    base = convert(native_file, training_world.wan, folder / "base", family="bernini")
+    world = World(base, training_world.teacher, write_clips(folder / "clips", 12), folder / "cache")
+    for number in (1, 2, 5, 6):
+        draw_pet(0.3).resize((40, 64)).save(world.clips / f"clip{number:02d}.ref1.png")
+    assert run(cache_command(world.clips, world.cache, world.wan, world.teacher)) == 0
+    return world

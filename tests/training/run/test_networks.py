@@ -444,11 +444,3 @@ def test_plain_attention_computes_the_same_and_is_this_models_alone():
     assert ours.blocks[0].attn1.processor._attention_backend is not None
     assert theirs.blocks[0].attn1.processor._attention_backend is None
     assert torch.equal(theirs(inputs, **arguments).sample, before)
-
-
-def test_a_model_that_reads_references_in_another_way_is_refused(tmp_path):
-    config = {"_class_name": "RefAlignWanTransformer3DModel", "reference_rope": "sources", "text_to_references": True}
-    (tmp_path / "transformer").mkdir()
-    (tmp_path / "transformer/config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="Bernini-R model, which cannot be trained yet"):
-        transformer_config(ModelOptions(base=str(tmp_path)))

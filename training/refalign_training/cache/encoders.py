@@ -8,8 +8,8 @@ not normalised yet ([`refalign.pipeline_refalign_wan.normalize_latents`]).
 import itertools
 import json
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,13 +20,14 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 
 from refalign.convert import CONFIGS, check_weights, read_config
 from refalign.devices import find_device
-from refalign.files import fetch, identity, naming_component
+from refalign.files import fetch, identity, naming_component, read_json
 from refalign.pipeline_refalign_wan import TOKEN_PIXELS
 from refalign.transformer_refalign_wan import check_finite
 from refalign.variants import find_variant
 from refalign_training.cache.command import CacheCommand
-from refalign_training.cache.items import Outcome
+from refalign_training.cache.items import Outcome, numbered
 from refalign_training.data.decoding import Decoded, Task
+from refalign_training.data.recipe import Recipe
 from refalign_training.data.sample import Unusable
 
 
@@ -86,8 +87,15 @@ class VaeEncoder:
         self.vae.to(device).eval()  # pyright: ignore[reportArgumentType]  (diffusers wraps `to`)
 
     def __call__(self, batch: Sequence[Decoded]) -> list[dict[str, torch.Tensor]]:
-        """`latents`, `(16, latent frames or references, height / 8, width / 8)`, not normalised."""
-        return [{"latents": self._encode(decoded.pixels)} for decoded in batch]
+        """`latents`, `(16, latent frames or references, height / 8, width / 8)`, not normalised; of references of
+        their own sizes `latents_0`, ...: one `(16, 1, height / 8, width / 8)` each."""
+        items = []
+        for decoded in batch:
+            if decoded.own_sizes:
+                items.append(numbered("latents", map(self._encode, decoded.own_sizes)))
+            else:
+                items.append({"latents": self._encode(decoded.pixels)})
+        return items
 
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
         # One by one: a batch of references gives other last bits than the pipeline, which takes them one by one
@@ -102,7 +110,8 @@ class VaeEncoder:
 
 
 class TextEncoder:
-    """UMT5's embeddings of prompts, cleaned and cut as the pipeline does, without padding."""
+    """UMT5's embeddings of prompts, with what the model wants before them, cleaned and cut as the pipeline does,
+    without padding."""
 
     def __init__(self, model: Path, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype, self.device = dtype, device
@@ -116,6 +125,7 @@ class TextEncoder:
                 variant=find_variant(model / "text_encoder"),
             )
         self._has_told = False
+        self._prefixes = read_index(model).get("prompt_prefix") or {}
         check_finite(self.text_encoder.named_parameters(), f"The text encoder of {model}")
         self.text_encoder.to(device).eval()  # pyright: ignore[reportArgumentType]  (transformers wraps `to`)
 
@@ -123,14 +133,10 @@ class TextEncoder:
         """`prompt_embeds_0`, ...: one `(tokens, dim)` a prompt."""
         prompts: list[str] = []
         for decoded in batch:
-            prompts += decoded.prompts
-        embeds, items = self._encode(prompts), []
-        for decoded in batch:
-            item = {}
-            for number in range(len(decoded.prompts)):
-                item[f"prompt_embeds_{number}"] = next(embeds)
-            items.append(item)
-        return items
+            prefix = self._prefixes.get(decoded.prefix, "")
+            prompts += [prefix + prompt_clean(prompt) for prompt in decoded.prompts]
+        embeds = self._encode(prompts)
+        return [numbered("prompt_embeds", itertools.islice(embeds, len(decoded.prompts))) for decoded in batch]
 
     def _encode(self, prompts: Sequence[str]) -> Iterator[torch.Tensor]:
         for start in range(0, len(prompts), BATCH_SIZES["text"]):
@@ -172,8 +178,15 @@ class TeacherEncoder:
         self.teacher = load_teacher(teacher, dtype=dtype, device=device)
 
     def __call__(self, batch: Sequence[Decoded]) -> list[dict[str, torch.Tensor]]:
-        """`features`, `(references, height / 16, width / 16, dim)`."""
-        return [{"features": self._encode(decoded.pixels)} for decoded in batch]
+        """`features`, `(references, height / 16, width / 16, dim)`; of references of their own sizes `features_0`,
+        ...: one `(height / 16, width / 16, dim)` each."""
+        items = []
+        for decoded in batch:
+            own = (self._encode(pixels)[0] for pixels in decoded.own_sizes)
+            items.append(
+                numbered("features", own) if decoded.own_sizes else {"features": self._encode(decoded.pixels)}
+            )
+        return items
 
     @torch.no_grad()
     def _encode(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -253,6 +266,43 @@ def vae_config(model: str | Path) -> dict[str, Any]:
         return json.loads((Path(model) / "vae/config.json").read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"{model} has no VAE that can be read: {error}") from error
+
+
+def read_index(model: str | Path) -> dict[str, Any]:
+    """What the `model_index.json` in a pipeline's folder says; nothing if it has none."""
+    file = Path(model) / "model_index.json"
+    return read_json(file) if file.is_file() else {}
+
+
+def own_long_edge(index: Mapping[str, Any]) -> int | None:
+    """The longer side of the references that a pipeline of this index reads in their own aspect; `None` for one that
+    reads them in the video's size."""
+    return (index.get("call_defaults") or {}).get("reference_long_edge")
+
+
+def reference_prefix(model: str | Path) -> str:
+    """What stands before the prompts of samples with references, by a pipeline's folder."""
+    return (read_index(model).get("prompt_prefix") or {}).get("references", "")
+
+
+def with_long_edge(command: CacheCommand) -> CacheCommand:
+    """The command with its model's own longer side of references, if it says none. Raises ValueError if it says one
+    for a model that reads them in the video's size."""
+    if command.model is None:
+        return command
+    own = own_long_edge(read_index(fetch(command.model, CONFIGS, command.revision)))
+    return replace(command, recipe=with_own_long_edge(command.recipe, own, command.model))
+
+
+def with_own_long_edge(recipe: Recipe, own: int | None, model: str) -> Recipe:
+    """The recipe with a model's own longer side of references, if it says none. Raises ValueError if it says one for a
+    model without."""
+    if recipe.long_edge is not None and own is None:
+        raise ValueError(
+            f"long_edge is {recipe.long_edge}, but {model} reads references in the video's size. Leave it out, or "
+            "name a Bernini-R model."
+        )
+    return recipe if recipe.long_edge is not None else replace(recipe, long_edge=own)
 
 
 # -- Their use --------------------------------------------------------------------------------------------------------

@@ -54,6 +54,16 @@ def write_json(path: Path, value: Any) -> None:
         file.write_text(json.dumps(value, indent=2), "utf-8")
 
 
+def numbered(name: str, tensors: Iterable[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of which there are many as an item holds them: `name_0`, `name_1`, ..."""
+    return {f"{name}_{number}": tensor for number, tensor in enumerate(tensors)}
+
+
+def in_numbers(item: Mapping[str, torch.Tensor], name: str) -> list[torch.Tensor]:
+    """The tensors of [`numbered`]; none if the item holds them as one."""
+    return [item[f"{name}_{number}"] for number in range(len(item)) if f"{name}_{number}" in item]
+
+
 class Items:
     """The items of a family in its folder."""
 

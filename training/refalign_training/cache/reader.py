@@ -33,7 +33,7 @@ from pyarrow import parquet
 from refalign.files import read_json
 from refalign.pipeline_refalign_wan import normalize_latents
 from refalign_training.cache.command import FAMILIES
-from refalign_training.cache.items import RECIPE, Items, text_key
+from refalign_training.cache.items import RECIPE, Items, in_numbers, text_key
 
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,7 @@ FORMAT = 2  # of samples.parquet
 PLAN, INDEX, FAILED = "plan.json", "samples.parquet", "failed.jsonl"
 OF_REFERENCES = ("references", "teacher", "pictures")  # families with variants
 BUCKET = ("frames", "height", "width", "num_references")
+SIZES = "reference_sizes"  # height and width of each reference, where they have sizes of their own
 
 # (frames, height, width, number of references), in pixels of the video
 Bucket = tuple[int, int, int, int]
@@ -111,6 +112,13 @@ class Samples(Sequence[Entry]):
         self.table = table.combine_chunks()
         columns = [table[name].to_numpy() for name in BUCKET]
         self.buckets = np.stack(columns, axis=1)
+        if SIZES in table.column_names:
+            sizes = [own or [] for own in table[SIZES].to_pylist()]
+            longest = max(map(len, sizes), default=0)
+            padded = np.zeros((len(sizes), longest), np.int32)
+            for row, own in zip(padded, sizes, strict=True):
+                row[: len(own)] = own
+            self.buckets = np.concatenate([self.buckets, padded], axis=1)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -121,7 +129,14 @@ class Samples(Sequence[Entry]):
         row = range(len(self))[row]
         subjects = self.table["subjects"][row].as_py()
         variants = (variant for variant, numbers in enumerate(subjects) if numbers is not None)
-        return Entry(self.table["id"][row].as_py(), tuple(self.buckets[row].tolist()), tuple(variants), row)
+        bucket = tuple(self.buckets[row, : len(BUCKET)].tolist())
+        return Entry(self.table["id"][row].as_py(), bucket, tuple(variants), row)
+
+
+def normalized(item: Mapping[str, torch.Tensor], vae_config: Mapping[str, Any]) -> torch.Tensor | list[torch.Tensor]:
+    """Normalised latents of an item: one tensor, or one of each reference of its own size."""
+    own = [normalize_latents(latents, vae_config) for latents in in_numbers(item, "latents")]
+    return own or normalize_latents(item["latents"], vae_config)
 
 
 class Cache:
@@ -138,7 +153,8 @@ class Cache:
 
     Attributes:
         samples (`Samples`): those that are complete in all needed families, in the dataset's order; also as an array,
-            `samples.buckets` `(samples, 4)`.
+            `samples.buckets` `(samples, 4)`, and behind that the sizes of the first variant's references, if they have
+            sizes of their own.
         excluded (`Counter[str]`): how many are not, by reason.
         recipes (`dict`): what each family was made with.
     """
@@ -158,7 +174,9 @@ class Cache:
             self.items |= open_families(self.root, {family: made[family]})
             self.recipes[family] = read_json(self.items[family].folder / RECIPE)
         self._check_agreement()
-        self.samples = Samples(self._complete(table.read(["id", *BUCKET, "subjects", *self.families])))
+        columns = ["id", *BUCKET, "subjects", *self.families]
+        columns += [SIZES] if SIZES in table.schema_arrow.names else []  # older caches have none
+        self.samples = Samples(self._complete(table.read(columns)))
         self._tell_what_is_left_out()
 
     def _check_agreement(self) -> None:
@@ -167,8 +185,11 @@ class Cache:
             own = {"family", "schema", "dtype", "vae_dtype"}
             if b in ("text", "teacher"):
                 own.add("model")
-            for name in sorted(self.recipes[a].keys() & self.recipes[b].keys() - own):
-                ours, theirs = self.recipes[a][name], self.recipes[b][name]
+            shared = self.recipes[a].keys() & self.recipes[b].keys() - own
+            if (a, b) == ("references", "teacher"):
+                shared.add("long_edge")
+            for name in sorted(shared):
+                ours, theirs = self.recipes[a].get(name), self.recipes[b].get(name)
                 if ours != theirs:
                     raise ValueError(
                         f"{self.root} has `{a}` of {name} {ours}, but `{b}` of {name} {theirs}. "
@@ -218,7 +239,8 @@ class Cache:
             `dict`: `latents` `(16, latent frames, h, w)` and `reference_latents` `(16, references, h, w)`, float32 and
             normalised; `prompt_embeds`, a list of `(tokens, dim)`, or with `prompt` that one;
             `teacher_features` `(references, rows, columns, dim)`; `pixels`, uint8 `(subjects, side, side, 8)`;
-            `subjects` `(references,)`, int64: equal numbers are one subject.
+            `subjects` `(references,)`, int64: equal numbers are one subject. Of references of their own sizes, latents
+            are a list of `(16, 1, h, w)` and features one of `(rows, columns, dim)`.
 
         Raises:
             ValueError: if the variant cannot be had, or an item is broken.
@@ -230,13 +252,13 @@ class Cache:
             tensors = self.items[family].read(self.place(entry, family, variant))
             if family in ("video", "references"):
                 name = "latents" if family == "video" else "reference_latents"
-                values[name] = normalize_latents(tensors["latents"], self.recipes[family]["vae"])
+                values[name] = normalized(tensors, self.recipes[family]["vae"])
             elif family == "teacher":
-                values["teacher_features"] = tensors["features"]
+                values["teacher_features"] = in_numbers(tensors, "features") or tensors["features"]
             elif family == "pictures":
                 values["pixels"] = tensors["pixels"]
             else:
-                embeds = [tensors[f"prompt_embeds_{number}"] for number in range(len(tensors))]
+                embeds = in_numbers(tensors, "prompt_embeds")
                 values["prompt_embeds"] = embeds if prompt is None else embeds[prompt]
             if family in OF_REFERENCES:
                 values["subjects"] = torch.tensor(self.samples.table["subjects"][entry.row].as_py()[variant])

@@ -31,6 +31,7 @@ from refalign_training.cache.reader import (
     INDEX,
     OF_REFERENCES,
     PLAN,
+    SIZES,
     check_format,
     open_families,
     open_index,
@@ -50,10 +51,10 @@ SCHEMAS = {
 
 # What of the pixels' recipe a family's items do not depend on
 _WITHOUT = {
-    "video": {"cross_probability", "augment"},
+    "video": {"cross_probability", "augment", "long_edge"},
     "references": {"num_frames", "stride"},
     "teacher": {"num_frames", "stride"},
-    "pictures": {"num_frames", "stride", "augment"},
+    "pictures": {"num_frames", "stride", "augment", "long_edge"},
 }
 
 
@@ -68,6 +69,7 @@ def fill(command: CacheCommand) -> int:
     models = encoders.fetch_models(
         command.families, command.model, command.teacher, command.revision, command.teacher_revision
     )
+    command = encoders.with_long_edge(command)
     families = open_index(root)[0]["families"] if (root / INDEX).exists() else {}
     recipes = {}
     for family in command.families:
@@ -128,10 +130,14 @@ def _recipe(family: str, command: CacheCommand, model: encoders.Model) -> dict[s
         config = encoders.vae_config(model.folder)
         recipe["vae_dtype"] = command.vae_dtype
         recipe["vae"] = {"latents_mean": config["latents_mean"], "latents_std": config["latents_std"]}
-    if family != "text":
-        recipe |= dataclasses.asdict(command.recipe)
-        for name in _WITHOUT[family]:
-            del recipe[name]
+    if family == "text":
+        prefix = encoders.reference_prefix(model.folder)
+        return recipe | ({"prefix": prefix} if prefix else {})
+    recipe |= dataclasses.asdict(command.recipe)
+    for name in _WITHOUT[family]:
+        del recipe[name]
+    if recipe.get("long_edge") is None:  # as caches were made before there was one
+        recipe.pop("long_edge", None)
     return recipe
 
 
@@ -227,7 +233,9 @@ def _shape(infos: Mapping[str, Sequence[dict[str, Any] | None]]) -> dict[str, An
         if numbers is not None and len(numbers) != count:
             subjects[variant] = None
     bucket = (video["frames"], *video["size"], count)
-    return dict(zip(BUCKET, bucket, strict=True)) | {"subjects": subjects or [[]]}
+    first = next(filter(None, families[0]), {}) if families else {}
+    sizes = list(itertools.chain(*first.get("sizes", ())))
+    return dict(zip(BUCKET, bucket, strict=True)) | {"subjects": subjects or [[]], SIZES: sizes}
 
 
 def _agreed(infos: Sequence[dict[str, Any] | None]) -> list[int] | None:
@@ -246,7 +254,7 @@ def write_index(root: Path, header: Mapping[str, Any], rows: Iterable[dict[str, 
     """Writes samples.parquet."""
     columns = dict.fromkeys(("prompts", *BUCKET), pa.int32())
     columns |= dict.fromkeys(header["families"], pa.list_(pa.binary()))
-    columns |= {"id": pa.string(), "subjects": pa.list_(pa.list_(pa.int32()))}
+    columns |= {"id": pa.string(), "subjects": pa.list_(pa.list_(pa.int32())), SIZES: pa.list_(pa.int32())}
     schema, rows = pa.schema(columns), iter(rows)
     with new_file(root / INDEX, overwrite=True) as file, parquet.ParquetWriter(file, schema) as writer:
         writer.add_key_value_metadata({"cache": json.dumps({**header, "format": FORMAT})})

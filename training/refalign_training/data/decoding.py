@@ -1,14 +1,16 @@
 """From a [`Sample`] to what a family's encoder takes, here or in worker processes; no encoder is imported."""
 
+import dataclasses
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from refalign_training.data.fields import Unusable
@@ -28,7 +30,11 @@ class Decoded:
 
     pixels: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.uint8))
     """uint8 `(frames or references, height, width, 3)`."""
+    own_sizes: tuple[torch.Tensor, ...] = ()
+    """In place of `pixels`, references of their own sizes: each uint8 `(1, height, width, 3)`."""
     prompts: tuple[str, ...] = ()
+    prefix: Literal["references", "no_references"] | None = "references"
+    """Which of the texts that the model wants before prompts stands before these."""
     info: Mapping[str, Any] = field(default_factory=dict)
     """What is kept beside the encoder's output, such as the references' subjects."""
 
@@ -58,10 +64,13 @@ def decode(family: str, sample: Sample, recipe: Recipe, variant: int) -> Decoded
         subjects, names = load_subjects(sample, recipe, variant, on_fault=lost.append)
         return Decoded(torch.from_numpy(subjects), info=_info_of(names, ["regular"] * len(names), lost))
     references = load_references(sample, recipe, variant, on_fault=lost.append)
-    pixels = np.stack([np.asarray(reference.image) for reference in references])
+    images = [reference.image for reference in references]
     names = [reference.subject for reference in references]
     origins = [reference.origin for reference in references]
-    return Decoded(torch.from_numpy(pixels), info=_info_of(names, origins, lost))
+    info = _info_of(names, origins, lost)
+    if recipe.long_edge is not None:
+        info["sizes"] = [[image.height, image.width] for image in images]
+    return dataclasses.replace(decoded_references(images, recipe.long_edge), info=info)
 
 
 def _info_of(subjects: list[str], origins: list[str], lost: list[Unusable]) -> dict[str, Any]:
@@ -70,6 +79,14 @@ def _info_of(subjects: list[str], origins: list[str], lost: list[Unusable]) -> d
     if lost:
         info["lost"] = [[fault.kind, fault.detail] for fault in lost]
     return info
+
+
+def decoded_references(images: Sequence[Image.Image], long_edge: int | None) -> Decoded:
+    """Prepared references as encoders take them: of one size, or with `long_edge` of their own."""
+    pixels = [torch.from_numpy(np.array(image))[None] for image in images]
+    if long_edge is None:
+        return Decoded(torch.cat(pixels))
+    return Decoded(own_sizes=tuple(pixels))
 
 
 def try_decode(family: str, task: Task, recipe: Recipe) -> Decoded | Unusable:

@@ -34,7 +34,7 @@ class ReferencePixels:
     """A reference as the model will see it."""
 
     image: Image.Image
-    """RGB, of the video's size, letterboxed on white."""
+    """RGB, of the video's size, letterboxed on white; with the recipe's `long_edge` in its own aspect."""
     subject: str
     """References of one sample with equal subjects show the same one."""
     origin: Origin
@@ -191,7 +191,7 @@ def _prepare(image: Image.Image, origin: Origin, recipe: Recipe, generator: np.r
     augments = recipe.augment == "all" or recipe.augment == origin
     if augments:
         image = jitter_colours(image, generator)
-    image = prepare_reference_image(image, recipe.height, recipe.width, cut_out=False)
+    image = prepare_reference_image(image, recipe.height, recipe.width, cut_out=False, long_edge=recipe.long_edge)
     return warp(image, generator) if augments else image
 
 

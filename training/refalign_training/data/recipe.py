@@ -43,6 +43,9 @@ class Recipe(Options):
     augment: Literal["regular", "all", "none"] = "regular"
     """Which references are augmented: regular takes those that are cut from the clip itself, all takes the others
     too, none takes none."""
+    long_edge: Side | None = None
+    """The longer side of references in pixels at most, a multiple of 16, for a model that reads them in their own
+    aspect (Bernini-R). None: what the model's own files say, which for RefAlign's models is the size of the clips."""
     seed: int = 0
     """The seed. With the sample's id and the variant or epoch, it decides everything random."""
 

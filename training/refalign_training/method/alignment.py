@@ -84,7 +84,7 @@ class ReferenceAlignment(nn.Module):
             raise ValueError(f"`layers` is {self.layers}; name one or more blocks, counted from 0, each once.")
         if projector not in PROJECTORS:
             raise ValueError(f"`projector` is {projector!r}; known are {', '.join(PROJECTORS)}.")
-        self.teacher_dim = teacher_dim
+        self.dim, self.teacher_dim = dim, teacher_dim
         self.spatial_norm = spatial_norm
         self.loss_options = {
             "positive_margin": positive_margin,
@@ -95,17 +95,18 @@ class ReferenceAlignment(nn.Module):
 
     def forward(
         self,
-        reference_hidden_states: Sequence[torch.Tensor],
-        teacher_features: torch.Tensor,
+        reference_hidden_states: Sequence[torch.Tensor] | Sequence[Sequence[torch.Tensor]],
+        teacher_features: torch.Tensor | Sequence[torch.Tensor],
         subject_ids: SubjectIds = None,
         keep: Keep = None,
     ) -> AlignmentLoss:
         """
         Args:
-            reference_hidden_states (`Sequence[torch.Tensor]`): for each of `layers`, in their order, the reference
-                tokens after that block, `(batch, references * height * width, dim)`: what
-                [`RefAlignWanTransformer3DModel`] returns for `output_reference_layers=layers`.
-            teacher_features (`torch.Tensor` of shape `(batch, references, height, width, teacher_dim)`):
+            reference_hidden_states (`Sequence`): for each of `layers`, in their order, the reference tokens after that
+                block, `(batch, references * height * width, dim)`, or those of each reference, `(batch, height *
+                width, dim)`: what [`RefAlignWanTransformer3DModel`] returns for `output_reference_layers=layers`.
+            teacher_features (`torch.Tensor` of shape `(batch, references, height, width, teacher_dim)`, or a list of
+                `(batch, height, width, teacher_dim)`, one of each reference, of any height and width):
                 the teacher's features on the transformer's grid of tokens. No gradient reaches them.
             subject_ids, keep (*optional*): as in [`reference_alignment_loss`]. `keep` is `False` for samples whose
                 references were dropped (the null reference): they cost nothing.
@@ -117,54 +118,78 @@ class ReferenceAlignment(nn.Module):
         Raises:
             ValueError: if numbers or shapes do not fit each other.
         """
-        self._check(reference_hidden_states, teacher_features)
-        teacher_features = teacher_features.detach()
+        if isinstance(teacher_features, torch.Tensor):  # references of one size are one part: projected at once
+            parts = [teacher_features]
+            reference_hidden_states = [(tokens,) for tokens in reference_hidden_states]
+        else:
+            parts = [features[:, None] for features in teacher_features]
+        self._check(reference_hidden_states, parts)
+        parts = [features.detach() for features in parts]
         if self.spatial_norm:
-            teacher_features = normalize_over_grid(teacher_features)
+            parts = list(map(normalize_over_grid, parts))
         losses = []
         for projector, hidden_states in zip(self.projectors.values(), reference_hidden_states, strict=True):
-            arguments = (projector, hidden_states, teacher_features, subject_ids, keep)
+            arguments = (projector, hidden_states, parts, subject_ids, keep)
             # Nothing in it is random, so there is no state of a generator to preserve
             losses.append(checkpoint(self._layer_loss, *arguments, use_reentrant=False, preserve_rng_state=False))
         total, positive, negative, cosine, active = (torch.stack(values, 1) for values in zip(*losses, strict=True))
         return AlignmentLoss(total.mean(1), positive.mean(1), negative.mean(1), cosine, active)
 
+    def no_references(self, samples: int, device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """What to call it with for samples of which none is kept, and whose references have no tokens: one of zeros
+        in each layer, and features of zeros."""
+        # With a gradient, as tokens have: processes wait for each other's gradients in one order
+        layers = [torch.zeros(samples, 1, self.dim, device=device, requires_grad=True) for _ in self.layers]
+        return layers, torch.zeros(samples, 1, 1, 1, self.teacher_dim, device=device)
+
     def _layer_loss(
         self,
         projector: nn.Module,
-        hidden_states: torch.Tensor,
-        teacher_features: torch.Tensor,
+        hidden_states: Sequence[torch.Tensor],
+        parts: Sequence[torch.Tensor],
         subject_ids: SubjectIds,
         keep: Keep,
     ) -> AlignmentLoss:
-        height, width = teacher_features.shape[2:4]
-        # The transformer may be in bfloat16 and the projectors in float32; under autocast, that decides
-        hidden_states = hidden_states.to(next(projector.parameters()).dtype)
-        if keep is not None:  # not even what is not finite in a dropped sample may reach the projector's gradient
-            is_dropped = ~torch.as_tensor(keep, dtype=torch.bool, device=hidden_states.device)
-            hidden_states = hidden_states.masked_fill(is_dropped[:, None, None], 0)
+        students, teachers, counts = [], [], []
+        for tokens, features in zip(hidden_states, parts, strict=True):
+            references, height, width = features.shape[1:4]
+            # The transformer may be in bfloat16 and the projectors in float32; under autocast, that decides
+            tokens = tokens.to(next(projector.parameters()).dtype)
+            if keep is not None:  # not even what is not finite in a dropped sample may reach the projector's gradient
+                is_dropped = ~torch.as_tensor(keep, dtype=torch.bool, device=tokens.device)
+                tokens = tokens.masked_fill(is_dropped[:, None, None], 0)
+            students.append(projector(tokens, (height, width)))
+            teachers.append(features.flatten(1, 3))
+            counts += [height * width] * references
         return reference_alignment_loss(
-            projector(hidden_states, (height, width)),
-            teacher_features.flatten(1, 3),
-            height * width,
+            torch.cat(students, dim=1),
+            torch.cat(teachers, dim=1),
+            counts,
             subject_ids=subject_ids,
             keep=keep,
             **self.loss_options,
         )
 
-    def _check(self, hidden_states: Sequence[torch.Tensor], teacher_features: torch.Tensor) -> None:
+    def _check(self, hidden_states: Sequence[Sequence[torch.Tensor]], parts: Sequence[torch.Tensor]) -> None:
         if len(hidden_states) != len(self.layers):
             raise ValueError(
                 f"There are hidden states of {len(hidden_states)} layers, but {len(self.layers)} are aligned. Ask the "
                 f"transformer for `output_reference_layers={self.layers}`."
             )
-        teacher, student = tuple(teacher_features.shape), tuple(hidden_states[0].shape)
-        if len(teacher) != 5 or teacher[4] != self.teacher_dim or (teacher[0], math.prod(teacher[1:4])) != student[:2]:
+        if len(parts) != len(hidden_states[0]):
             raise ValueError(
-                f"`teacher_features` has shape {teacher}; beside hidden states of shape {student} it must be "
-                f"(batch, references, height, width, {self.teacher_dim}) with {student[0]} samples of {student[1]} "
-                "tokens. Compute the features for these references and this teacher."
+                f"`teacher_features` has {len(parts)} references, but there are tokens of {len(hidden_states[0])}. "
+                "Compute the features for these references."
             )
+        for features, tokens in zip(parts, hidden_states[0], strict=True):
+            teacher, student = tuple(features.shape), tuple(tokens.shape)
+            fits = len(teacher) == 5 and (teacher[0], math.prod(teacher[1:4])) == student[:2]
+            if not fits or teacher[4] != self.teacher_dim:
+                raise ValueError(
+                    f"`teacher_features` has shape {teacher}; beside hidden states of shape {student} it must be "
+                    f"(batch, references, height, width, {self.teacher_dim}) with {student[0]} samples of "
+                    f"{student[1]} tokens. Compute the features for these references and this teacher."
+                )
 
     def native_state_dict(self) -> dict[str, torch.Tensor]:
         """The projectors under their native keys ([`refalign.keys.projector_key`])."""

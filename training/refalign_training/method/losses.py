@@ -167,7 +167,7 @@ class AlignmentLoss(NamedTuple):
 def reference_alignment_loss(
     student: torch.Tensor,
     teacher: torch.Tensor,
-    tokens_per_reference: int,
+    tokens_per_reference: int | Sequence[int],
     *,
     positive_margin: float = 0.0,
     negative_margin: float = 1.0,
@@ -184,13 +184,15 @@ def reference_alignment_loss(
         positive = mean over i of relu((1 - cos_ii) - positive_margin)
         negative = mean over (i, j) of different subjects of relu(negative_margin - (1 - cos_ij))
 
+    Each token, and each pair of tokens, counts alike, so a reference of more tokens counts more.
+
     References are compared pair by pair, once in the forward pass and again in the backward pass: only the two
     arguments are held in between. Pairs of one subject are not computed at all.
 
     Args:
-        student (`torch.Tensor` of shape `(batch, references * tokens_per_reference, dim)`): projected tokens.
+        student (`torch.Tensor` of shape `(batch, tokens of all references, dim)`): projected tokens.
         teacher (`torch.Tensor` of the same shape): the teacher's features. No gradient reaches them.
-        tokens_per_reference (`int`): tokens of one reference.
+        tokens_per_reference (`int` or `Sequence[int]`): tokens of every reference, or of each of them.
         positive_margin (`float`, *optional*, defaults to 0): the distance to the own token that costs nothing.
         negative_margin (`float`, *optional*, defaults to 1): the distance to other subjects that costs nothing.
         negative_weight (`float`, *optional*, defaults to 1): the weight of `negative` in `total`.
@@ -207,21 +209,33 @@ def reference_alignment_loss(
         ValueError: if shapes do not fit each other.
     """
     _check_same_shape(student=student, teacher=teacher)
-    if student.ndim != 3 or tokens_per_reference < 1 or student.shape[1] % tokens_per_reference:
+    counts = _token_counts(student, tokens_per_reference)
+    margins = (positive_margin, negative_margin)
+    samples = []
+    with torch.autocast(student.device.type, enabled=False):
+        normalized = _normalize(teacher.detach())
+        for number, subjects in enumerate(_subjects(subject_ids, keep, len(student), len(counts))):
+            students, teachers = student[number].split(counts), normalized[number].split(counts)
+            samples.append(_sample_losses(students, teachers, subjects, margins))
+    positive, negative, cosine, active_negatives = map(torch.stack, zip(*samples, strict=True))
+    return AlignmentLoss(positive + negative_weight * negative, positive, negative, cosine, active_negatives)
+
+
+def _token_counts(student: torch.Tensor, tokens_per_reference: int | Sequence[int]) -> list[int]:
+    """The number of tokens of each reference."""
+    tokens = student.shape[1] if student.ndim == 3 else 0
+    if not isinstance(tokens_per_reference, int):
+        counts = list(tokens_per_reference)
+    elif tokens_per_reference < 1:
+        counts = []
+    else:
+        counts = [tokens_per_reference] * (tokens // tokens_per_reference)
+    if not counts or min(counts) < 1 or sum(counts) != tokens:
         raise ValueError(
             f"`student` has shape {tuple(student.shape)}, which is not (batch, references * tokens_per_reference, "
             f"dim) with `tokens_per_reference` = {tokens_per_reference}. Pass the tokens of whole references."
         )
-    batch, references = student.shape[0], student.shape[1] // tokens_per_reference
-    margins = (positive_margin, negative_margin)
-    samples = []
-    with torch.autocast(student.device.type, enabled=False):
-        students = student.unflatten(1, (references, -1))
-        teachers = _normalize(teacher.detach()).unflatten(1, (references, -1))
-        for number, subjects in enumerate(_subjects(subject_ids, keep, batch, references)):
-            samples.append(_sample_losses(students[number], teachers[number], subjects, margins))
-    positive, negative, cosine, active_negatives = map(torch.stack, zip(*samples, strict=True))
-    return AlignmentLoss(positive + negative_weight * negative, positive, negative, cosine, active_negatives)
+    return counts
 
 
 def _subjects(subject_ids: SubjectIds, keep: Keep, batch: int, references: int) -> list[list[int] | None]:
@@ -242,42 +256,52 @@ def _subjects(subject_ids: SubjectIds, keep: Keep, batch: int, references: int) 
 
 
 def _sample_losses(
-    student: torch.Tensor, teacher: torch.Tensor, subjects: list[int] | None, margins: tuple[float, float]
+    student: Sequence[torch.Tensor],
+    teacher: Sequence[torch.Tensor],
+    subjects: list[int] | None,
+    margins: tuple[float, float],
 ) -> tuple[torch.Tensor, ...]:
-    """The fields of [`AlignmentLoss`] but `total`, of tokens `(references, tokens_per_reference, dim)`."""
+    """The fields of [`AlignmentLoss`] but `total`, of each reference's tokens `(tokens, dim)`."""
     if subjects is None:
-        zero = student[:0].sum(dtype=teacher.dtype)  # its gradient is there, and 0
+        zero = student[0][:0].sum(dtype=teacher[0].dtype)  # its gradient is there, and 0
         return zero, zero, zero.detach(), zero.detach()
     references, pairs = [], 0
+    # Sizes relative to their mean: where references are of one size, they are 1
+    sizes = [len(tokens) * len(student) / sum(map(len, student)) for tokens in student]
     for number, subject in enumerate(subjects):
-        others = [teacher[i] for i, other in enumerate(subjects) if other != subject]
-        arguments = (student[number], teacher[number], others, margins)
-        pairs += len(others)
+        others = [i for i, other in enumerate(subjects) if other != subject]
+        pairs += sizes[number] * sum(sizes[i] for i in others)
+        known = [(teacher[i], sizes[i]) for i in others]
+        arguments = (student[number], teacher[number], known, margins, sizes[number])
         # Computed again in the backward pass: the matrices of all references at once are large
         references.append(checkpoint(_reference_losses, *arguments, use_reentrant=False, preserve_rng_state=False))
     positive, negative, cosine, active = map(torch.stack, zip(*references, strict=True))
-    pairs = max(pairs, 1)
+    pairs = pairs or 1
     return positive.mean(), negative.sum() / pairs, cosine.mean(), active.sum() / pairs
 
 
 def _reference_losses(
-    student: torch.Tensor, teacher: torch.Tensor, others: list[torch.Tensor], margins: tuple[float, float]
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    others: list[tuple[torch.Tensor, float]],
+    margins: tuple[float, float],
+    size: float,
 ) -> tuple[torch.Tensor, ...]:
     """
     A reference's tokens against the teacher's of the same places and against all of other subjects' references: the
     mean loss of the former, the sum over references of the mean loss of the latter, the mean cosine, and the sum over
-    references of the share of active pairs.
+    references of the share of active pairs; each times the relative sizes of the references it is of.
     """
     positive_margin, negative_margin = margins
     student = _normalize(student)
     cosines = (student * teacher).sum(-1)
     positive = (1 - cosines - positive_margin).relu().mean()
     negative = active = torch.zeros_like(positive)
-    for other in others:
+    for other, other_size in others:
         excess = (student @ other.T).sub_(1 - negative_margin).relu_()
-        negative = negative + excess.mean()
-        active = active + excess.detach().sign().mean()
-    return positive, negative, cosines.detach().mean(), active
+        negative = negative + size * other_size * excess.mean()
+        active = active + size * other_size * excess.detach().sign().mean()
+    return size * positive, negative, size * cosines.detach().mean(), active
 
 
 def _normalize(tokens: torch.Tensor) -> torch.Tensor:

@@ -1,16 +1,20 @@
 """From a batch to its losses: the one place that knows what is trained for."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
 
 from refalign_training.method.alignment import alignment_weight
-from refalign_training.method.losses import add_noise, detail, flow_matching_loss, timestep_gate
+from refalign_training.method.losses import AlignmentLoss, add_noise, detail, flow_matching_loss, timestep_gate
 from refalign_training.method.options import AlignmentOptions
+
+
+# Samples of a batch that one pass takes: their places, and their references, `None` where these have no tokens
+Group = tuple[slice | list[int], torch.Tensor | list[torch.Tensor] | None]
 
 
 @dataclass
@@ -40,8 +44,9 @@ class Batch(Moved):
     latents: torch.Tensor
     """`(batch, 16, latent frames, h, w)`, float32, normalised. `noise` has the same shape."""
     noise: torch.Tensor
-    reference_latents: torch.Tensor
-    """`(batch, 16, references, h, w)`; zeros where they are dropped."""
+    reference_latents: torch.Tensor | list[list[torch.Tensor]]
+    """`(batch, 16, references, h, w)`, zeros where they are dropped; or of each sample each reference's
+    `(16, 1, h, w)`, of any size, for models with sources: where they are dropped, they get no tokens."""
     prompt_embeds: torch.Tensor
     """`(batch, max_sequence_length, dim)`, padded with zeros."""
     timesteps: torch.Tensor
@@ -50,14 +55,53 @@ class Batch(Moved):
     keeps_references: torch.Tensor
     """Booleans `(batch,)`, on the CPU, as are `subjects`, `(batch, references)`."""
     subjects: torch.Tensor
-    teacher_features: torch.Tensor | None = None
-    """`(batch, references, rows, columns, dim)`."""
+    teacher_features: torch.Tensor | list[list[torch.Tensor]] | None = None
+    """`(batch, references, rows, columns, dim)`; or of each sample each reference's `(rows, columns, dim)`. `None`:
+    nothing is aligned."""
     unusable: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     """Samples in whose place another one was taken, and why."""
 
     def to(self, device: torch.device) -> Self:
         """The batch with what the network needs on a device; what lists are made of stays on the CPU."""
         return dataclasses.replace(super().to(device), keeps_references=self.keeps_references, subjects=self.subjects)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Self:
+        changed = {}
+        for name in ("reference_latents", "teacher_features"):
+            if isinstance(samples := getattr(self, name), list):
+                changed[name] = [list(map(change, references)) for references in samples]
+        return dataclasses.replace(super()._each(change), **changed)
+
+    def groups(self) -> list[Group]:
+        """The samples that one pass can take: all, or those whose references are of equal sizes, or dropped."""
+        if isinstance(self.reference_latents, torch.Tensor):
+            return [(slice(None), self.reference_latents)]
+        places: dict[tuple[torch.Size, ...], list[int]] = {}
+        kept = self.keeps_references.tolist()
+        for place, references in enumerate(self.reference_latents):
+            sizes = tuple(latents.shape for latents in references) if kept[place] else ()
+            places.setdefault(sizes, []).append(place)
+        groups = []
+        for sizes, members in places.items():
+            groups.append((members, _stacked(self.reference_latents, members) if sizes else None))
+        return groups
+
+
+def _stacked(samples: Sequence[Sequence[torch.Tensor]], members: Sequence[int]) -> list[torch.Tensor]:
+    """Of each reference, the tensors of those samples in one batch."""
+    chosen = [samples[place] for place in members]
+    return [torch.stack(references) for references in zip(*chosen, strict=True)]
+
+
+def in_order(parts: Sequence[torch.Tensor], groups: Sequence[Group]) -> torch.Tensor:
+    """The samples of all groups as they stand in the batch."""
+    if len(parts) == 1:
+        return parts[0]
+    places: list[int] = []
+    for members, _ in groups:
+        assert isinstance(members, list)
+        places += members
+    return torch.cat(list(parts))[sorted(range(len(places)), key=places.__getitem__)]
 
 
 class Losses(NamedTuple):
@@ -116,25 +160,13 @@ class Objective:
     def __call__(self, batch: Batch, step: int) -> Losses:
         """The losses of a batch, on the device where the batch and the networks are."""
         weight = self.alignment_weight(step)
-        alignment = self.alignment if weight else None
-        with self.autocast(batch.latents.device):
-            output = self.transformer(
-                hidden_states=add_noise(batch.latents, batch.noise, batch.timesteps),
-                timestep=batch.timesteps,
-                encoder_hidden_states=batch.prompt_embeds.to(self.dtype),
-                reference_hidden_states=batch.reference_latents,
-                output_reference_layers=None if alignment is None else self.options.layers,
-            )
-            aligned = None
-            if alignment is not None:
-                # Lists, because a wrapper would bring tensors to the GPU, where they are waited for
-                subjects, keep = batch.subjects.tolist(), batch.keeps_references.tolist()
-                aligned = alignment(output.reference_hidden_states, batch.teacher_features, subjects, keep)
-        mse = flow_matching_loss(output.sample, batch.noise, batch.latents)
+        noisy = add_noise(batch.latents, batch.noise, batch.timesteps)
+        velocity, aligned = self._predict(batch, noisy, aligns=bool(weight) and batch.teacher_features is not None)
+        mse = flow_matching_loss(velocity, batch.noise, batch.latents)
         diffusion = mse * batch.weights
         if (more := self.detail_weight(step)) != 1:
             position_weights = 1 + (more - 1) * detail(batch.latents)
-            diffusion = flow_matching_loss(output.sample, batch.noise, batch.latents, batch.weights, position_weights)
+            diffusion = flow_matching_loss(velocity, batch.noise, batch.latents, batch.weights, position_weights)
         if aligned is None:
             none = torch.zeros_like(mse)
             return Losses(diffusion, diffusion, mse, none, none.bool(), none.bool())
@@ -151,3 +183,39 @@ class Objective:
             cosine=aligned.cosine,
             active_negatives=aligned.active_negatives,
         )
+
+    def _predict(self, batch: Batch, noisy: torch.Tensor, aligns: bool) -> tuple[torch.Tensor, AlignmentLoss | None]:
+        """The velocity of all samples, and how well their references are aligned."""
+        embeds = batch.prompt_embeds.to(self.dtype)
+        groups = batch.groups()
+        velocities, losses = [], []
+        with self.autocast(noisy.device):
+            for places, references in groups:
+                output = self.transformer(
+                    hidden_states=noisy[places],
+                    timestep=batch.timesteps[places],
+                    encoder_hidden_states=embeds[places],
+                    reference_hidden_states=references,
+                    output_reference_layers=self.options.layers if aligns and references is not None else None,
+                )
+                velocities.append(output.sample)
+                if aligns:
+                    losses.append(self._align(batch, places, references is None, output))
+        if not aligns:
+            return in_order(velocities, groups), None
+        fields = [in_order(parts, groups) for parts in zip(*losses, strict=True)]
+        return in_order(velocities, groups), AlignmentLoss(*fields)
+
+    def _align(self, batch: Batch, places: slice | list[int], is_dropped: bool, output: Any) -> AlignmentLoss:
+        """The alignment of a group of samples."""
+        assert self.alignment is not None
+        # Lists, because a wrapper would bring tensors to the GPU, where they are waited for
+        subjects, keep = batch.subjects[places].tolist(), batch.keeps_references[places].tolist()
+        if is_dropped:  # the projectors are used nevertheless: other processes may use theirs, and wait for these
+            alignment: Any = getattr(self.alignment, "module", self.alignment)
+            return self.alignment(*alignment.no_references(len(keep), batch.latents.device), None, keep)
+        features = batch.teacher_features
+        if isinstance(features, list):
+            assert isinstance(places, list)
+            features = _stacked(features, places)
+        return self.alignment(output.reference_hidden_states, features, subjects, keep)

@@ -1,6 +1,7 @@
 """What can be chosen of the method. Nothing heavy is imported: the command line reads it."""
 
-from typing import Annotated, Literal, Self
+import dataclasses
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass
@@ -20,30 +21,49 @@ class ObjectiveOptions(Options):
     """The guidance scale that distil teaches: how closely the prompt is followed."""
     image_guidance_scale: NonNegativeFloat = 5.0
     """The image guidance scale that distil teaches: how closely the references are followed."""
-    timesteps: Literal["refalign", "logit_normal", "bernini", "uniform"] = "refalign"
+    family: Literal["auto", "refalign", "bernini"] = "auto"
+    """How the model reads references, and what the defaults below are. auto is what the base's files say; anything
+    else must be that too."""
+    timesteps: Literal["auto", "refalign", "logit_normal", "bernini", "uniform"] = "auto"
     """How timesteps are drawn and weighted. refalign is the paper's: shift 5 and bump weights. logit_normal has shift
     3 and no weights. bernini is Bernini-R's for references: shift 4 and no weights. uniform has shift 7 and no
-    weights, for tiny models. distil takes no weights from any."""
+    weights, for tiny models. distil takes no weights from any. auto is the family's own."""
     detail_weight: NonNegativeFloat = 1.0
     """The weight of positions whose latents differ from their neighbours', beside 1 for the others."""
     detail_steps: NonNegativeInt = 0
     """The step until which the detail weight falls evenly to 1. 0: it never falls."""
-    no_text: Share = 0.1
-    """The share of samples that are trained without their text."""
-    no_references: Share = 0.1
-    """The share of samples that are trained without their references."""
-    neither: Share = 0.1
-    """The share of samples that are trained without text and references."""
+    no_text: Share | None = None
+    """The share of samples that are trained without their text alone. None: 0.1, of Bernini-R 0.09."""
+    no_references: Share | None = None
+    """The share of samples that are trained without their references alone. None: 0.1, of Bernini-R 0.09."""
+    neither: Share | None = None
+    """The share of samples that are trained without text and references. None: 0.1, of Bernini-R 0.01, so that text
+    and references are each dropped with 0.1, independently."""
     max_sequence_length: PositiveInt = 512
     """The number of text tokens, padded with zeros. The pipeline must be called with the same number."""
 
     @model_validator(mode="after")
     def _shares_of_all(self) -> Self:
-        total = self.no_text + self.no_references + self.neither
+        shares = (self.no_text, self.no_references, self.neither)
+        total = sum(filter(None, shares)) + 0.1 * shares.count(None)
         if total > 1:
             told = f"is {self.no_text}: with no_references and neither it must be 1 or less in sum, but is {total:g}."
             raise InvalidOption(type(self), "no_text", told)
         return self
+
+    def filled(self) -> Self:
+        """The options with the family's own for those that are not given: RefAlign's, if no family is."""
+        family = "refalign" if self.family == "auto" else self.family
+        values = {"family": family, **OF_FAMILIES[family]}
+        given = {name: value for name in values if (value := getattr(self, name)) not in (None, "auto")}
+        return dataclasses.replace(self, **(values | given))
+
+
+OF_FAMILIES: dict[str, dict[str, Any]] = {
+    "refalign": {"timesteps": "refalign", "no_text": 0.1, "no_references": 0.1, "neither": 0.1},
+    # Text and references are dropped independently, each with 0.1 (Bernini-R, arXiv 2605.22344)
+    "bernini": {"timesteps": "bernini", "no_text": 0.09, "no_references": 0.09, "neither": 0.01},
+}
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,8 @@ class SampleReader(Protocol):
     """Samples by row. [`encode`] makes tensors of what [`read`] gives, in the process that trains."""
 
     buckets: np.ndarray
-    """int32 `(samples, 4)`: frames, height, width and references. Only samples of one bucket are batched."""
+    """int32 `(samples, 4)`: frames, height, width and references; perhaps more columns with the references' sizes.
+    Only samples of one bucket are batched."""
     name: str
     """The dataset's name, for cards and logs."""
     fingerprint: str
@@ -95,18 +96,21 @@ def make_batch(
 ) -> Batch:
     """The samples of a micro-batch with their noise, timesteps and dropout (RefAlign, arXiv 2603.25743, section 4)."""
 
-    def stacked(name: str) -> torch.Tensor:
-        return torch.stack([value[name] for value in values])
+    def stacked(name: str) -> Any:
+        tensors = [value[name] for value in values]
+        return tensors if isinstance(tensors[0], list) else torch.stack(tensors)
 
+    options = options.filled()
     step, seed = micro_batch.step, order.seed
-    noise, embeds, references, keeps = [], [], [], []
+    noise, embeds, keeps = [], [], []
     for place, sample_id, value in zip(micro_batch.places, ids, values, strict=True):
         noise.append(draw_noise(seed, step, place, sample_id, value["latents"].shape))
         keeps_text, keeps_references = draw_dropout(seed, step, place, sample_id, options)
         embeds.append(value["prompt_embeds"] if keeps_text else empty_prompt_embeds)
-        latents = value["reference_latents"]
-        references.append(latents if keeps_references else torch.zeros_like(latents))
         keeps.append(keeps_references)
+    references = stacked("reference_latents")
+    if isinstance(references, torch.Tensor):  # a list's are dropped by the objective: they get no tokens
+        references = references.where(torch.tensor(keeps)[:, None, None, None, None], 0)
     quantiles = draw_quantiles(seed, step, order.batch_size)[list(micro_batch.places)]
     timesteps, weights = sample_timesteps(options.timesteps, quantiles)
     return Batch(
@@ -114,7 +118,7 @@ def make_batch(
         seed=network_seed(seed, micro_batch),
         latents=stacked("latents"),
         noise=torch.stack(noise),
-        reference_latents=torch.stack(references),
+        reference_latents=references,
         prompt_embeds=pad_prompt_embeds(embeds, options.max_sequence_length),
         timesteps=timesteps,
         weights=weights,

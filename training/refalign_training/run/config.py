@@ -196,10 +196,10 @@ class ValidationOptions(Options):
     """How many of the samples are shown as videos, with the references beside them."""
     video_steps: PositiveInt = 30
     """The number of denoising steps of the videos."""
-    guidance_scale: NonNegativeFloat = 7.5
-    """How closely the videos follow the prompt."""
-    image_guidance_scale: NonNegativeFloat = 5.0
-    """How closely the videos follow the references."""
+    guidance_scale: NonNegativeFloat | None = None
+    """How closely the videos follow the prompt. None: as the model's family does by default."""
+    image_guidance_scale: NonNegativeFloat | None = None
+    """How closely the videos follow the references. None: as the model's family does by default."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Nothing heavy is imported.
 """
 
 import argparse
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from importlib.resources import files
@@ -93,6 +94,7 @@ def keep_options(command: RunCommand) -> None:
         return
     there = read_config(file)
     vars(there)["output"] = command.output
+    vars(there)["objective"] = dataclasses.replace(there.objective, family=command.objective.family).filled()
     if to_yaml(there) != to_yaml(command):
         logger.warning(
             "%s stays as it is: it does not have what the command line says besides. Say that again with --resume.",

@@ -29,7 +29,7 @@ from refalign_training.run.config import RunCommand, accumulation, wants_shards
 from refalign_training.run.inputs import open_samples
 from refalign_training.run.lean import check_lean
 from refalign_training.run.log import check_tracker
-from refalign_training.run.networks import add_lora, make_alignment, transformer_config
+from refalign_training.run.networks import add_lora, make_alignment, of_its_family, transformer_config
 from refalign_training.run.optimizers import check_optimizer
 from refalign_training.run.order import Order, hold_out, nothing_held_out
 from refalign_training.run.resume import checkpoint_to_resume, find_start
@@ -100,7 +100,7 @@ class Estimate:
 
     def lines(self) -> list[str]:
         """A small table for people."""
-        frames, height, width, references = self.bucket
+        frames, height, width, references = self.bucket[:4]
         named = ", ".join(f"{name} {size:.1f}" for name, size in asdict(self.memory).items() if size >= 0.05)
         parameters, trained, projectors = map(_count, (self.parameters, self.trained, self.projectors))
         gpus = f"{self.world_size} GPUs, {'sharded' if self.sharded else 'each with all weights'}"
@@ -130,7 +130,8 @@ def estimate(
 
     Args:
         transformer_config (`Mapping`): the configuration of [`RefAlignWanTransformer3DModel`].
-        bucket (`Sequence[int]`): (frames, height, width, references) of a sample, in pixels.
+        bucket (`Sequence[int]`): (frames, height, width, references) of a sample, in pixels, and perhaps the height
+            and width of each reference; without, they are reckoned as large as the video.
         world_size (`int`, *optional*, defaults to 1): GPUs.
         sharded (`bool`, *optional*, defaults to `False`): whether each holds its part of the weights (fsdp2).
         teacher_dim (`int`, *optional*, defaults to 1024): width of the teacher's features, DINOv3 ViT-L's.
@@ -161,6 +162,7 @@ def estimate(
 def dry_run(command: RunCommand) -> int:
     """Prints what the run would take if all samples were of its largest bucket. Nothing is trained or written. Raises
     ValueError if the data, or what the run starts from, does not fit."""
+    command = of_its_family(command)
     resumes = checkpoint_to_resume(command) is not None
     start = find_start(command, resumes)
     config, needs_teacher = transformer_config(command.model), bool(command.alignment.weight)
@@ -171,7 +173,7 @@ def dry_run(command: RunCommand) -> int:
     teacher_dim = 1024  # of online encoders it is not known before they are loaded
     if needs_teacher and command.data.cache is not None:
         order = Order(samples.buckets, rows, command.batch.size, command.batch.micro, command.seed)
-        teacher_dim = read_first(samples, order)["teacher_features"].shape[-1]
+        teacher_dim = read_first(samples, order)["teacher_features"][0].shape[-1]
         make_alignment(command.alignment, config, teacher_dim, start, command.seed)  # does it fit?
     check_tracker(command.log.tracker)
     check_optimizer(command.optimizer)
@@ -243,15 +245,16 @@ class _Shape:
     """A transformer's and a teacher's sizes, a sample's latents, and its tokens."""
 
     def __init__(self, config: Mapping[str, Any], bucket: Sequence[int], teacher_dim: int = 1024) -> None:
-        frames, height, width, references = bucket
+        frames, height, width, references, *sizes = bucket
         _, rows, columns = config.get("patch_size", (1, 2, 2))
         self.dim, self.teacher_dim = config["num_attention_heads"] * config["attention_head_dim"], teacher_dim
         self.ffn_dim, self.blocks = config["ffn_dim"], config["num_layers"]
         self.channels = config.get("in_channels", 16)
         self.latents = ((frames - 1) // 4 + 1, height // 8, width // 8)
-        self.reference_latents = (references, height // 8, width // 8)
+        sizes = sizes or [height, width] * references
+        self.reference_latents = [(h // 8, w // 8) for h, w in zip(sizes[::2], sizes[1::2], strict=True) if h]
         a_frame = (height // 8 // rows) * (width // 8 // columns)
-        self.references = references * a_frame
+        self.references = sum((h // rows) * (w // columns) for h, w in self.reference_latents)
         self.tokens = self.latents[0] * a_frame + self.references
 
 
@@ -283,10 +286,13 @@ def _count_blocks(command: RunCommand, config: Mapping[str, Any], shape: _Shape,
         weights = {}
         for name, tensor in (*transformer.named_parameters(), *transformer.named_buffers()):
             weights[name] = torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=tensor.requires_grad)
+        references = [torch.empty(1, shape.channels, 1, *size) for size in shape.reference_latents]
+        if transformer.config["reference_rope"] == "frames":
+            references = torch.cat(references, dim=2)
         text_tokens, text_dim = command.objective.max_sequence_length, transformer.config.text_dim
         inputs = {
             "hidden_states": torch.empty(1, shape.channels, *shape.latents),
-            "reference_hidden_states": torch.empty(1, shape.channels, *shape.reference_latents),
+            "reference_hidden_states": references,
             "timestep": torch.tensor([500]),
             "encoder_hidden_states": torch.empty(1, text_tokens, text_dim),
         }

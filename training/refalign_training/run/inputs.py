@@ -9,11 +9,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from refalign.pipeline_refalign_wan import normalize_latents
+from refalign.convert import CONFIGS
+from refalign.files import fetch
 from refalign_training.cache.command import OF_VIDEOS
-from refalign_training.cache.encoders import Model, TeacherEncoder, TextEncoder, VaeEncoder, fetch_models, vae_config
+from refalign_training.cache.encoders import (
+    Model,
+    TeacherEncoder,
+    TextEncoder,
+    VaeEncoder,
+    fetch_models,
+    own_long_edge,
+    read_index,
+    reference_prefix,
+    vae_config,
+    with_own_long_edge,
+)
 from refalign_training.cache.holders import READERS, hold
-from refalign_training.cache.reader import Cache, open_index
+from refalign_training.cache.items import in_numbers
+from refalign_training.cache.reader import Cache, normalized, open_index
 from refalign_training.data.decoding import Decoded, decode
 from refalign_training.data.pixels import draw_prompt
 from refalign_training.data.randomness import numpy_generator
@@ -66,10 +79,9 @@ class Encoders:
             self._made["empty"] = self("text")([Decoded(prompts=("",))])[0]["prompt_embeds_0"]
         return self._made["empty"]
 
-    def latents(self, family: str, decoded: Decoded) -> torch.Tensor:
-        """Normalised latents of a video, or of references."""
-        latents = self(family)([decoded])[0]["latents"]
-        return normalize_latents(latents, vae_config(self.models[family].folder))
+    def latents(self, family: str, decoded: Decoded) -> torch.Tensor | list[torch.Tensor]:
+        """Normalised latents of a video, or of references; a list of those that have sizes of their own."""
+        return normalized(self(family)([decoded])[0], vae_config(self.models[family].folder))
 
 
 class CachedSamples:
@@ -81,6 +93,8 @@ class CachedSamples:
         self._hold = hold(folder, READERS)
         self.cache = Cache(folder, OF_VIDEOS if needs_teacher else OF_VIDEOS[:-1])
         self.buckets = self.cache.samples.buckets
+        self.has_own_sizes = self.cache.recipes["references"].get("long_edge") is not None
+        self.prefix = self.cache.recipes["text"].get("prefix", "")
         self.name, self.fingerprint = folder.name, self.cache.fingerprint
         self._empty_prompt_embeds = self.cache.empty_prompt_embeds
 
@@ -117,7 +131,8 @@ class OnlineSamples:
         device: torch.device,
         fetches: bool = True,
     ) -> None:
-        self.recipe = options.recipe
+        index = read_index(fetch(model.base, CONFIGS, model.revision))
+        self.recipe = with_own_long_edge(options.recipe, own_long_edge(index), model.base)
         self.samples = [sample for sample in usable(read_source(options.source)) if sample.prompts]
         self.name = str(options.source.data)
         if not self.samples:
@@ -145,7 +160,7 @@ class OnlineSamples:
         prompt = Decoded(prompts=(draw_prompt(sample, self.recipe, epoch),))
         return {"video": decode("video", sample, self.recipe, epoch), "references": references, "text": prompt}
 
-    def encode(self, read: dict[str, Decoded]) -> dict[str, torch.Tensor]:
+    def encode(self, read: dict[str, Decoded]) -> dict[str, Any]:
         subjects = read["references"].info["subjects"]
         numbers = {subject: number for number, subject in enumerate(dict.fromkeys(subjects))}
         value = {
@@ -155,7 +170,8 @@ class OnlineSamples:
             "subjects": torch.tensor([numbers[subject] for subject in subjects]),
         }
         if "teacher" in self.encoders.models:
-            value["teacher_features"] = self.encoders("teacher")([read["references"]])[0]["features"]
+            features = self.encoders("teacher")([read["references"]])[0]
+            value["teacher_features"] = in_numbers(features, "features") or features["features"]
         return value
 
     def empty_prompt_embeds(self) -> torch.Tensor:
@@ -165,7 +181,21 @@ class OnlineSamples:
 def open_samples(
     options: DataOptions, model: ModelOptions, needs_teacher: bool, device: torch.device, fetches: bool = True
 ) -> CachedSamples | OnlineSamples:
-    """The samples that a run is to be trained on; without `fetches`, only to look at how many of which size."""
+    """The samples that a run is to be trained on; without `fetches`, only to look at how many of which size. Raises
+    ValueError if a cache's are not what the base reads."""
     if options.cache is not None:
-        return CachedSamples(options.cache, needs_teacher)
+        samples = CachedSamples(options.cache, needs_teacher)
+        check_fits(samples, model)
+        return samples
     return OnlineSamples(options, model, needs_teacher, device, fetches)
+
+
+def check_fits(samples: CachedSamples, model: ModelOptions) -> None:
+    """Raises ValueError if a cache was made for a model that reads references or prompts in another way."""
+    folder = fetch(model.base, CONFIGS, model.revision)
+    expected = (own_long_edge(read_index(folder)) is not None, reference_prefix(folder))
+    if (samples.has_own_sizes, samples.prefix) != expected:
+        raise ValueError(
+            f"The cache {samples.name} was made for a model that reads references or prompts in another way than "
+            f"{model.base}. Make one with: refalign-train cache --model {model.base} ..."
+        )

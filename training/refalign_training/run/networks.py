@@ -1,5 +1,6 @@
 """The networks of a run: the transformer, perhaps with adapters, and the alignment's projectors."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,26 +10,45 @@ from peft import LoraConfig
 
 from refalign import RefAlignWanTransformer3DModel
 from refalign.convert import check_shapes, find_config
+from refalign.families import family_of
 from refalign.files import fetch, find_safetensors, naming_component, read, read_headers
 from refalign.transformer_refalign_wan import check_finite
 from refalign_training.method.alignment import ReferenceAlignment
 from refalign_training.method.options import AlignmentOptions
 from refalign_training.run.checkpoint import read_weights
-from refalign_training.run.config import LoraOptions, ModelOptions, RunCommand
+from refalign_training.run.config import LoraOptions, ModelOptions, RunCommand, wants_shards
 from refalign_training.run.resume import Start, find_start
 
 
 def transformer_config(options: ModelOptions) -> dict[str, Any]:
     """The configuration of the base's transformer, downloaded alone if need be. Raises ValueError if it is not the one
-    of Wan 2.1's text-to-video transformer, or of a model that reads references in another way than training gives
-    them."""
-    config = find_config(options.base, options.revision)
-    if config.get("reference_rope", "frames") != "frames" or config.get("text_to_references"):
+    of Wan 2.1's text-to-video transformer."""
+    return find_config(options.base, options.revision)
+
+
+def of_its_family(command: RunCommand) -> RunCommand:
+    """The command with the family of its base, and that one's options where none are given. Raises ValueError if
+    another family was asked for, or the family cannot be trained so."""
+    model, objective = command.model, command.objective
+    family = "refalign"  # a refinement, whose base is no transformer, takes nothing of either
+    if objective.kind != "refine":
+        family = family_of(transformer_config(model), model.base)
+    if objective.family not in ("auto", family):
         raise ValueError(
-            f"{options.base} is a Bernini-R model, which cannot be trained yet: its references have sizes of "
-            "their own. Name a RefAlign or Wan 2.1 model as model.base."
+            f"objective.family is {objective.family}, but {model.base} is of the family {family}. Leave it out, or "
+            f"make a base of that family: refalign convert --family {objective.family} ..."
         )
-    return config
+    if family == "bernini" and objective.kind == "distil":
+        raise ValueError(
+            f"objective.kind distil does not teach the projected guidance that {model.base}, a Bernini-R model, is "
+            "sampled with. Name a RefAlign model as model.base."
+        )
+    if family == "bernini" and command.batch.micro > 1 and wants_shards(command.parallel):
+        raise ValueError(
+            f"batch.micro is {command.batch.micro}, but with fsdp2 a Bernini-R model takes one sample at once: others "
+            "may need passes of their own, for which sharded processes do not wait. Set it to 1."
+        )
+    return dataclasses.replace(command, objective=dataclasses.replace(objective, family=family).filled())
 
 
 def load_transformer(command: RunCommand, start: Start, resumes: bool = False) -> RefAlignWanTransformer3DModel:

@@ -69,5 +69,5 @@ def encode_negative_prompt(
     if parallel.is_main:
         is_online = isinstance(samples, OnlineSamples)
         encoders = samples.encoders if is_online else Encoders(("text",), command.model, parallel.device)
-        encoded = [encoders("text")([Decoded(prompts=(negative,))])[0]["prompt_embeds_0"].cpu()]
+        encoded = [encoders("text")([Decoded(prompts=(negative,), prefix=None)])[0]["prompt_embeds_0"].cpu()]
     return broadcast_object_list(encoded)[0]

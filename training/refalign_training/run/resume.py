@@ -27,6 +27,7 @@ FREE_OPTIONS = (
     *("checkpoints", "log", "model.compile", "data.workers", "gpu_memory"),
     *("model.offload_blocks", "model.offload_activations"),
     "data.cache",  # the dataset's fingerprint is compared
+    "objective.family",  # it is the base's, and older checkpoints have none
     *("validation.every", "validation.videos", "validation.video_steps"),
     *("validation.guidance_scale", "validation.image_guidance_scale", "validation.prompts"),
 )

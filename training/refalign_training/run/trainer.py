@@ -30,10 +30,10 @@ from refalign_training.run.checkpoint import checkpoint_name, read_state, remove
 from refalign_training.run.checks import check
 from refalign_training.run.config import RunCommand, accumulation, flatten
 from refalign_training.run.config_files import keep_options
-from refalign_training.run.inputs import CachedSamples, open_samples
+from refalign_training.run.inputs import CachedSamples, check_fits, open_samples
 from refalign_training.run.lean import check_lean, make_lean
 from refalign_training.run.log import Bar, Metrics, RunLog, append_skipped, check_tracker
-from refalign_training.run.networks import load_transformer, make_alignment, transformer_config
+from refalign_training.run.networks import load_transformer, make_alignment, of_its_family, transformer_config
 from refalign_training.run.objectives import make_objective
 from refalign_training.run.optimizers import check_optimizer
 from refalign_training.run.order import Order, hold_out, nothing_held_out
@@ -76,7 +76,7 @@ class Trainer:
     """All that a run is made of, ready for its next step."""
 
     def __init__(self, command: RunCommand) -> None:
-        self.command = command
+        command = self.command = of_its_family(command)
         self.parallel = Parallel(command.parallel, command.device)
         check_tracker(command.log.tracker)
         check_optimizer(command.optimizer)
@@ -167,6 +167,7 @@ class Trainer:
         samples, rows = self.samples, self.held_out.tolist()
         if options.cache is not None:
             samples = CachedSamples(options.cache, bool(self.command.alignment.weight))
+            check_fits(samples, self.command.model)
             rows = range(min(options.samples, len(samples.buckets)))
         if not rows:
             if options.samples:
@@ -190,7 +191,7 @@ class Trainer:
         modules = {"transformer": transformer}
         if command.alignment.weight:
             value = read_first(self.samples, self.order)
-            config, teacher_dim = transformer.config, value["teacher_features"].shape[-1]
+            config, teacher_dim = transformer.config, value["teacher_features"][0].shape[-1]
             modules["alignment"] = make_alignment(command.alignment, config, teacher_dim, start, command.seed)
         make_lean(transformer, command.model, parallel.device)
         if command.model.compile:

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -15,13 +16,20 @@ from refalign_training.method.options import ObjectiveOptions
 from refalign_training.run.batches import SampleReader, pad_prompt_embeds
 from refalign_training.run.config import ValidationOptions
 from refalign_training.run.parallel import Parallel
-from refalign_training.run.videos import Shown, evaluating
+from refalign_training.run.videos import References, Shown, batch_of_one, evaluating
 
 
 logger = logging.getLogger(__name__)
 
 QUANTILES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 GAIN_QUANTILE = 6  # the place of 0.7: where layout and identity are decided
+
+
+def _reversed(references: References) -> References:
+    """References in reverse order; a single one as it is."""
+    if isinstance(references, list):
+        return references[::-1] if len(references) > 1 else references
+    return references.flip(1) if references.shape[1] > 1 else references
 
 
 class Validation:
@@ -36,7 +44,7 @@ class Validation:
         parallel: Parallel,
     ) -> None:
         self.options, self.objective_options, self.parallel = options, objective_options, parallel
-        self.values: list[tuple[str, dict[str, torch.Tensor]]] = []
+        self.values: list[tuple[str, dict[str, Any]]] = []
         for row in rows:
             try:
                 name = check_id(samples.id(row))  # of its videos, and a cache's index says what it likes
@@ -80,7 +88,7 @@ class Validation:
         with torch.no_grad(), evaluating(objective):
             for number, counts in self._share(len(self.values)):
                 own = self.values[number][1]["reference_latents"]
-                exchanged = (self._references_of_another(number), own.flip(1) if own.shape[1] > 1 else own)
+                exchanged = (self._references_of_another(number), _reversed(own))
                 loss = objective(self._batch(number, GAIN_QUANTILE), step).mse[0]
                 for index, other in enumerate(exchanged):
                     gain = objective(self._batch(number, GAIN_QUANTILE, other), step).mse[0] - loss
@@ -97,18 +105,21 @@ class Validation:
         for place in range(rank, math.ceil(count / world_size) * world_size, world_size):
             yield place % count, place < count
 
-    def _references_of_another(self, number: int) -> torch.Tensor:
-        """The references of the next sample with latents of the same shape; its own if there is none."""
+    def _references_of_another(self, number: int) -> References:
+        """The references of the next sample with latents of the same shape, or of any with sizes of their own; its own
+        if there is none."""
         own = self.values[number][1]["reference_latents"]
         for _, value in (*self.values[number + 1 :], *self.values[:number]):
-            if value["reference_latents"].shape == own.shape:
-                return value["reference_latents"]
+            other = value["reference_latents"]
+            if isinstance(other, list) or other.shape == own.shape:
+                return other
         return own
 
-    def _batch(self, number: int, quantile: int, references: torch.Tensor | None = None) -> Batch:
-        """A sample at one of the quantiles of t, perhaps with other references."""
+    def _batch(self, number: int, quantile: int, other: References | None = None) -> Batch:
+        """A sample at one of the quantiles of t, perhaps with other references, which are not aligned then."""
         sample_id, value = self.values[number]
-        references = value["reference_latents"] if references is None else references
+        references = value["reference_latents"] if other is None else other
+        features = value.get("teacher_features") if other is None else None
         generator = torch.Generator().manual_seed(seed_of("validation", sample_id, quantile))
         quantiles = torch.tensor([QUANTILES[quantile]], dtype=torch.float64)
         timesteps, weights = sample_timesteps(self.objective_options.timesteps, quantiles)
@@ -117,13 +128,13 @@ class Validation:
             seed=0,
             latents=value["latents"][None],
             noise=torch.randn(value["latents"].shape, generator=generator)[None],
-            reference_latents=references[None],
+            reference_latents=batch_of_one(references),
             prompt_embeds=pad_prompt_embeds([value["prompt_embeds"]], self.objective_options.max_sequence_length),
             timesteps=timesteps,
             weights=weights,
             keeps_references=torch.tensor([True]),
             subjects=value["subjects"][None],
-            teacher_features=value["teacher_features"][None] if "teacher_features" in value else None,
+            teacher_features=None if features is None else batch_of_one(features),
         ).to(self.parallel.device)
 
     def shown(self) -> list[Shown]:

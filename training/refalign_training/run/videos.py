@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,18 +13,29 @@ from diffusers import AutoencoderKLWan
 from PIL import Image
 
 from refalign import RefAlignWanPipeline, RefAlignWanTransformer3DModel, prepare_reference_images
+from refalign.convert import family_scheduler
+from refalign.families import FAMILIES, family_of
 from refalign.files import naming_component
 from refalign.loading import read_defaults
-from refalign.pipeline_refalign_wan import FRAMES_PER_LATENT, denormalize_latents, paper_scheduler
+from refalign.pipeline_refalign_wan import FRAMES_PER_LATENT, denormalize_latents
 from refalign.transformer_refalign_wan import WAN_CHANNELS
 from refalign.variants import find_variant
 from refalign.video import write_video
-from refalign_training.data.decoding import Decoded
+from refalign_training.data.decoding import Decoded, decoded_references
 from refalign_training.method.objective import Objective
 from refalign_training.run.batches import pad_prompt_embeds
 from refalign_training.run.config import PromptOptions, RunCommand, ValidationOptions
 from refalign_training.run.inputs import CachedSamples, Encoders, OnlineSamples
 from refalign_training.run.parallel import Parallel
+
+
+# Latents of a sample's references: (16, references, height / 8, width / 8), or of each of any size (16, 1, h, w)
+References = torch.Tensor | list[torch.Tensor]
+
+
+def batch_of_one(references: References) -> Any:
+    """A sample's references, or their features, as a batch."""
+    return references[None] if isinstance(references, torch.Tensor) else [references]
 
 
 @dataclass(frozen=True)
@@ -36,8 +48,7 @@ class Shown:
     """`(tokens, dim)`."""
     negative_prompt_embeds: torch.Tensor
     """`(tokens, dim)`."""
-    reference_latents: torch.Tensor | None
-    """`(16, references, height / 8, width / 8)`."""
+    reference_latents: References | None
     noise: torch.Tensor
     """`(16, latent frames, height / 8, width / 8)`."""
 
@@ -62,17 +73,19 @@ def encode_prompts(command: RunCommand, samples: CachedSamples | OnlineSamples, 
 
 def _encode_prompt(name: str, prompt: PromptOptions, model: str, encoders: Encoders, size: np.ndarray) -> Shown:
     frames, height, width = map(int, size)
-    latents = None
+    latents, defaults = None, read_defaults(model)
     if prompt.references:
         # As they are: what is to be cut out has been, as in the clips' own references
-        images = prepare_reference_images(list(prompt.references), height, width, cut_out=False)
-        pixels = np.stack(list(map(np.asarray, images)))
-        latents = encoders.latents("references", Decoded(torch.from_numpy(pixels)))
-    negative = read_defaults(model)["negative_prompt"]
-    embeds = encoders("text")([Decoded(prompts=(prompt.prompt, negative))])[0]
+        long_edge = defaults["reference_long_edge"]
+        paths = list(prompt.references)
+        images = prepare_reference_images(paths, height, width, cut_out=False, long_edge=long_edge)
+        latents = encoders.latents("references", decoded_references(images, long_edge))
+    own = Decoded(prompts=(prompt.prompt,), prefix="references" if prompt.references else "no_references")
+    negative = Decoded(prompts=(defaults["negative_prompt"],), prefix=None)
+    embeds, negative_embeds = encoders("text")([own, negative])
     shape = (1, WAN_CHANNELS, (frames - 1) // FRAMES_PER_LATENT + 1, height // 8, width // 8)
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(prompt.seed))[0]
-    return Shown(name, embeds["prompt_embeds_0"], embeds["prompt_embeds_1"], latents, noise)
+    return Shown(name, embeds["prompt_embeds_0"], negative_embeds["prompt_embeds_0"], latents, noise)
 
 
 @dataclass(frozen=True)
@@ -108,8 +121,7 @@ class Videos:
             )
         vae.to(self.parallel.device)  # pyright: ignore[reportArgumentType]  # diffusers' decorator hides `self`
         for one, video in zip(shown, latents, strict=True):
-            references = [] if one.reference_latents is None else one.reference_latents.unbind(1)
-            images = [_decode(vae, latent[:, None])[0] for latent in references]
+            images = [_decode(vae, latents)[0] for latents in _each(one.reference_latents)]
             frames = [beside(images, frame) for frame in _decode(vae, video[0])]
             pictures[one.name] = strip(frames)
             path = folder / f"{one.name}.mp4"
@@ -119,14 +131,20 @@ class Videos:
 
     def generate(self, shown: Shown, objective: Objective, transformer: RefAlignWanTransformer3DModel) -> torch.Tensor:
         """The latents `(1, 16, latent frames, height / 8, width / 8)` of a video."""
-        pipeline = RefAlignWanPipeline(None, None, None, paper_scheduler(), transformer)
+        family = FAMILIES[family_of(transformer.config, "the base")]
+        own = {name: family.pipeline.get(name) for name in ("call_defaults", "first_sigma")}
+        pipeline = RefAlignWanPipeline(None, None, None, family_scheduler(family), transformer, **own)
         pipeline.set_progress_bar_config(disable=True)
-        references = shown.reference_latents
+        reference_latents: Any = shown.reference_latents
+        if isinstance(reference_latents, list):
+            reference_latents = [[latents[None] for latents in reference_latents]]
+        elif reference_latents is not None:
+            reference_latents = reference_latents[None]
         with evaluating(objective), objective.autocast(self.parallel.device):
             return pipeline(
                 prompt_embeds=pad_prompt_embeds([shown.prompt_embeds], self.max_sequence_length),
                 negative_prompt_embeds=pad_prompt_embeds([shown.negative_prompt_embeds], self.max_sequence_length),
-                reference_latents=None if references is None else references[None],
+                reference_latents=reference_latents,
                 latents=shown.noise[None],
                 num_inference_steps=self.options.video_steps,
                 guidance_scale=self.options.guidance_scale,
@@ -143,6 +161,13 @@ def evaluating(objective: Objective) -> Iterator[None]:
         yield
     finally:
         objective.transformer.train()
+
+
+def _each(references: References | None) -> list[torch.Tensor]:
+    """The latents `(16, 1, h, w)` of each reference."""
+    if isinstance(references, torch.Tensor):
+        return list(references.split(1, dim=1))
+    return references or []
 
 
 @torch.no_grad()
