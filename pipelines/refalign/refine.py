@@ -276,7 +276,7 @@ def _outlined(panel: "Image.Image", mask: "np.ndarray") -> "Image.Image":
     from PIL import Image, ImageChops, ImageFilter
 
     large = Image.fromarray(mask).convert("L").resize(panel.size, Image.Resampling.NEAREST)
-    edge = ImageChops.subtract(large.filter(ImageFilter.MaxFilter(3)), large.filter(ImageFilter.MinFilter(3)))
+    edge = ImageChops.subtract(large.filter(ImageFilter.MaxFilter(5)), large.filter(ImageFilter.MinFilter(3)))
     panel.paste(OUTLINE, (0, 0), edge)
     return panel
 
