@@ -64,6 +64,15 @@ def differences(first: Results, other: Results, resamples: int = 10_000, seed: i
     return found
 
 
+def mean_interval(values: "np.ndarray", resamples: int = 10_000, seed: int = 0) -> dict[str, float | int]:
+    """The mean of samples' values `(samples,)`, with its 95 % interval: `value`, `low`, `high`, `samples`."""
+    import numpy as np
+
+    draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    low, high = np.percentile(values[draws].mean(axis=1), COVERED)
+    return {"value": float(values.mean()), "low": float(low), "high": float(high), "samples": len(values)}
+
+
 def _clipped(metric: Metric, raw: Mapping[str, float], samples: Sequence[str]) -> "np.ndarray":
     """What enters the mean of each sample, nan for a video that does not count."""
     import numpy as np

@@ -6,7 +6,8 @@ Nothing heavy is imported before the command line is understood, so that `--help
 import sys
 
 from refalign.command_line import Command, Program
-from refalign_evaluation import card, compare, generate, references, score, sprites, total
+from refalign_evaluation import artifacts, card, compare, generate, references, score, sprites, total
+from refalign_evaluation.artifacts import Artifacts
 from refalign_evaluation.card import Card
 from refalign_evaluation.compare import Compare
 from refalign_evaluation.generate import Generate
@@ -27,6 +28,7 @@ PROGRAM = Program(
         "card": Command(Card, card.run, "run --model refalign-14b"),
         "references": Command(References, references.run, "--references cat dog owl --output tokens"),
         "sprites": Command(Sprites, sprites.run, "--model sprites/model --json figures.json --sheet clips.png"),
+        "artifacts": Command(Artifacts, artifacts.run, "--benchmark triplets --sprites 200 --model sprites/refine"),
     },
 )
 

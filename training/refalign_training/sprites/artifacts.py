@@ -35,7 +35,7 @@ from refalign_training.sprites.views import draw_background, draw_view, fitted_p
 MOST_TRIES = 50
 LEAST_CHANGED = 0.25  # of the wrong place's pixels, else nobody would see that it is wrong
 LEAST_DIFFERENCE = 40  # of a pixel's colour, summed over the channels, of 765
-MARGIN = 9  # pixels of the upright drawing by which the mask is larger than what is wrong, on all sides
+MARGIN = 5  # pixels of the upright drawing by which the mask is larger than what is wrong, on all sides
 
 Wrong = tuple[Image.Image, Image.Image]  # a wrong drawing, and where it replaces the right one: L
 
@@ -71,7 +71,7 @@ def draw_triplet(number: int, seed: int = 0, held_out: bool = False) -> Triplet:
     right = draw_subject(subject)
     wrong, core = _draw_wrong(kind, subject, generator)
     place = core.filter(ImageFilter.MaxFilter(2 * MARGIN + 1))
-    region = ImageChops.multiply(place, right.getchannel("A")).filter(ImageFilter.MaxFilter(MARGIN))
+    region = ImageChops.multiply(place, right.getchannel("A")).filter(ImageFilter.MaxFilter(9))
     seen = _random_pose(subject, generator, (0.6, 0.8), 25)
     background, light = draw_background(generator, SIDE), generator.uniform(0.85, 1.1)
     shown = _random_pose(subject, generator, (0.7, 0.95), 40)
@@ -179,7 +179,7 @@ def _blob_on(subject: Subject, part: str, generator: np.random.Generator) -> Ima
     """A rounded free form about a random point of a part, where the subject is: L."""
     rows, columns = np.nonzero(np.asarray(draw_part(subject, part)) > 127)
     index = generator.integers(len(rows))
-    radius, phases = generator.uniform(18, 34), generator.uniform(0, 2 * math.pi, 3)
+    radius, phases = generator.uniform(13, 24), generator.uniform(0, 2 * math.pi, 3)
     corners = []
     for angle in np.linspace(0, 2 * math.pi, 48, endpoint=False):
         waves = np.cos(np.arange(1, 4) * angle + phases).sum()

@@ -1,0 +1,248 @@
+"""How well the region of a reference is found that corresponds to a masked one, and how well by simpler means.
+
+Masks are bool `(height, width)` of the reference's size; maps are float32 `(rows, columns)` on the reference as the
+image encoder sees it.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from refalign.pipeline_refine_by_align import (
+    Box,
+    bounding_box,
+    cut_mask,
+    cut_square,
+    encode_patches,
+    find_region,
+    mask_square,
+    on_white,
+    prepare_reference,
+    put_square,
+    reference_pixels,
+    reference_square,
+    subject_mask,
+)
+
+
+if TYPE_CHECKING:
+    from refalign.pipeline_refine_by_align import RefineByAlignPipeline
+
+THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # shares of a map's maximum that are tried
+FRAME = 64  # pixels of the square about the subject in which constant guesses are made
+BOX_STEP = 4  # of these pixels, between the corners of boxes that are tried
+GREY = (127, 127, 127)
+
+
+@dataclass(frozen=True)
+class Task:
+    """An image that went wrong in one place, with a reference and the truth."""
+
+    name: str
+    image: Image.Image
+    mask: np.ndarray
+    """bool, of the image's size."""
+    reference: Image.Image
+    region: np.ndarray
+    """bool, of the reference's size: the true region."""
+    truth: Image.Image | None = None
+    """RGB: what the image should be."""
+
+
+@dataclass(frozen=True)
+class Overlaps:
+    """IoU with the true region for each task, each `(tasks,)`."""
+
+    mask: np.ndarray
+    box: np.ndarray
+    """Of the boxes around both."""
+
+
+def mask_iou(first: np.ndarray, second: np.ndarray) -> float:
+    """Intersection over union of two masks, of which one is not empty."""
+    return float((first & second).sum() / (first | second).sum())
+
+
+def box_iou(first: Box, second: Box) -> float:
+    """Intersection over union of two boxes (left, top, right, bottom)."""
+    width = min(first[2], second[2]) - max(first[0], second[0])
+    height = min(first[3], second[3]) - max(first[1], second[1])
+    shared = max(width, 0) * max(height, 0)
+    return shared / (_area(first) + _area(second) - shared)
+
+
+def _area(box: Box) -> int:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def overlaps(tasks: Sequence[Task], masks: Sequence[np.ndarray]) -> Overlaps:
+    """Of a mask for each task, none of them empty."""
+    mask_values, box_values = [], []
+    for task, mask in zip(tasks, masks, strict=True):
+        mask_values.append(mask_iou(mask, task.region))
+        box_values.append(box_iou(bounding_box(mask), bounding_box(task.region)))
+    return Overlaps(np.array(mask_values), np.array(box_values))
+
+
+def mask_of_map(map: torch.Tensor, task: Task, size: int, threshold: float) -> np.ndarray:
+    """The region that a map means, as the pipeline finds it; `size` is that of its references."""
+    foreground = subject_mask(task.reference)
+    square = reference_square(foreground)
+    shown = F.adaptive_avg_pool2d(cut_mask(foreground, square, size), tuple(map.shape))[0]
+    mask = torch.from_numpy(find_region(map, shown, size, threshold).mask)
+    return put_square(mask, square, task.reference.size, "nearest-exact").numpy() > 0
+
+
+def overlaps_of_maps(tasks: Sequence[Task], maps: Sequence[torch.Tensor], size: int, threshold: float) -> Overlaps:
+    """Of a map for each task."""
+    masks = [mask_of_map(map, task, size, threshold) for map, task in zip(maps, tasks, strict=True)]
+    return overlaps(tasks, masks)
+
+
+# -- Step and block ---------------------------------------------------------------------------------------------------
+
+
+def search_grid(
+    pipeline: "RefineByAlignPipeline", tasks: Sequence[Task], steps: Sequence[float], seed: int, batch_size: int = 16
+) -> torch.Tensor:
+    """
+    The maps of all blocks at several steps, as shares of the timesteps.
+
+    Returns:
+        `torch.Tensor`: float32 `(steps, blocks, tasks, rows, columns)`.
+    """
+    maps = []
+    for batch in batches(tasks, batch_size):
+        images, masks, references = inputs_of(batch)
+        generators = generators_of(batch, seed)
+        maps.append(pipeline.attention_maps(images, masks, references, steps=steps, generator=generators))
+    return torch.cat(maps, dim=2)
+
+
+def grid_overlaps(tasks: Sequence[Task], maps: torch.Tensor, size: int, threshold: float) -> dict[str, np.ndarray]:
+    """The mean IoU of masks and boxes by step and block, each `(steps, blocks)`."""
+    found: dict[str, np.ndarray] = {"mask": np.zeros(maps.shape[:2]), "box": np.zeros(maps.shape[:2])}
+    for step, block in product(range(maps.shape[0]), range(maps.shape[1])):
+        values = overlaps_of_maps(tasks, list(maps[step, block]), size, threshold)
+        found["mask"][step, block] = values.mask.mean()
+        found["box"][step, block] = values.box.mean()
+    return found
+
+
+def batches(tasks: Sequence[Task], size: int) -> Iterator[Sequence[Task]]:
+    """The tasks, so many at a time."""
+    for start in range(0, len(tasks), size):
+        yield tasks[start : start + size]
+
+
+def inputs_of(tasks: Sequence[Task]) -> tuple[list[Image.Image], list[np.ndarray], list[Image.Image]]:
+    """Images, masks and references, as the pipeline takes them."""
+    return [task.image for task in tasks], [task.mask for task in tasks], [task.reference for task in tasks]
+
+
+def generators_of(tasks: Sequence[Task], seed: int) -> list[torch.Generator]:
+    """A new generator for each task, that depends on its name alone: the same noise in every call."""
+    from refalign_training.data.randomness import seed_of
+
+    return [torch.Generator().manual_seed(seed_of("artifacts", seed, task.name)) for task in tasks]
+
+
+# -- Baselines --------------------------------------------------------------------------------------------------------
+
+
+def best_constant(tasks: Sequence[Task]) -> Overlaps:
+    """
+    What one guess for all references gets, on the square around the subject: the best of fixed masks (the places that
+    are true most often, with and without what is not the subject) and the best of fixed boxes. They are searched on
+    these very tasks, which favours them.
+    """
+    regions, subjects = [], []
+    for task in tasks:
+        foreground = subject_mask(task.reference)
+        square = reference_square(foreground)
+        regions.append(cut_mask(task.region, square, FRAME)[0].numpy() > 0)
+        subjects.append(cut_mask(foreground, square, FRAME)[0].numpy() > 0)
+    true, seen = np.stack(regions), np.stack(subjects)
+    often = true.mean(axis=0)
+    found = []
+    for level in np.linspace(0.02, 0.98, 49) * often.max():
+        guess = np.broadcast_to(often >= level, true.shape)
+        found += [_stacked_iou(guess, true), _stacked_iou(guess & seen, true)]
+    return Overlaps(max(found, key=np.mean), _best_box(true))
+
+
+def _stacked_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    shared = (first & second).sum(axis=(1, 2))
+    return shared / np.maximum((first | second).sum(axis=(1, 2)), 1)
+
+
+def _best_box(true: np.ndarray) -> np.ndarray:
+    """The IoU of the best fixed box with the regions' boxes, `(tasks,)`."""
+    boxes = np.array([bounding_box(mask) for mask in true])
+    edges = range(0, FRAME + 1, BOX_STEP)
+    pairs = [(low, high) for low, high in product(edges, edges) if low < high]
+    best = np.zeros(len(true))
+    for (left, right), (top, bottom) in product(pairs, pairs):
+        width = np.minimum(boxes[:, 2], right) - np.maximum(boxes[:, 0], left)
+        height = np.minimum(boxes[:, 3], bottom) - np.maximum(boxes[:, 1], top)
+        shared = np.maximum(width, 0) * np.maximum(height, 0)
+        areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+        values = shared / (areas + (right - left) * (bottom - top) - shared)
+        if values.mean() > best.mean():
+            best = values
+    return best
+
+
+def best_matching(pipeline: "RefineByAlignPipeline", tasks: Sequence[Task]) -> Overlaps:
+    """
+    What the image encoder alone gets: the reference's patches that are most similar to those of the mask. The best of
+    some variants and thresholds, searched on these very tasks: the mask's patches as they are or grey; their mean, the
+    mean of their similarities, or how often each patch of the reference is the nearest; tokens centred or not.
+    """
+    size, found = pipeline.config["reference_size"], []
+    variants = [_similarity_maps(pipeline, task) for task in tasks]
+    for name in variants[0]:
+        maps = [maps_of_task[name] for maps_of_task in variants]
+        found += [overlaps_of_maps(tasks, maps, size, threshold) for threshold in THRESHOLDS]
+    masks, boxes = [each.mask for each in found], [each.box for each in found]
+    return Overlaps(max(masks, key=np.mean), max(boxes, key=np.mean))
+
+
+@torch.no_grad()
+def _similarity_maps(pipeline: "RefineByAlignPipeline", task: Task) -> dict[tuple[bool, str, bool], torch.Tensor]:
+    """One map for each variant of [`best_matching`]."""
+    size = pipeline.config["reference_size"]
+    square = mask_square(task.mask, pipeline.config["crop_scale"])
+    hidden = on_white(task.image)
+    hidden.paste(GREY, mask=Image.fromarray(task.mask))
+    seen = [cut_square(image, square, size) for image in (on_white(task.image), hidden)]
+    tokens = encode(pipeline, [*seen, prepare_reference(task.reference, size)])
+    side = round(tokens.shape[1] ** 0.5)
+    shares = F.adaptive_avg_pool2d(cut_mask(task.mask, square, size), side).flatten()
+    is_masked = shares >= min(0.5, float(shares.max()))
+    maps = {}
+    for is_grey, is_centred in product((False, True), (False, True)):
+        pair = torch.stack((tokens[int(is_grey)], tokens[2]))
+        if is_centred:
+            pair = pair - pair.mean(dim=1, keepdim=True)
+        masked, reference = F.normalize(pair[0][is_masked], dim=-1), F.normalize(pair[1], dim=-1)
+        similarities = masked @ reference.T
+        nearest = torch.bincount(similarities.argmax(dim=1), minlength=len(reference)).float()
+        mean = F.normalize(pair[0][is_masked].mean(dim=0), dim=-1)
+        by_name = {"mean": reference @ mean, "similarities": similarities.mean(dim=0), "nearest": nearest}
+        for name, values in by_name.items():
+            maps[is_grey, name, is_centred] = (values - values.min()).reshape(side, side)
+    return maps
+
+
+def encode(pipeline: "RefineByAlignPipeline", images: Sequence[Image.Image]) -> torch.Tensor:
+    """The image encoder's patch tokens of RGB squares, float32 `(images, tokens, dim)`."""
+    pixels = reference_pixels(torch.stack([torch.from_numpy(np.array(image)) for image in images]))
+    encoder: Any = pipeline.image_encoder
+    return encode_patches(encoder, pixels.to(encoder.device, encoder.dtype)).float().cpu()
