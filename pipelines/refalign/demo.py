@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from refalign.files import new_file
 from refalign.owner import owned_folder
-from refalign.sprites import FOLDER, SUBJECTS, subject_names
+from refalign.sprites import FOLDER, REFINE_FOLDER, SUBJECTS, TRIPLETS, subject_names
 
 
 if TYPE_CHECKING:
@@ -37,6 +37,9 @@ class Demo:
     """The one or two subjects, from the left to the right: names that --list shows, or pictures of your own."""
     seed: int = 0
     """The seed of the noise. Another seed gives another video."""
+    refine: bool = False
+    """Refine pictures of figures that are wrong in one place instead, with the tiny model for that: `refine.png` in
+    the output's folder shows each with its mask, the reference with the region that was found, and the result."""
     list: bool = False
     """Only show the names of the subjects, and make no video."""
 
@@ -51,6 +54,8 @@ def run(command: Demo) -> int:
     if command.list:
         print("\n".join(subject_names()))
         return 0
+    if command.refine:
+        return _run_refine(command)
     from refalign.video import FPS, write_video
 
     if not 1 <= len(command.subjects) <= 2:
@@ -70,6 +75,38 @@ def run(command: Demo) -> int:
         write_video(large, video, settings=settings, overwrite=True)
     print(f"{command.prompt}\nWrote {video}, and the references beside it: {picture} and {moving}.")
     return 0
+
+
+def _run_refine(command: Demo) -> int:
+    """Refines the package's pictures, and draws what was found and made."""
+    picture = command.output / "refine.png"
+    sheet = draw_refined(command.seed)
+    with owned_folder(command.output), new_file(picture, overwrite=True) as file:
+        sheet.save(file)
+    print(f"Wrote {picture}: what is wrong, where the reference shows it right, and what was made of it.")
+    return 0
+
+
+def draw_refined(seed: int) -> "Image.Image":
+    """One picture with a row for each of the package's triplets, as `refalign refine --map` draws it."""
+    import numpy as np
+    import torch
+    from PIL import Image
+
+    from refalign import refine
+
+    pipeline = refine.load_refine_pipeline(str(REFINE_FOLDER), "cpu")
+    rows = []
+    for folder in sorted(TRIPLETS.iterdir()):
+        image, mask, reference = (Image.open(folder / f"{name}.png") for name in ("image", "mask", "reference"))
+        output = pipeline(image, mask, reference, generator=torch.Generator().manual_seed(seed))
+        is_masked = np.asarray(mask) > 127
+        rows.append(refine.draw_sheet(image, is_masked, reference, output.alignments[0], output.images[0]))
+    step = rows[0].height + GAP
+    sheet = Image.new("RGB", (rows[0].width, len(rows) * step - GAP), "white")
+    for number, row in enumerate(rows):
+        sheet.paste(row, (0, number * step))
+    return sheet
 
 
 def pictures_of(subjects: Iterable[str]) -> "list[Image.Image]":

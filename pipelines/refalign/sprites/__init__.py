@@ -5,6 +5,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent / "model"
 REFINE_FOLDER = Path(__file__).parent / "refine"  # the tiny model that refines images
+TRIPLETS = Path(__file__).parent / "triplets"  # pictures to refine, with masks and references
 ONE_PASS = Path(__file__).parent / "one-pass.safetensors"  # a LoRA with which the model needs no guidance
 SUBJECTS = Path(__file__).parent / "subjects"  # the model was not trained on these
 

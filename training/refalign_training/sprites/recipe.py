@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 Stage = Literal[
     *("vae", "text", "teacher", "base", "data", "cache", "run", "model"),
-    *("refine-vae", "refine-encoder", "refine-base", "refine-data", "refine-cache", "refine-run"),
+    *("refine-vae", "refine-encoder", "refine-base", "refine-data", "refine-cache", "refine-run", "refine-model"),
 ]
 
 TRANSFORMER = {
@@ -125,6 +125,7 @@ PRODUCTS = {
     "refine-vae": "refine-vae",
     "refine-encoder": "refine-encoder",
     "refine-base": "refine-base",
+    "refine-model": "refine",
 }
 
 
@@ -284,7 +285,7 @@ def make_model(command: SpritesCommand, run: Path, output: Path) -> None:
     with new_folder(output) as folder:
         pipeline.save_pretrained(folder)
         figures = measure(folder, output.with_name(f"{output.name}.json"), command.samples)
-        parts = {name: _read_measured(command.output / PRODUCTS[name]) for name in ("vae", "text", "teacher")}
+        parts = {name: read_measured(command.output / PRODUCTS[name]) for name in ("vae", "text", "teacher")}
         seen = state["step"] * state["options"]["batch.size"]
         weights = sum(parameter.numel() for parameter in pipeline.transformer.parameters())
         rows = [(name, *_shown(name, figures)) for name in figures["intervals"]]
@@ -330,7 +331,8 @@ def _shown(name: str, figures: dict[str, Any]) -> tuple[str, str]:
     return f"{100 * value:.0f} %", f"{100 * low:.0f} to {100 * high:.0f}"
 
 
-def _read_measured(folder: Path) -> dict[str, float]:
+def read_measured(folder: Path) -> dict[str, float]:
+    """What [`write_measured`] wrote into a part's folder."""
     return json.loads((folder / MEASURED).read_text("utf-8"))
 
 

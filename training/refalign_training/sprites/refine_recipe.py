@@ -122,6 +122,12 @@ def _train(command: SpritesCommand) -> None:
     train(command, command.output / "refine-run", steps, prefix="refine-")
 
 
+def _make_model(command: SpritesCommand) -> None:
+    from refalign_training.sprites.refine_model import make_refine_model
+
+    make_refine_model(command)
+
+
 REFINE_STAGES: Stages = {
     "refine-vae": _make_vae,
     "refine-encoder": _make_encoder,
@@ -129,4 +135,5 @@ REFINE_STAGES: Stages = {
     "refine-data": _make_data,
     "refine-cache": _make_cache,
     "refine-run": _train,
+    "refine-model": _make_model,
 }
