@@ -82,11 +82,11 @@ def _area(box: Box) -> int:
 
 
 def overlaps(tasks: Sequence[Task], masks: Sequence[np.ndarray]) -> Overlaps:
-    """Of a mask for each task, none of them empty."""
+    """Of a mask for each task; 0 where it is empty."""
     mask_values, box_values = [], []
     for task, mask in zip(tasks, masks, strict=True):
         mask_values.append(mask_iou(mask, task.region))
-        box_values.append(box_iou(bounding_box(mask), bounding_box(task.region)))
+        box_values.append(box_iou(bounding_box(mask), bounding_box(task.region)) if mask.any() else 0.0)
     return Overlaps(np.array(mask_values), np.array(box_values))
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from refalign.pipeline_refine_by_align import cross_attention_blocks, cut_mask, reference_square, subject_mask
-from refalign_evaluation import artifacts
+from refalign_evaluation import alignment, artifacts
 from refalign_evaluation.alignment import (
     Task,
     best_constant,
@@ -68,6 +68,7 @@ def test_a_map_of_the_true_region_finds_it(tasks):
         square = reference_square(subject_mask(task.reference))
         maps.append(torch.nn.functional.adaptive_avg_pool2d(cut_mask(task.region, square, 64), 16)[0])
     assert overlaps_of_maps(tasks, maps, 64, 0.4).mask.min() > 0.5
+    assert overlaps(tasks[:1], [np.zeros_like(tasks[0].region)]).mask[0] == 0
     assert overlaps_of_maps(tasks, [map.flip(0) for map in maps], 64, 0.4).mask.mean() < 0.4
 
 
@@ -81,16 +82,20 @@ def test_the_best_constant_guess_is_right_where_all_regions_are_the_same():
     assert values.box.min() > 0.7  # the corners of boxes are four pixels apart
 
 
-def test_matching_finds_the_patches_that_are_the_same():
-    pipe = tiny_refine_pipeline()
-    image = Image.new("RGB", (64, 64), (90, 90, 90))
+def test_matching_finds_the_patches_that_are_the_same(monkeypatch):
+    def colours(_, images):
+        pixels = torch.stack([torch.from_numpy(np.array(image)) for image in images]).permute(0, 3, 1, 2).float()
+        return torch.nn.functional.avg_pool2d(pixels, 4).flatten(2).transpose(1, 2)
+
+    monkeypatch.setattr(alignment, "encode", colours)
+    image = Image.new("RGB", (64, 64), (10, 90, 10))
     image.paste((250, 10, 10), (40, 8, 56, 24))
     region = np.zeros((64, 64), bool)
     region[8:24, 40:56] = True
-    # The encoder sees the whole of both, so that a patch is most similar to itself
-    pipe.register_to_config(crop_scale=4.0)
-    task = Task("copy", image, region, image.convert("RGBA"), region)
-    assert best_matching(pipe, [task]).box.mean() > 0.4
+    reference, elsewhere = image.convert("RGBA"), np.roll(region, 30, axis=0)
+    values = best_matching(tiny_refine_pipeline(), [Task("same", image, region, reference, region)])
+    assert values.mask[0] > 0.6 and values.box[0] > 0.6
+    assert best_matching(tiny_refine_pipeline(), [Task("other", image, region, reference, elsewhere)]).mask[0] < 0.1
 
 
 def test_the_interval_of_a_mean_holds_it():
@@ -133,7 +138,8 @@ def test_all_arms_and_guesses_have_figures_with_intervals(figures):
         assert value["low"] <= value["value"] <= value["high"]
 
 
-def test_the_search_finds_the_block_and_stores_it_if_asked(benchmark, model, tmp_path, capsys):
+def test_the_search_finds_the_block_and_stores_it_if_asked(benchmark, model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(artifacts, "GRID_STEPS", (0.2, 0.8))
     shutil.copytree(model, tmp_path / "model")
     index = tmp_path / "model/model_index.json"
     before = index.read_text()
@@ -150,11 +156,12 @@ def test_the_search_finds_the_block_and_stores_it_if_asked(benchmark, model, tmp
 
 
 def test_the_best_of_a_grid_is_the_largest(monkeypatch, tasks):
+    monkeypatch.setattr(artifacts, "GRID_STEPS", (0.2, 0.8))
     pipe = tiny_refine_pipeline()
     blocks = len(cross_attention_blocks(pipe.unet))
-    maps = torch.rand(5, blocks, len(tasks), 16, 16, generator=torch.Generator().manual_seed(0))
+    maps = torch.rand(2, blocks, 2, 16, 16, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr("refalign_evaluation.alignment.search_grid", lambda *_: maps)
-    found = artifacts.search(artifacts.Artifacts(benchmark=Path("unused")), pipe, tasks)
+    found = artifacts.search(artifacts.Artifacts(benchmark=Path("unused")), pipe, tasks[:2])
     values = np.array(found["mask"])
     step = found["steps"].index(found["best"]["alignment_step"])
     assert values[step, found["best"]["alignment_block"]] == values.max()
