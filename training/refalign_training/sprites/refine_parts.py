@@ -202,7 +202,7 @@ def correspondence(encoder: Dinov2WithRegistersModel, subjects_drawn: int = 100)
         for kind in ("in a place", "on white"):
             image, pose = random_view(generator, subject, kind)
             is_seen = torch.from_numpy(parts_of_view(subject, pose) > 0).flatten()
-            patches = patches_of(encoder, normalised(np.asarray(image)[None]))[0]
+            patches = patches_of(encoder, normalised(np.array(image)[None]))[0]
             tokens.append(F.normalize(patches[is_seen], dim=-1))
             places.append(torch.from_numpy(own_places(pose)).reshape(-1, 2)[is_seen])
         distances = torch.cdist(*places)
