@@ -119,7 +119,7 @@ def _blob(
         for t in np.linspace(0, 1, 8, endpoint=False):
             place = (1 - t) ** 2 * start + 2 * t * (1 - t) * points[number] + t**2 * end
             curve.append((place[0], place[1]))
-    image = Image.new("1", shape[::-1])
+    image = Image.new("1", (shape[1], shape[0]))
     ImageDraw.Draw(image).polygon(curve, fill=1)
     return np.asarray(image)
 
@@ -136,7 +136,7 @@ def _stroke(
         points.append(points[-1] + length**2 / width / 3 * np.array([math.cos(angle), math.sin(angle)]))
     moved = np.array(points) - np.mean(points, 0) + centre
     line = list(map(tuple, moved.tolist()))
-    image = Image.new("1", shape[::-1])
+    image = Image.new("1", (shape[1], shape[0]))
     draw = ImageDraw.Draw(image)
     draw.line(line, fill=1, width=round(width), joint="curve")
     for x, y in line:

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from refalign.pipeline_refine_by_align import bounding_box
 from refalign.reference_images import WHITE
 from refalign_training.data.fields import Unusable
-from refalign_training.data.masks import check_box, decode_mask
+from refalign_training.data.masks import decode_mask
 from refalign_training.data.pixels import WARN, crop_frame, cut_out, drawn_views, read_frame, read_image
 from refalign_training.data.randomness import numpy_generator
 from refalign_training.data.recipe import Recipe
@@ -109,10 +110,10 @@ def _in_its_surroundings(
         mask = Image.fromarray(pixels.astype(np.uint8) * 255)
         mask.info, image = dict(cropped.info), square(cropped)
         mask = square(mask)
-    box = mask.point(lambda value: 255 * (value > 127)).getbbox()
-    if box is None:
+    seen = np.asarray(mask) > 127
+    if not seen.any():
         raise Unusable("no mask", f"the mask of a subject of {view.path} is empty")
-    left, top, right, bottom = check_box(list(map(float, box)), image.width, image.height)
+    left, top, right, bottom = bounding_box(seen)
     half = MARGIN * max(right - left, bottom - top) / 2
     x, y = (left + right) / 2, (top + bottom) / 2
     around = (x - half, y - half, x + half, y + half)

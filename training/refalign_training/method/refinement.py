@@ -4,6 +4,7 @@ No loss acts on the attention: that the whole reference is given in half of the 
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -77,7 +78,8 @@ class Refinement(Objective):
 
     def __call__(self, batch: RefineBatch, step: int) -> Losses:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The losses of a batch, on the device where the batch and the networks are."""
-        noisy = self.scheduler.add_noise(batch.latents, batch.noise, batch.timesteps.long())
+        timesteps: Any = batch.timesteps.long()  # annotated as an IntTensor
+        noisy = self.scheduler.add_noise(batch.latents, batch.noise, timesteps)
         sample = unet_input(noisy, batch.mask, batch.masked_latents)
         with self.autocast(sample.device):
             predicted = self.transformer(sample, batch.timesteps, batch.patches, batch.keeps_references)

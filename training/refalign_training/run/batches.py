@@ -25,8 +25,8 @@ from refalign_training.run.order import (
 from refalign_training.run.stopping import outlive_signals
 
 
-class SampleReader(Protocol):
-    """Samples by row. [`encode`] makes tensors of what [`read`] gives, in the process that trains."""
+class RowReader(Protocol):
+    """Samples by row."""
 
     buckets: np.ndarray
     """int32 `(samples, 4)`: frames, height, width and references; perhaps more columns with the references' sizes.
@@ -40,6 +40,10 @@ class SampleReader(Protocol):
 
     def read(self, row: int, seed: int, epoch: int) -> Any:
         """Raises ValueError or OSError if the sample cannot be used."""
+
+
+class SampleReader(RowReader, Protocol):
+    """Samples of videos. [`encode`] makes tensors of what [`read`] gives, in the process that trains."""
 
     def encode(self, read: Any) -> dict[str, torch.Tensor]:
         """`latents`, `reference_latents`, `prompt_embeds` `(tokens, dim)`, `subjects`, perhaps `teacher_features`."""
@@ -56,7 +60,7 @@ class Read(NamedTuple):
     unusable: list[tuple[str, str]]
 
 
-def read_micro_batch(samples: SampleReader, order: Order, micro_batch: MicroBatch) -> Read:
+def read_micro_batch(samples: RowReader, order: Order, micro_batch: MicroBatch) -> Read:
     """Reads a micro-batch, with other samples for those that cannot be read. Raises ValueError if none can be."""
     unusable: list[tuple[str, str]] = []
     for attempt in range(1 + MAX_SUBSTITUTES):
@@ -70,7 +74,7 @@ def read_micro_batch(samples: SampleReader, order: Order, micro_batch: MicroBatc
 
 
 def _read_or_replace(
-    samples: SampleReader, order: Order, micro_batch: MicroBatch, place: int, unusable: list[tuple[str, str]]
+    samples: RowReader, order: Order, micro_batch: MicroBatch, place: int, unusable: list[tuple[str, str]]
 ) -> tuple[int, Any] | None:
     """The row and what was read for a place of the batch, if need be of another sample; None if none can be read."""
     for row in order.candidates(micro_batch, place):
@@ -137,7 +141,7 @@ def pad_prompt_embeds(embeds: Sequence[torch.Tensor], length: int) -> torch.Tens
 
 
 def load_batches(
-    samples: SampleReader,
+    samples: Any,
     order: Order,
     options: ObjectiveOptions,
     *,

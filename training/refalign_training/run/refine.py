@@ -59,7 +59,11 @@ def load_base(options: ModelOptions) -> RefineByAlignPipeline:
 
 
 class SubjectSamples:
-    """Subjects in their surroundings, of which an example is drawn anew in each epoch."""
+    """Subjects in their surroundings, of which an example is drawn anew in each epoch. Attributes are as a
+    [`RowReader`]'s."""
+
+    name: str
+    fingerprint: str
 
     def __init__(self, options: RefineOptions, side: int, reference_side: int, count: int) -> None:
         self.options, self.side, self.reference_side = options, side, reference_side
@@ -218,7 +222,7 @@ class RefineValidation:
             except (ValueError, OSError) as error:
                 logger.warning("%s cannot be validated on: %s", samples.id(row), error)
         self.count, self.device = len(examples), encoders.device
-        self.values = encoders(examples) if examples else {}
+        self.values: dict[str, Any] = encoders(examples) if examples else {}
 
     def batch(self, quantile: float) -> RefineBatch:
         """All examples at a quantile of the timesteps, always with the same noise."""
@@ -248,10 +252,11 @@ class RefineValidation:
         """How well each block's attention finds the true region, as mean intersection over union with it, and the
         best of them: the sign that the alignment is learnt."""
         regions = self.values["regions"] >= 0.5
+        rows, columns = regions.shape[1:]
         known = regions.flatten(1).any(1)
         values = {}
         for number, attention in enumerate(self._attention(objective, refiner)):
-            map = attention_map(attention, self.values["mask"], tuple(regions.shape[1:]))
+            map = attention_map(attention, self.values["mask"], (rows, columns))
             found = map >= MAP_THRESHOLD * map.amax((1, 2), keepdim=True)
             shared = (found & regions).sum((1, 2)) / (found | regions).sum((1, 2)).clamp(min=1)
             values[f"validation/miou_by_block/{number}"] = shared[known].mean().item()

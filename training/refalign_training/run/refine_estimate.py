@@ -1,5 +1,7 @@
 """What a refinement will take: memory without activations, compute per sample, hours."""
 
+from typing import Any
+
 import torch
 from diffusers import UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -36,8 +38,8 @@ def dry_run(command: RunCommand) -> int:
     if rank:
         return 0
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(read_json(folder / "unet/config.json"))
-        projector = ReferenceProjector.from_config(read_json(folder / "reference_projector/config.json"))
+        unet: Any = UNet2DConditionModel.from_config(read_json(folder / "unet/config.json"))
+        projector: Any = ReferenceProjector.from_config(read_json(folder / "reference_projector/config.json"))
     refiner = Refiner(unet, projector)
     trained = sum(parameter.numel() for parameter in refiner.parameters())
     average = 4 if command.optimizer.ema_decay is not None else 0
@@ -62,12 +64,12 @@ def dry_run(command: RunCommand) -> int:
 def count_flop(refiner: Refiner, grid: int) -> int:
     """The floating-point operations of the forward and backward pass of a sample, whose reference has `grid` x `grid`
     tokens. The networks are on the meta device. The frozen encoders are not counted."""
-    side = refiner.unet.config.sample_size
+    side = refiner.unet.config["sample_size"]
     with FakeTensorMode():
         weights = {}
         for name, tensor in (*refiner.named_parameters(), *refiner.named_buffers()):
             weights[name] = torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=tensor.requires_grad)
-        patches = torch.empty(1, grid * grid, refiner.reference_projector.config.image_dim)
+        patches = torch.empty(1, grid * grid, refiner.reference_projector.config["image_dim"])
         inputs = (torch.empty(1, 9, side, side), torch.tensor([500]), patches, torch.tensor([True]))
         with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
             functional_call(refiner, weights, inputs).sum().backward()

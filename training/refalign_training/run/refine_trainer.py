@@ -39,7 +39,7 @@ class RefineTrainer(Trainer):
         self.order = Order(self.samples.buckets, self.rows, batch.size, batch.micro, command.seed)
 
     def _open_validation(self) -> None:
-        self.prompts, self.validation = [], None
+        self.prompts, self.held_out_examples = [], None
         options, samples, rows = self.command.validation, self.samples, self.held_out.tolist()
         if not options.every:
             return
@@ -52,7 +52,7 @@ class RefineTrainer(Trainer):
             return
         validation = RefineValidation(samples, rows, self.encoders)
         if validation.count:
-            self.validation = validation
+            self.held_out_examples = validation
 
     def _make_networks(self, resumes: bool) -> None:
         command, parallel = self.command, self.parallel
@@ -103,9 +103,10 @@ class RefineTrainer(Trainer):
 
     def _validate(self, bar: Bar) -> None:
         """Losses and how well the attention finds the true region, by the averaged weights if there are some."""
-        if self.validation is None:
+        held_out = self.held_out_examples
+        if held_out is None:
             return
         with self.state.averaged():
-            values = self.validation.losses(self.objective, self.step - 1)
-            values |= self.validation.maps(self.objective, self.refiner)
+            values = held_out.losses(self.objective, self.step - 1)
+            values |= held_out.maps(self.objective, self.refiner)
         self._tell_validation(bar, values)
