@@ -134,8 +134,7 @@ def complete_repo(folder: str | Path, card: str = "template") -> None:
     if _is_refine(index):
         _check_has_weights(folder, index, ("unet", "vae", "image_encoder", "reference_projector"))
         pipeline_refine_by_align.write_code(folder)
-        options = {"licence": UNKNOWN, "unknown": UNKNOWN, "pipeline_tag": REFINE_PIPELINE_TAG}
-        text = fill_card("refine", base_model=None, datasets=None, **options)
+        text = fill_card("refine", None, None, UNKNOWN, pipeline_tag=REFINE_PIPELINE_TAG, unknown=UNKNOWN)
     else:
         config = _read_json(folder / "transformer/config.json")
         _check_has_weights(folder, index, ("transformer", "vae", "text_encoder"))
