@@ -11,11 +11,12 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-from refalign import calibration, demo, generate, refine, refine_init
+from refalign import calibration, demo, generate, prompt, refine, refine_init
 from refalign.calibration import Calibrate
 from refalign.command_line import Command, Program
 from refalign.demo import Demo
 from refalign.generate import Generate
+from refalign.prompt import Prompt
 from refalign.refine import Refine
 from refalign.refine_init import RefineInit
 
@@ -236,6 +237,7 @@ PROGRAM = Program(
             generate.run,
             '--model refalign-1.3b --prompt "A woman walks her dog." --reference woman.png dog.png --output walk.mp4',
         ),
+        "prompt": Command(Prompt, prompt.run, '"she walks her dog on a beach" --reference woman.png dog.png'),
         "app": Command(App, run_app, "--model refalign-1.3b --port 7860"),
         "calibrate": Command(Calibrate, calibration.run, "--model refalign-1.3b"),
         "convert": Command(
