@@ -1,6 +1,7 @@
 """What a run's checkpoint becomes for others: weights that load and do what was trained, and a card that is true."""
 
 import ast
+import dataclasses
 import json
 import re
 import shlex
@@ -68,6 +69,7 @@ def trained(model: torch.nn.Module, prefix: str) -> dict[str, torch.Tensor]:
 
 def write_run(folder: Path, tensors: dict, options: RunCommand, **changes) -> Path:
     """A run's folder as the trainer leaves it; `dataset.NAME` and others change the state."""
+    options = dataclasses.replace(options, objective=options.objective.filled())
     state = {
         "step": STEP,
         "samples": 4000,
