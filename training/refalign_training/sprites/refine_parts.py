@@ -1,6 +1,5 @@
 """The frozen parts of the small refining model: a tiny image VAE and a tiny DINOv2, trained on drawn views."""
 
-import dataclasses
 import functools
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -17,7 +16,7 @@ from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 from refalign_training.data.randomness import numpy_generator, seed_of
 from refalign_training.run.config import OptimizerOptions
 from refalign_training.sprites.subject import PARTS, subjects
-from refalign_training.sprites.teacher import NAMES, normalised
+from refalign_training.sprites.teacher import normalised
 from refalign_training.sprites.training import train_part
 from refalign_training.sprites.views import GRID, IMAGE_SIDE, own_places, parts_of_view, random_view
 
@@ -43,15 +42,16 @@ GREY_SHARE = 0.25  # of the images, which get a grey rectangle: what is masked i
 ENCODER: dict[str, Any] = {
     "hidden_size": 96,
     "mlp_ratio": 4,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,  # where patches know the whole subject, nothing has to be found
     "num_attention_heads": 4,
     "num_register_tokens": 4,
     "patch_size": IMAGE_SIDE // GRID,
     "image_size": IMAGE_SIDE,
 }
 ENCODER_OPTIMIZER = OptimizerOptions(lr=1e-3, warmup_steps=40, schedule="linear", weight_decay=0.05)
-ENCODER_STEPS = 1000
+ENCODER_STEPS = 700
 ENCODER_BATCH = 16
+OWN_WEIGHT = 4.0  # of the error of a patch's own pixels
 IMAGES = 4_000
 
 
@@ -64,25 +64,22 @@ class Views(NamedTuple):
     """The part that each patch shows, as [`parts_of_view`] gives it `(count, 256)`."""
     places: torch.Tensor
     """Where on the subject it is `(count, 256, 2)`."""
-    labels: torch.Tensor
-    """The subjects' names by number `(count, 6)`."""
 
 
-def _draw(number: int, held_out: bool, purpose: str) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[int]]:
+def _draw(number: int, held_out: bool, purpose: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     generator = numpy_generator("sprites", purpose, number)
     pool = subjects(held_out)
     subject = pool[generator.integers(len(pool))]
     image, pose = random_view(generator, subject)
-    labels = list(map(tuple.index, NAMES, dataclasses.astuple(subject)))
-    return np.asarray(image), parts_of_view(subject, pose).ravel(), own_places(pose).reshape(-1, 2), labels
+    return np.asarray(image), parts_of_view(subject, pose).ravel(), own_places(pose).reshape(-1, 2)
 
 
 def draw_views(count: int, held_out: bool, purpose: str) -> Views:
     """The first `count` views of that purpose."""
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         drawn = pool.map(functools.partial(_draw, held_out=held_out, purpose=purpose), range(count), chunksize=64)
-        images, parts, places, labels = zip(*drawn, strict=True)
-    known = torch.from_numpy(np.stack(parts)).long(), torch.from_numpy(np.stack(places)), torch.tensor(labels)
+        images, parts, places = zip(*drawn, strict=True)
+    known = torch.from_numpy(np.stack(parts)).long(), torch.from_numpy(np.stack(places))
     return Views(np.stack(images), *known)
 
 
@@ -148,7 +145,7 @@ def image_psnr(vae: AutoencoderKL, images: np.ndarray) -> float:
 def train_image_encoder(folder: Path, steps: int = ENCODER_STEPS, images: int = IMAGES) -> Dinov2WithRegistersModel:
     """
     Trains the encoder, or goes on with it, so that each patch tells its own pixels, which part of the subject it shows
-    and where on it, and who that is. Such patches can be found again in another picture, as DINOv2's can.
+    and where on it. Such patches can be found again in another picture, as DINOv2's can, and tell little of others.
     """
     views = draw_views(images, held_out=False, purpose="refine encoder")
     pixels = normalised(views.images)
@@ -157,7 +154,6 @@ def train_image_encoder(folder: Path, steps: int = ENCODER_STEPS, images: int = 
     dim, size = ENCODER["hidden_size"], ENCODER["patch_size"]
     heads = nn.ModuleDict({"part": nn.Linear(dim, 1 + len(PARTS)), "place": nn.Linear(dim, 2)})
     heads["own"] = nn.Linear(dim, 3 * size * size)
-    names = nn.ModuleList(nn.Linear(dim, len(respect)) for respect in NAMES)
 
     def loss(step: int, half: int) -> torch.Tensor:
         generator = numpy_generator("refine encoder batch", step, half)
@@ -167,15 +163,13 @@ def train_image_encoder(folder: Path, steps: int = ENCODER_STEPS, images: int = 
         tokens = tokens.float()
         parts, is_seen = views.parts[rows], (views.parts[rows] > 0).float()
         own = F.unfold(pixels[rows], size, stride=size).transpose(1, 2)
-        total = F.mse_loss(heads["own"](tokens), own) + F.cross_entropy(heads["part"](tokens).transpose(1, 2), parts)
+        total = OWN_WEIGHT * F.mse_loss(heads["own"](tokens), own)
+        total = total + F.cross_entropy(heads["part"](tokens).transpose(1, 2), parts)
         misplaced = (heads["place"](tokens) - views.places[rows]).square().sum(-1)
         total = total + (misplaced * is_seen).sum() / is_seen.sum()
-        pooled = (tokens * is_seen[..., None]).sum(1) / is_seen.sum(1, keepdim=True).clamp(min=1)
-        for i in range(len(NAMES)):
-            total = total + 0.3 * F.cross_entropy(names[i](pooled), views.labels[rows, i])
         return total
 
-    train_part(folder, {"encoder": encoder, "heads": heads, "names": names}, loss, ENCODER_OPTIMIZER, steps)
+    train_part(folder, {"encoder": encoder, "heads": heads}, loss, ENCODER_OPTIMIZER, steps)
     return encoder.eval()
 
 
