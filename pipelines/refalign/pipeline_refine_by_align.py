@@ -27,7 +27,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import nn
-from transformers import Dinov2Model
+from transformers import Dinov2Model, Dinov2WithRegistersModel
 
 from .reference_images import WHITE, load_reference_image
 from .reference_projector import ReferenceProjector
@@ -449,7 +449,7 @@ class RefineByAlignPipeline(DiffusionPipeline):
         self,
         vae: AutoencoderKL,
         unet: UNet2DConditionModel,
-        image_encoder: Dinov2Model,
+        image_encoder: Dinov2Model | Dinov2WithRegistersModel,
         reference_projector: ReferenceProjector,
         scheduler: DDIMScheduler,
         image_size: int = 512,
