@@ -4,7 +4,7 @@ Masks are bool `(height, width)` of the reference's size; maps are float32 `(row
 image encoder sees it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from refalign.pipeline_refine_by_align import (
     reference_square,
     subject_mask,
 )
+from refalign_evaluation.triplets import Task, batches, generators_of, inputs_of
 
 
 if TYPE_CHECKING:
@@ -38,21 +39,6 @@ THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # shares of a map's maximum that ar
 FRAME = 64  # pixels of the square about the subject in which constant guesses are made
 BOX_STEP = 4  # of these pixels, between the corners of boxes that are tried
 GREY = (127, 127, 127)
-
-
-@dataclass(frozen=True)
-class Task:
-    """An image that went wrong in one place, with a reference and the truth."""
-
-    name: str
-    image: Image.Image
-    mask: np.ndarray
-    """bool, of the image's size."""
-    reference: Image.Image
-    region: np.ndarray
-    """bool, of the reference's size: the true region."""
-    truth: Image.Image | None = None
-    """RGB: what the image should be."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +80,7 @@ def mask_of_map(map: torch.Tensor, task: Task, size: int, threshold: float) -> n
     """The region that a map means, as the pipeline finds it; `size` is that of its references."""
     foreground = subject_mask(task.reference)
     square = reference_square(foreground)
-    shown = F.adaptive_avg_pool2d(cut_mask(foreground, square, size), tuple(map.shape))[0]
+    shown = F.adaptive_avg_pool2d(cut_mask(foreground, square, size), (map.shape[0], map.shape[1]))[0]
     mask = torch.from_numpy(find_region(map, shown, size, threshold).mask)
     return put_square(mask, square, task.reference.size, "nearest-exact").numpy() > 0
 
@@ -133,24 +119,6 @@ def grid_overlaps(tasks: Sequence[Task], maps: torch.Tensor, size: int, threshol
         found["mask"][step, block] = values.mask.mean()
         found["box"][step, block] = values.box.mean()
     return found
-
-
-def batches(tasks: Sequence[Task], size: int) -> Iterator[Sequence[Task]]:
-    """The tasks, so many at a time."""
-    for start in range(0, len(tasks), size):
-        yield tasks[start : start + size]
-
-
-def inputs_of(tasks: Sequence[Task]) -> tuple[list[Image.Image], list[np.ndarray], list[Image.Image]]:
-    """Images, masks and references, as the pipeline takes them."""
-    return [task.image for task in tasks], [task.mask for task in tasks], [task.reference for task in tasks]
-
-
-def generators_of(tasks: Sequence[Task], seed: int) -> list[torch.Generator]:
-    """A new generator for each task, that depends on its name alone: the same noise in every call."""
-    from refalign_training.data.randomness import seed_of
-
-    return [torch.Generator().manual_seed(seed_of("artifacts", seed, task.name)) for task in tasks]
 
 
 # -- Baselines --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ Nothing heavy is imported before it is needed, so that `--help` answers at once.
 """
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from refalign.pipeline_refine_by_align import RefineByAlignPipeline
-    from refalign_evaluation.alignment import Task
+    from refalign_evaluation.triplets import Task
 
     Features = Callable[[Sequence[Image.Image]], torch.Tensor]
 
@@ -60,6 +59,8 @@ class Artifacts:
     """Measure the first so many triplets alone."""
     steps: int | None = None
     """The number of denoising steps. By default it is the model's own."""
+    guidance_scale: float | None = None
+    """How strongly the reference guides. By default it is the model's own."""
     align_only: bool = False
     """Measure the alignment alone, and refine nothing."""
     seed: int = 0
@@ -81,6 +82,7 @@ def run(command: Artifacts) -> int:
     """
     _check(command)
     from refalign.refine import load_refine_pipeline
+    from refalign_evaluation.triplets import read_benchmark
 
     if command.sprites is not None and not command.benchmark.exists():
         from refalign_training.sprites.artifacts import write_benchmark
@@ -111,61 +113,6 @@ def _check(command: Artifacts) -> None:
         check_new_file(file, overwrite=True)
 
 
-# -- The triplets -----------------------------------------------------------------------------------------------------
-
-
-def read_benchmark(folder: Path, limit: int | None = None) -> "list[Task]":
-    """
-    The triplets of a benchmark's folder, by their folders' names. One that cannot be read is told in a line and left
-    out.
-
-    Raises:
-        ValueError: if there is none that can be read.
-    """
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder. Pass one of triplets, or draw some with --sprites 200.")
-    tasks = []
-    for place in sorted(path for path in folder.iterdir() if path.is_dir()):
-        if len(tasks) == limit:
-            break
-        try:
-            tasks.append(read_task(place))
-        except (ValueError, OSError) as error:
-            print(f"{place.name} is left out: {error}", file=sys.stderr)
-    if not tasks:
-        raise ValueError(f"{folder} holds no triplet: folders with image.png, mask.png, reference.png and so on.")
-    return tasks
-
-
-def read_task(folder: Path) -> "Task":
-    """
-    A triplet of a folder.
-
-    Raises:
-        ValueError: if a picture is missing, is none, is empty, or does not fit another one.
-    """
-    from refalign.pipeline_refine_by_align import check_mask, load_mask, on_white, subject_mask
-    from refalign.reference_images import load_reference_image
-    from refalign_evaluation.alignment import Task
-
-    for name in ("image", "mask", "reference", "reference_mask"):
-        if not (folder / f"{name}.png").is_file():
-            raise ValueError(f"it has no {name}.png.")
-    image, reference = (load_reference_image(folder / f"{name}.png") for name in ("image", "reference"))
-    mask = load_mask(folder / "mask.png", image.size)
-    check_mask(mask)
-    subject_mask(reference)
-    region = load_mask(folder / "reference_mask.png", reference.size, "The reference's mask")
-    if not region.any():
-        raise ValueError("reference_mask.png is empty: it must show the true region white.")
-    truth = None
-    if (folder / "truth.png").is_file():
-        truth = on_white(load_reference_image(folder / "truth.png"))
-        if truth.size != image.size:
-            raise ValueError(f"truth.png has {truth.size} pixels, but the image has {image.size}.")
-    return Task(folder.name, image, mask, reference, region, truth)
-
-
 # -- Alignment and refinement -----------------------------------------------------------------------------------------
 
 
@@ -173,7 +120,8 @@ def measure(command: Artifacts, pipeline: "RefineByAlignPipeline", tasks: "Seque
     """The figures of a model, each with its 95 % interval, beside those of simpler means."""
     import numpy as np
 
-    from refalign_evaluation.alignment import batches, best_constant, best_matching, overlaps
+    from refalign_evaluation.alignment import best_constant, best_matching, overlaps
+    from refalign_evaluation.triplets import batches
 
     features = load_features(command.similarity, pipeline)
     alignments, rows, shown = [], [], []
@@ -199,7 +147,7 @@ def measure(command: Artifacts, pipeline: "RefineByAlignPipeline", tasks: "Seque
 
 
 def _align(pipeline: "RefineByAlignPipeline", tasks: "Sequence[Task]", seed: int) -> list[Any]:
-    from refalign_evaluation.alignment import generators_of, inputs_of
+    from refalign_evaluation.triplets import generators_of, inputs_of
 
     return pipeline.align(*inputs_of(tasks), generator=generators_of(tasks, seed))
 
@@ -208,14 +156,14 @@ def refine(
     command: Artifacts, pipeline: "RefineByAlignPipeline", tasks: "Sequence[Task]", alignments: list[Any]
 ) -> "dict[str, list[Image.Image]]":
     """The images of each of [`ARMS`]: as they are, and refined from three regions with the same noise."""
-    from refalign_evaluation.alignment import generators_of, inputs_of
+    from refalign_evaluation.triplets import generators_of, inputs_of
 
     images: dict[str, list[Any]] = {"input": [task.image for task in tasks]}
     regions = {"whole": ["whole"] * len(tasks), "predicted": alignments, "true": [task.region for task in tasks]}
     for arm, region in regions.items():
         noise = generators_of(tasks, command.seed)
-        settings = {"num_inference_steps": command.steps, "generator": noise}
-        images[arm] = pipeline(*inputs_of(tasks), region=region, **settings).images
+        settings = {"num_inference_steps": command.steps, "guidance_scale": command.guidance_scale}
+        images[arm] = pipeline(*inputs_of(tasks), region=region, generator=noise, **settings).images
     return images
 
 

@@ -12,7 +12,6 @@ from PIL import Image
 from refalign.pipeline_refine_by_align import cross_attention_blocks, cut_mask, reference_square, subject_mask
 from refalign_evaluation import alignment, artifacts
 from refalign_evaluation.alignment import (
-    Task,
     best_constant,
     best_matching,
     box_iou,
@@ -20,9 +19,9 @@ from refalign_evaluation.alignment import (
     overlaps,
     overlaps_of_maps,
 )
-from refalign_evaluation.artifacts import read_benchmark
 from refalign_evaluation.bootstrap import mean_interval
 from refalign_evaluation.cli import main
+from refalign_evaluation.triplets import Task, read_benchmark
 from refalign_training.sprites.artifacts import write_benchmark
 from tests.tiny_refine import tiny_refine_pipeline
 

@@ -126,7 +126,8 @@ def _random_pose(subject: Subject, generator: np.random.Generator, fill: tuple[f
 
 def _where(place: Image.Image, pose: Pose) -> Image.Image:
     """Where a place of the upright drawing is in a picture: L, 0 or 255."""
-    return posed(place, pose, SIDE).point(lambda value: 255 * (value > 127))
+    seen = np.asarray(posed(place, pose, SIDE)) > 127
+    return Image.fromarray(seen.astype(np.uint8) * 255)
 
 
 # -- What can be wrong ------------------------------------------------------------------------------------------------

@@ -26,8 +26,21 @@ from refalign.files import new_folder
 logger = logging.getLogger(__name__)
 
 Stage = Literal[
-    *("vae", "text", "teacher", "base", "data", "cache", "run", "model"),
-    *("refine-vae", "refine-encoder", "refine-base", "refine-data", "refine-cache", "refine-run", "refine-model"),
+    "vae",
+    "text",
+    "teacher",
+    "base",
+    "data",
+    "cache",
+    "run",
+    "model",
+    "refine-vae",
+    "refine-encoder",
+    "refine-base",
+    "refine-data",
+    "refine-cache",
+    "refine-run",
+    "refine-model",
 ]
 
 TRANSFORMER = {

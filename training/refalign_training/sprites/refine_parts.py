@@ -91,15 +91,16 @@ def train_image_vae(folder: Path, steps: int = VAE_STEPS, images: int = IMAGES) 
     views = draw_views(images, held_out=False, purpose="refine vae").images
     torch.manual_seed(0)
     vae = AutoencoderKL(**VAE)
+    coder: Any = vae  # diffusers' types say that it may lack these parts
 
     def loss(step: int, half: int) -> torch.Tensor:
         pixels = to_model(_masked_batch(views, numpy_generator("refine vae batch", step, half)))
         noise = torch.Generator().manual_seed(seed_of("refine vae noise", step, half))
         with torch.autocast("cpu", torch.bfloat16):
-            mean, log_variance = vae.quant_conv(vae.encoder(pixels)).float().chunk(2, dim=1)
+            mean, log_variance = coder.quant_conv(coder.encoder(pixels)).float().chunk(2, dim=1)
             log_variance = log_variance.clamp(-30, 20)
             latents = mean + torch.exp(0.5 * log_variance) * torch.randn(mean.shape, generator=noise)
-            decoded = vae.decoder(vae.post_quant_conv(latents))
+            decoded = coder.decoder(coder.post_quant_conv(latents))
         difference = decoded.float() - pixels
         divergence = (mean.square() + log_variance.exp() - 1 - log_variance).mean() / 2
         return difference.square().mean() + 0.05 * difference.abs().mean() + DIVERGENCE * divergence
@@ -127,14 +128,14 @@ def _masked_batch(views: np.ndarray, generator: np.random.Generator) -> np.ndarr
 @torch.no_grad()
 def _deviation(vae: AutoencoderKL, images: np.ndarray) -> float:
     """The standard deviation of the latents of images."""
-    return vae.encode(to_model(images)).latent_dist.mean.std().item()
+    return vae.encode(to_model(images), return_dict=False)[0].mean.std().item()
 
 
 @torch.no_grad()
 def image_psnr(vae: AutoencoderKL, images: np.ndarray) -> float:
     """The peak signal-to-noise ratio of images encoded and decoded, in decibels: the mean over images."""
     pixels = to_model(images)
-    decoded = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
+    decoded = vae.decode(vae.encode(pixels, return_dict=False)[0].mode(), return_dict=False)[0].clamp(-1, 1)
     errors = ((decoded - pixels) / 2).square().mean((1, 2, 3))
     return (-10 * errors.log10()).mean().item()
 

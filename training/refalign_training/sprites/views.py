@@ -47,7 +47,8 @@ def draw_background(generator: np.random.Generator, side: int = IMAGE_SIDE) -> I
     if generator.random() < 1 / 3:
         pool = subjects(held_out=False)
         other = draw_subject(pool[generator.integers(len(pool))])
-        placed = posed(other, Pose(*generator.uniform(0, 1, 2), generator.uniform(0.15, 0.3)), 2 * side)
+        x, y = generator.uniform(0, 1, 2)
+        placed = posed(other, Pose(x, y, generator.uniform(0.15, 0.3)), 2 * side)
         place.paste(placed, mask=placed)
     left, top = generator.uniform(0, 0.5, 2) * 2 * side
     length = 2 * side - max(left, top)
