@@ -50,7 +50,8 @@ def measure_refiner(output: Path, model: Path) -> dict[str, Any]:
     chosen = ["--benchmark", known, "--sprites", CHOSEN_ON, "--seen", "--grid", "--choose"]
     _evaluate(model, *chosen, "--json", output / "refine-grid.json", "--plot", output / "refine-grid.png")
     figures = output / "refine-model.json"
-    _evaluate(model, "--benchmark", held_out, "--sprites", MEASURED_ON, "--json", figures)
+    shown = ["--json", figures, "--sheet", output / "refine-sheet.png"]
+    _evaluate(model, "--benchmark", held_out, "--sprites", MEASURED_ON, *shown)
     return read_json(figures)
 
 
