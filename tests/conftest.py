@@ -1,5 +1,6 @@
 """Fixtures: tiny random models of real classes, made without network, and the authors' golden tensors."""
 
+import copy
 import json
 import os
 import signal
@@ -93,11 +94,17 @@ def repo_folder(tmp_path_factory, native_file, wan_folder) -> Path:
     return convert(native_file, wan_folder, tmp_path_factory.mktemp("models") / "repo")
 
 
-@pytest.fixture
-def pipeline(repo_folder) -> RefAlignWanPipeline:
+@pytest.fixture(scope="session")
+def loaded_pipeline(repo_folder) -> RefAlignWanPipeline:
     pipeline = RefAlignWanPipeline.from_pretrained(repo_folder)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture
+def pipeline(loaded_pipeline) -> RefAlignWanPipeline:
+    """A copy, which takes a quarter of the time that loading it does."""
+    return copy.deepcopy(loaded_pipeline)
 
 
 @pytest.fixture

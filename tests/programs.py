@@ -50,6 +50,16 @@ def call(work: Callable[[], int | None], environment: Mapping[str, str] = os.env
         return Ended(process.exitcode, output.read(), errors.read())
 
 
+# The beginning of a script that cannot import the package
+WITHOUT_PACKAGE = """
+import sys
+
+for name in [name for name in sys.modules if name.partition(".")[0] == "refalign"]:
+    del sys.modules[name]
+sys.modules["refalign"] = None  # importing it fails
+"""
+
+
 def call_script(script: str, *words: str, environment: Mapping[str, str] = os.environ) -> Ended:
     """Runs a script with arguments."""
     return call(partial(_run_script, script, words), environment)

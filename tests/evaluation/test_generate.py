@@ -21,7 +21,7 @@ from tests.evaluation.small_benchmark import CAT, DOG, MAN, SAMPLES, write_bench
 from tests.programs import started
 
 
-STEPS = ("--steps", "2", "--cut-out", "false", "--device", "cpu")
+STEPS = ("--steps", "2", "--num-frames", "5", "--cut-out", "false", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_every_sample_has_its_video(whole):
     assert sorted(videos(whole)) == sorted(SAMPLES)
     run = read_run(whole)
     assert (run.split, run.model, list(run.samples)) == ("open", "refalign-sprites", list(SAMPLES))
-    assert (run.settings["steps"], run.settings["seed"], run.settings["num_frames"]) == (2, 0, 17)
+    assert (run.settings["steps"], run.settings["seed"], run.settings["num_frames"]) == (2, 0, 5)
 
 
 def test_a_video_is_what_refalign_generate_makes(whole, benchmark, tmp_path):
@@ -201,7 +201,7 @@ def test_a_sample_that_fails_does_not_end_the_others(tmp_path, capfd):
 def test_a_dry_run_reckons_and_writes_nothing(benchmark, tmp_path, capfd):
     assert generate(benchmark, tmp_path / "run", "--dry-run", "--seconds-per-step", 600) == 0
     output = capfd.readouterr().out
-    assert "left: 6 samples (3 with 1, 2 with 2, 1 with 3 references), 17 frames of 64x64" in output
+    assert "left: 6 samples (3 with 1, 2 with 2, 1 with 3 references), 5 frames of 64x64" in output
     assert "passes: 24 (4 in 2 steps for each)" in output
     assert "time: 2 hours" in output
     assert not (tmp_path / "run").exists()

@@ -54,7 +54,7 @@ def test_from_the_benchmark_to_the_card(benchmark, models, tmp_path, monkeypatch
     for seed in ("0", "1"):
         run = str(tmp_path / f"seed-{seed}")
         shared = ["--benchmark", str(benchmark), "--device", "cpu"]
-        settings = ["--steps", "2", "--cut-out", "false", "--seed", seed]
+        settings = ["--steps", "2", "--num-frames", "5", "--cut-out", "false", "--seed", seed]
         assert main(["generate", *shared, "--output", run, *settings]) == 0
         for name in OF_THE_OFFICIAL_TOOLS:
             write_official(tmp_path / f"seed-{seed}/scores", name, dict.fromkeys(SAMPLES, PERFECT[name]))

@@ -1,10 +1,9 @@
 """With diffusers alone, in a process that cannot import this package: a plain script and `diffusers-cli run`."""
 
+import contextlib
 import json
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +13,7 @@ import torch
 from PIL import Image
 
 from tests.drawn_references import draw_face, draw_pet
+from tests.programs import WITHOUT_PACKAGE, call_script
 
 
 ROOT = Path(__file__).parents[2]
@@ -21,10 +21,9 @@ SMALL = {"height": 32, "width": 48, "num_frames": 5, "num_inference_steps": 2}
 SEED = 3
 
 CHILD = """
-import json, sys
+import json
 from pathlib import Path
 
-sys.modules["refalign"] = None  # importing it fails
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
@@ -58,8 +57,9 @@ def made(documented, repo_folder, tmp_path_factory) -> SimpleNamespace:
     call = json.loads(documented[place]) | SMALL
     command = [*documented, "--device-map", "cpu", "--seed", str(SEED)]
     command[place], command[command.index("ORG/NAME")] = json.dumps(call), str(repo_folder)
-    words = [sys.executable, "-c", CHILD.replace("SEED", str(SEED)), json.dumps([str(repo_folder), call, command])]
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+    script = WITHOUT_PACKAGE + CHILD.replace("SEED", str(SEED))
+    with contextlib.chdir(folder):
+        done = call_script(script, json.dumps([str(repo_folder), call, command]))
     assert done.returncode == 0, done.stderr[-4000:]
     frames = sorted(folder.glob("walk-frames/*.png"))
     return SimpleNamespace(

@@ -6,8 +6,6 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +28,7 @@ from refalign_training.run.config import LoraOptions, ModelOptions, OptimizerOpt
 from refalign_training.run.parallel import Parallel
 from tests.conftest import TARGETS
 from tests.mock_hub import MockHub
-from tests.programs import call_script
+from tests.programs import WITHOUT_PACKAGE, call_script
 from tests.tiny_pipeline import tiny_transformer
 
 
@@ -587,10 +585,9 @@ for arguments in json.loads(sys.argv[1]):
     paths = {name: Path(arguments.pop(name)) for name in ("checkpoint", "output")}
     export.run(export.ExportCommand(**paths, **arguments))
 """
-WITHOUT_PACKAGE = """
+BY_DIFFUSERS = """
 import sys
 
-sys.modules["refalign"] = None  # importing it fails
 import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
@@ -660,9 +657,10 @@ def test_a_dry_run_tells_the_files_and_pushes_nothing(pushed, mock_hub):
 
 def test_a_pushed_lora_works_without_the_package(pushed, mock_hub, wan_folder, inputs, tmp_path):
     save_file(inputs, tmp_path / "inputs.safetensors")
-    command = [sys.executable, "-c", WITHOUT_PACKAGE, wan_folder, "tester/lora"]
-    command += [tmp_path / "inputs.safetensors", tmp_path / "out.safetensors"]
-    subprocess.run(command, env=mock_hub.environment(tmp_path / "home", TOKEN), check=True)
+    words = [str(wan_folder), "tester/lora", str(tmp_path / "inputs.safetensors"), str(tmp_path / "out.safetensors")]
+    environment = mock_hub.environment(tmp_path / "home", TOKEN)
+    child = call_script(WITHOUT_PACKAGE + BY_DIFFUSERS, *words, environment=environment)
+    assert child.returncode == 0, child.stderr[-4000:]
     expected = velocity(lora_transformer(wan_folder, 2), inputs)
     torch.testing.assert_close(load_file(tmp_path / "out.safetensors")["velocity"], expected, rtol=0, atol=1e-5)
 

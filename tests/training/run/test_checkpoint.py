@@ -175,8 +175,12 @@ CASES = {
 }
 
 
-FAULTS = [(case, how) for case in CASES for how in (KILL, CUT)]
-FAULTS += [(case, how) for case in ("second", "in place of one") for how in (FULL, CUT_FULL)]
+# What "second, the first removed" and "in place of one" do too, with more
+CONTAINED = ("second", "in place of the only one")
+FAULTS = [(case, how) for case in CASES for how in (KILL, CUT) if case not in CONTAINED]
+FAULTS += [("in place of one", how) for how in (FULL, CUT_FULL)]
+SLOW_FAULTS = [(case, how) for case in CONTAINED for how in (KILL, CUT, FULL, CUT_FULL)]
+FAULTS += [pytest.param(fault, marks=pytest.mark.slow) for fault in SLOW_FAULTS]
 
 
 @dataclass

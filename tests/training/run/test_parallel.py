@@ -145,7 +145,16 @@ def seed(training_world) -> int:
     raise AssertionError("no such seed")
 
 
-@pytest.fixture(scope="module", params=KINDS)
+# Each mode and each kind of training once; the slow ones are the other pairs
+COMBINATIONS = [
+    ("lora", "ddp"),
+    ("full", "fsdp2"),
+    pytest.param("lora", "fsdp2", marks=pytest.mark.slow),
+    pytest.param("full", "ddp", marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(scope="module")
 def alone(request, tmp_path_factory, training_world, seed) -> RunCommand:
     """The command of a step of one process."""
     command = one_step(tmp_path_factory.mktemp("alone") / "run", training_world, request.param, seed=seed)
@@ -153,7 +162,7 @@ def alone(request, tmp_path_factory, training_world, seed) -> RunCommand:
     return command
 
 
-@pytest.fixture(scope="module", params=MODES)
+@pytest.fixture(scope="module")
 def together(request, alone) -> Path:
     """The same step of two processes."""
     folder = alone.output.with_name(request.param)
@@ -172,17 +181,19 @@ def gradients(output: Path) -> dict[str, torch.Tensor]:
     return read_tensors(find_checkpoint(output), "optimizer.exp_avg.")
 
 
+@pytest.mark.parametrize(("alone", "together"), COMBINATIONS, indirect=True, scope="module")
 def test_two_processes_have_the_gradients_of_one(alone, together):
     assert_close(gradients(together), gradients(alone.output), 1e-6)
 
 
+@pytest.mark.parametrize("alone", KINDS, indirect=True, scope="module")
 def test_gradients_are_there_to_be_compared(alone):
     assert sum(gradient.norm() > 1e-4 for gradient in gradients(alone.output).values()) > 15
 
 
-def test_a_checkpoint_of_two_processes_holds_nothing_of_the_base(alone, together):
-    if alone.training == "lora":
-        assert_holds_no_base(find_checkpoint(together))
+@pytest.mark.parametrize(("alone", "together"), [COMBINATIONS[0], COMBINATIONS[2]], indirect=True, scope="module")
+def test_a_checkpoint_of_two_processes_holds_nothing_of_the_base(together):
+    assert_holds_no_base(find_checkpoint(together))
 
 
 # -- Killed, stopped, gone on with ------------------------------------------------------------------------------------
@@ -196,7 +207,7 @@ RUN = {
     "lora.dropout": 0.2,
     "optimizer.ema_decay": 0.9,
     "log.gradients_every": 3,  # not where a run goes on: it seeds too
-    "validation.every": 1,
+    "validation.every": 2,
     "validation.samples": 1,
     "validation.videos": 1,
 }
@@ -230,6 +241,7 @@ def test_many_kills_of_two_processes(undisturbed, tmp_path, seed):
     assert_equal_runs(train_with_kills(command, processes=2, kills=2, seed=seed), undisturbed.output)
 
 
+@pytest.mark.slow  # of one process: test_trainer.py
 def test_validation_changes_nothing(undisturbed, tmp_path):
     command = changed(undisturbed, output=tmp_path / "run", **{"validation.every": 0})
     assert_equal_runs(train(command, processes=2), undisturbed.output)

@@ -47,7 +47,11 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module", params=["lora", "full", pytest.param("bfloat16", marks=pytest.mark.slow)])
+# All weights are killed in test_parallel.py too
+SLOW_KINDS = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("full", "bfloat16")]
+
+
+@pytest.fixture(scope="module", params=["lora", *SLOW_KINDS])
 def undisturbed(request, tmp_path_factory, training_world, larger_cache) -> RunCommand:
     """The command of a run that has come to its end."""
     folder = tmp_path_factory.mktemp(request.param) / "run"
