@@ -5,7 +5,7 @@ Projectors exist in training alone: they are saved in checkpoints, under their n
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -118,17 +118,18 @@ class ReferenceAlignment(nn.Module):
         Raises:
             ValueError: if numbers or shapes do not fit each other.
         """
+        layers: Any = reference_hidden_states
         if isinstance(teacher_features, torch.Tensor):  # references of one size are one part: projected at once
             parts = [teacher_features]
-            reference_hidden_states = [(tokens,) for tokens in reference_hidden_states]
+            layers = [(tokens,) for tokens in reference_hidden_states]
         else:
             parts = [features[:, None] for features in teacher_features]
-        self._check(reference_hidden_states, parts)
+        self._check(layers, parts)
         parts = [features.detach() for features in parts]
         if self.spatial_norm:
             parts = list(map(normalize_over_grid, parts))
         losses = []
-        for projector, hidden_states in zip(self.projectors.values(), reference_hidden_states, strict=True):
+        for projector, hidden_states in zip(self.projectors.values(), layers, strict=True):
             arguments = (projector, hidden_states, parts, subject_ids, keep)
             # Nothing in it is random, so there is no state of a generator to preserve
             losses.append(checkpoint(self._layer_loss, *arguments, use_reentrant=False, preserve_rng_state=False))

@@ -50,6 +50,7 @@ class GuidanceDistillation(Objective):
         with without_adapters(self.teacher), self.autocast(noisy.device):
             for name, _ in passes:
                 references = batch.reference_latents
+                assert isinstance(references, torch.Tensor)  # models of other families are not distilled
                 output = self.teacher(
                     hidden_states=noisy,
                     timestep=batch.timesteps,
