@@ -50,14 +50,19 @@ def call(work: Callable[[], int | None], environment: Mapping[str, str] = os.env
         return Ended(process.exitcode, output.read(), errors.read())
 
 
-# The beginning of a script that cannot import the package
-WITHOUT_PACKAGE = """
+# The beginning of a script that has not imported our packages; and of one that cannot import the first of them
+FORGET = """
 import sys
 
-for name in [name for name in sys.modules if name.partition(".")[0] == "refalign"]:
+for name in [name for name in sys.modules if name.startswith("refalign")]:
     del sys.modules[name]
+"""
+WITHOUT_PACKAGE = (
+    FORGET
+    + """
 sys.modules["refalign"] = None  # importing it fails
 """
+)
 
 
 def call_script(script: str, *words: str, environment: Mapping[str, str] = os.environ) -> Ended:

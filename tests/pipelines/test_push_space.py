@@ -1,11 +1,10 @@
 """A Space: exactly the app, its front matter, its requirements and the package go, and nothing that is private."""
 
+import contextlib
 import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +15,7 @@ from refalign import cli, push_space
 from refalign.files import files_below
 from refalign.sprites import FOLDER
 from tests.mock_hub import MockHub
-from tests.programs import call_script
+from tests.programs import FORGET, call_script
 
 
 ROOT = Path(__file__).parents[2]
@@ -207,10 +206,9 @@ def test_a_missing_token_is_told_in_a_line(hub, pushes):
 # -- What it does there -----------------------------------------------------------------------------------------------
 
 IN_THE_SPACE = """
-import sys
-
 # As in a Space: nothing of this package is there but what was pushed
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+sys.path.insert(0, "")
 import tempfile
 from pathlib import Path
 
@@ -229,8 +227,8 @@ print(type(demo).__name__)
 def test_the_app_is_built_of_what_was_pushed_alone(tmp_path):
     push_space.write_space(tmp_path)
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "REFALIGN_MODEL")}
-    command = [sys.executable, "-c", IN_THE_SPACE]
-    child = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    with contextlib.chdir(tmp_path):
+        child = call_script(FORGET + IN_THE_SPACE, environment=environment)
     assert child.returncode == 0, child.stderr[-4000:]
     *paths, built = child.stdout.splitlines()
     assert built == "Blocks"
