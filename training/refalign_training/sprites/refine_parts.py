@@ -135,7 +135,8 @@ def _deviation(vae: AutoencoderKL, images: np.ndarray) -> float:
 def image_psnr(vae: AutoencoderKL, images: np.ndarray) -> float:
     """The peak signal-to-noise ratio of images encoded and decoded, in decibels: the mean over images."""
     pixels = to_model(images)
-    decoded = vae.decode(vae.encode(pixels, return_dict=False)[0].mode(), return_dict=False)[0].clamp(-1, 1)
+    latents: Any = vae.encode(pixels, return_dict=False)[0].mode()
+    decoded = vae.decode(latents, return_dict=False)[0].clamp(-1, 1)
     errors = ((decoded - pixels) / 2).square().mean((1, 2, 3))
     return (-10 * errors.log10()).mean().item()
 
