@@ -83,3 +83,12 @@ def test_a_subject_that_is_not_seen_cannot_be_used():
     hidden[..., 3] = 0
     with pytest.raises(Unusable, match="nothing of the subject is seen"):
         draw_example(hidden, SIDE, SIDE, OPTIONS, numpy_generator("test"))
+
+
+def test_stickers_are_on_the_picture_and_on_the_reference():
+    stuck = RefineOptions(alignment_share=1.0, sticker_share=1.0)
+    for seed in range(6):
+        example = draw(seed, stuck)
+        masked, found = example.image[example.mask], example.reference[example.region]
+        assert (masked[:, 2] > 40).any()  # the subject's own blue is 0
+        assert (found[:, 2] > 40).any() or not example.region.any()

@@ -28,6 +28,8 @@ BLUR_PROBABILITY = 0.3
 BLUR = 0.01  # of the side, at most: the standard deviation
 DILATION = 16 / 512  # of the side, at most
 TRIES = 8
+STICKERS = (2, 7)  # how many, below the second
+STICKER_RADIUS = (0.06, 0.22)  # of the square root of the subject's area
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,9 @@ def draw_example(
     if subject[..., 7].any():
         source, part = subject[..., 4:8], np.zeros_like(seen)
     else:
-        source, part = subject[..., :4], mask & seen
+        if generator.random() < options.sticker_share:
+            picture = _with_stickers(picture, seen, generator)
+        source, part = np.dstack([picture, subject[..., 3]]), mask & seen
     reference, region = _draw_reference(source, part, reference_side, options, generator)
     box = _draw_window(mask, generator)
     image = Image.fromarray(picture).resize((side, side), Image.Resampling.BICUBIC, box)
@@ -77,6 +81,22 @@ def _draw_window(mask: np.ndarray, generator: np.random.Generator) -> tuple[floa
         first, last = max(0.0, high - side), min(low, room - side)
         corner.append(generator.uniform(first, max(first, last)))
     return corner[0], corner[1], corner[0] + side, corner[1] + side
+
+
+def _with_stickers(picture: np.ndarray, seen: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """The picture with some polygons of random colours on its subject."""
+    image = Image.fromarray(picture)
+    draw = ImageDraw.Draw(image)
+    rows, columns = np.nonzero(seen)
+    size = math.sqrt(len(rows))
+    for _ in range(generator.integers(*STICKERS)):
+        place = int(generator.integers(len(rows)))
+        count = int(generator.integers(3, 7))
+        angles = 2 * np.pi * (np.arange(count) + generator.random(count)) / count
+        radii = size * generator.uniform(*STICKER_RADIUS, count)
+        points = np.stack([np.cos(angles), np.sin(angles)], 1) * radii[:, None] + (columns[place], rows[place])
+        draw.polygon(list(map(tuple, points.tolist())), fill=tuple(generator.integers(0, 256, 3).tolist()))
+    return np.where(seen[..., None], np.asarray(image), picture)
 
 
 # -- Masks ------------------------------------------------------------------------------------------------------------

@@ -80,6 +80,9 @@ class RefineOptions(Options):
     """How much larger than the region its crop is, at least and at most."""
     crop_shift: Share = 0.15
     """How far the crop is moved at most, as a share of its side."""
+    sticker_share: Share = 0.0
+    """The share of samples whose subject gets random stickers, in the picture and on the reference, for drawn subjects
+    whose looks few numbers tell: what a sticker shows is only found where it is."""
     smallest_crop: Share = 0.2
     """The smallest side of a region, as a share of the reference's."""
 
