@@ -61,7 +61,7 @@ def draw_example(
         source, part = subject[..., 4:8], np.zeros_like(seen)
     else:
         if generator.random() < options.sticker_share:
-            picture = _with_stickers(picture, seen, generator)
+            picture = with_stickers(picture, seen, generator)
         source, part = np.dstack([picture, subject[..., 3]]), mask & seen
     reference, region = _draw_reference(source, part, reference_side, options, generator)
     box = _draw_window(mask, generator)
@@ -83,8 +83,8 @@ def _draw_window(mask: np.ndarray, generator: np.random.Generator) -> tuple[floa
     return corner[0], corner[1], corner[0] + side, corner[1] + side
 
 
-def _with_stickers(picture: np.ndarray, seen: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """The picture with some polygons of random colours on its subject."""
+def with_stickers(picture: np.ndarray, seen: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """A picture, uint8 `(side, side, 3)`, with some polygons of random colours on its subject, bool `(side, side)`."""
     image = Image.fromarray(picture)
     draw = ImageDraw.Draw(image)
     rows, columns = np.nonzero(seen)
