@@ -84,6 +84,7 @@ FILLED_CARDS = (
     "trained_refine",
     "sprites",
     "refine",
+    "refine-sprites",
 )  # by [`fill_card`], with what a run was
 TRAINING_STATE = ("*optim*", "*ema_state*", "*random_states*", "trainer_state*")
 

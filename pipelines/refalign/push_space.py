@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 MODEL_VARIABLE = "REFALIGN_MODEL"  # read by the app
 SPACE_FILES = ("app.py", "README.md", "requirements.txt")
 PACKAGE = Path(hub.__file__).parent
-# And the embedded model
+# And the embedded model of videos; the app refines nothing
 PACKAGE_FILES = (
     (".", "*.py"),
     ("sprites", "*.py"),

@@ -396,8 +396,9 @@ def test_each_stage_of_a_video_is_shown_as_progress(generate, capsys, images):
     assert generate(reference=images[:2]) == 0
     told = capsys.readouterr().err
     stages = {"Encoding references": 2, "Encoding text": 2, "Denoising": 1, "Decoding": 2, "Writing": 5}
-    counts = {name: re.findall(rf"{name}: 100%\|[^|]*\| (\d+)/\d+ ", told) for name in stages}
-    assert counts == {name: [str(count)] for name, count in stages.items()}
+    # A bar may show its end twice: at the last item, and when it is closed
+    counts = {name: set(re.findall(rf"{name}: 100%\|[^|]*\| (\d+)/\d+ ", told)) for name in stages}
+    assert counts == {name: {str(count)} for name, count in stages.items()}
     places = [told.index(f"{name}: 100%") for name in stages]
     assert places == sorted(places)
 

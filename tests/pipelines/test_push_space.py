@@ -40,11 +40,14 @@ print(json.dumps(results))
 # -- What goes --------------------------------------------------------------------------------------------------------
 
 
+OF_REFINING = ("triplets", "refine")  # folders of the package: the app makes videos alone
+
+
 @pytest.fixture
 def package(tmp_path, monkeypatch) -> Path:
     """A copy of the package, which is pushed in its place."""
     here, folder = push_space.PACKAGE, tmp_path / "refalign"
-    shutil.copytree(here, folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(here, folder, ignore=shutil.ignore_patterns("__pycache__", *OF_REFINING))
     monkeypatch.setattr(push_space, "PACKAGE", folder)
     monkeypatch.setattr(push_space, "FOLDER", folder / push_space.FOLDER.relative_to(here))
     return folder

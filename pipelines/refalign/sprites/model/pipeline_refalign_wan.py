@@ -1155,9 +1155,7 @@ def check_is_wan21_pipeline(index: Mapping[str, Any], source: str) -> None:
     """
     kind = _class_named(index.get("_class_name"))
     if kind == "RefineByAlignPipeline":
-        raise ValueError(
-            f"{source} is Refine-by-Align's, which makes no videos: `refalign refine` takes it."
-        )
+        raise ValueError(f"{source} is Refine-by-Align's, which makes no videos: `refalign refine` takes it.")
     if kind.startswith("Wan") and kind not in ("WanPipeline", "WanVideoToVideoPipeline"):
         raise other_model(source, f"a {kind}")
     if index.get("transformer_2") not in (None, [None, None]) or index.get("boundary_ratio") is not None:
