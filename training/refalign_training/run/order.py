@@ -9,6 +9,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -133,13 +134,14 @@ def draw_noise(seed: int, step: int, place: int, sample_id: str, shape: Sequence
 
 def draw_dropout(seed: int, step: int, place: int, sample_id: str, options: ObjectiveOptions) -> tuple[bool, bool]:
     """Whether a sample keeps its text, and whether it keeps its references."""
+    shares: Any = options.filled()  # none of them is None
     return draw_conditions(
         seed,
         step,
         f"{place} {sample_id}",
-        no_text=options.no_text,
-        no_references=options.no_references,
-        neither=options.neither,
+        no_text=shares.no_text,
+        no_references=shares.no_references,
+        neither=shares.neither,
     )
 
 
