@@ -26,9 +26,9 @@ from refalign_training.sprites.recipe import SpritesCommand
 
 
 def _train(command: RunCommand) -> int:
-    from refalign_training.run import trainer
+    from refalign_training.run import refine_trainer, trainer
 
-    return trainer.run(command)
+    return (refine_trainer if command.objective.kind == "refine" else trainer).run(command)
 
 
 def _read_run(_: type, args: list[str], **told: Any) -> RunCommand:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from refalign_training.data.artifacts import Example, draw_example, draw_mask, with_stickers
 from refalign_training.data.fields import Unusable
 from refalign_training.data.randomness import numpy_generator
-from refalign_training.method.options import RefineOptions
+from refalign_training.data.recipe import RefineOptions
 
 
 SIDE, ROOM = 64, 80

@@ -4,7 +4,7 @@ import torch
 from refalign.pipeline_refine_by_align import RefineByAlignPipeline
 from refalign_training.publish.export import ExportCommand, export
 from refalign_training.run.checkpoint import find_checkpoint, read_tensors
-from refalign_training.run.trainer import run
+from refalign_training.run.refine_trainer import run
 from tests.tiny_refine import mask_of, picture, reference, tiny_refine_pipeline
 from tests.training.small_refinement import refine_command, refine_world
 

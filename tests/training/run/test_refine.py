@@ -9,8 +9,7 @@ from refalign_training.run.checkpoint import find_checkpoint, read_tensors
 from refalign_training.run.checks import check
 from refalign_training.run.config import PromptOptions
 from refalign_training.run.log import read_metrics
-from refalign_training.run.refine_trainer import RefineTrainer
-from refalign_training.run.trainer import run
+from refalign_training.run.refine_trainer import RefineTrainer, run
 from tests.training.small_refinement import refine_command, refine_world
 from tests.training.small_run import changed
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from refalign.pipeline_refine_by_align import bounding_box
 from refalign_training.data.fields import Unusable
-from refalign_training.method.options import RefineOptions
+from refalign_training.data.recipe import RefineOptions
 
 
 ROTATION = 30.0  # degrees

@@ -3,12 +3,12 @@
 Nothing heavy is imported: command lines are made of it.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, AllowInfNan, Field, NonNegativeInt
+from pydantic import AfterValidator, AllowInfNan, Field, NonNegativeInt, PositiveFloat, model_validator
 from pydantic.dataclasses import dataclass
 
-from refalign_training.bounds import Options, Share
+from refalign_training.bounds import InvalidOption, Listed, Options, Share
 
 
 def _whole_latents(num_frames: int) -> int:
@@ -48,6 +48,36 @@ class Recipe(Options):
     aspect (Bernini-R). None: what the model's own files say, which for RefAlign's models is the size of the clips."""
     seed: int = 0
     """The seed. With the sample's id and the variant or epoch, it decides everything random."""
+
+
+@dataclass(frozen=True)
+class RefineOptions(Options):
+    """What a refinement is trained on, for objective.kind refine (Refine-by-Align, arXiv 2412.00306, section 3). The
+    defaults are this project's: the paper says less."""
+
+    alignment_share: Share = 0.5
+    """The share of samples whose reference is the whole subject, so that the region is found by attention. The others
+    are given the region alone. A picture from elsewhere is always whole."""
+    mask_area: Annotated[tuple[Share, Share], Listed] = (0.05, 0.4)
+    """The smallest and the largest share of the subject that is masked."""
+    crop_scale: Annotated[tuple[PositiveFloat, PositiveFloat], Listed] = (1.0, 1.6)
+    """How much larger than the region its crop is, at least and at most."""
+    crop_shift: Share = 0.15
+    """How far the crop is moved at most, as a share of its side."""
+    sticker_share: Share = 0.0
+    """The share of samples whose subject gets random stickers, in the picture and on the reference, for drawn subjects
+    whose looks few numbers tell: what a sticker shows is only found where it is."""
+    smallest_crop: Share = 0.2
+    """The smallest side of a region, as a share of the reference's."""
+
+    @model_validator(mode="after")
+    def _ranges_rise(self) -> Self:
+        for name in ("mask_area", "crop_scale"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high:
+                told = f"is {low:g} to {high:g}: pass two numbers above 0, the smaller one first."
+                raise InvalidOption(type(self), name, told)
+        return self
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 import dataclasses
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 from pydantic.dataclasses import dataclass
 
-from refalign_training.bounds import InvalidOption, Listed, Many, Options, Share
+from refalign_training.bounds import InvalidOption, Many, Options, Share
 
 
 @dataclass(frozen=True)
@@ -64,36 +64,6 @@ OF_FAMILIES: dict[str, dict[str, Any]] = {
     # Text and references are dropped independently, each with 0.1 (Bernini-R, arXiv 2605.22344)
     "bernini": {"timesteps": "bernini", "no_text": 0.09, "no_references": 0.09, "neither": 0.01},
 }
-
-
-@dataclass(frozen=True)
-class RefineOptions(Options):
-    """What a refinement is trained on, for objective.kind refine (Refine-by-Align, arXiv 2412.00306, section 3). The
-    defaults are this project's: the paper says less."""
-
-    alignment_share: Share = 0.5
-    """The share of samples whose reference is the whole subject, so that the region is found by attention. The others
-    are given the region alone. A picture from elsewhere is always whole."""
-    mask_area: Annotated[tuple[Share, Share], Listed] = (0.05, 0.4)
-    """The smallest and the largest share of the subject that is masked."""
-    crop_scale: Annotated[tuple[PositiveFloat, PositiveFloat], Listed] = (1.0, 1.6)
-    """How much larger than the region its crop is, at least and at most."""
-    crop_shift: Share = 0.15
-    """How far the crop is moved at most, as a share of its side."""
-    sticker_share: Share = 0.0
-    """The share of samples whose subject gets random stickers, in the picture and on the reference, for drawn subjects
-    whose looks few numbers tell: what a sticker shows is only found where it is."""
-    smallest_crop: Share = 0.2
-    """The smallest side of a region, as a share of the reference's."""
-
-    @model_validator(mode="after")
-    def _ranges_rise(self) -> Self:
-        for name in ("mask_area", "crop_scale"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high:
-                told = f"is {low:g} to {high:g}: pass two numbers above 0, the smaller one first."
-                raise InvalidOption(type(self), name, told)
-        return self
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from pydantic.dataclasses import dataclass
 from tyro.conf import Fixed
 
 from refalign_training.bounds import UNKNOWN, InvalidOption, Listed, Many, Options, ShareBelowOne
-from refalign_training.data.recipe import Recipe
+from refalign_training.data.recipe import Recipe, RefineOptions
 from refalign_training.data.source import Dataset
-from refalign_training.method.options import AlignmentOptions, ObjectiveOptions, RefineOptions
+from refalign_training.method.options import AlignmentOptions, ObjectiveOptions
 from refalign_training.run.yaml_file import with_exponents
 
 

@@ -28,10 +28,11 @@ from refalign_training.cache.holders import READERS, hold
 from refalign_training.cache.reader import Cache, open_index
 from refalign_training.data.artifacts import Example, draw_example
 from refalign_training.data.randomness import numpy_generator, seed_of
+from refalign_training.data.recipe import RefineOptions
 from refalign_training.data.sample import usable
 from refalign_training.data.source import read_source
 from refalign_training.data.subjects import load_subjects
-from refalign_training.method.options import ObjectiveOptions, RefineOptions
+from refalign_training.method.options import ObjectiveOptions
 from refalign_training.method.refinement import RefineBatch, Refinement, Refiner
 from refalign_training.run.batches import Read
 from refalign_training.run.config import DataOptions, ModelOptions

@@ -9,6 +9,8 @@ import torch
 from refalign_training.method.refinement import Refinement, Refiner
 from refalign_training.run import resume
 from refalign_training.run.batches import load_batches
+from refalign_training.run.checks import check
+from refalign_training.run.config import RunCommand
 from refalign_training.run.log import Bar
 from refalign_training.run.order import Order, hold_out, nothing_held_out
 from refalign_training.run.refine import (
@@ -18,11 +20,18 @@ from refalign_training.run.refine import (
     make_refine_batch,
     open_subjects,
 )
+from refalign_training.run.refine_estimate import dry_run
 from refalign_training.run.state import TrainState
-from refalign_training.run.trainer import Trainer
+from refalign_training.run.trainer import Trainer, train
 
 
 logger = logging.getLogger(__name__)
+
+
+def run(command: RunCommand) -> int:
+    """Trains, or with `dry_run` says what would be done, as [`refalign_training.run.trainer.run`]."""
+    check(command)
+    return dry_run(command) if command.dry_run else train(command, RefineTrainer)
 
 
 class RefineTrainer(Trainer):

@@ -7,7 +7,6 @@
 Killed, it goes on with `--resume latest` from its last checkpoint to the same numbers.
 """
 
-import importlib
 import importlib.metadata
 import logging
 import math
@@ -55,21 +54,19 @@ def run(command: RunCommand) -> int:
     by Ctrl-C. Raises ValueError if the options, the data or a checkpoint do not fit, or another run has the folder."""
     check(command)
     if command.dry_run:
-        name = "refine_estimate" if command.objective.kind == "refine" else "estimate"
-        return importlib.import_module(f"refalign_training.run.{name}").dry_run(command)
+        from refalign_training.run.estimate import dry_run
+
+        return dry_run(command)
+    return train(command, Trainer)
+
+
+def train(command: RunCommand, kind: "type[Trainer]") -> int:
+    """Trains by a kind of trainer, as [`run`]."""
     with owned_by_all(Parallel(command.parallel, command.device), command.output):
-        trainer = _trainer_of(command)(command)
+        trainer = kind(command)
         code = trainer.train()
         trainer.parallel.close()
     return code
-
-
-def _trainer_of(command: RunCommand) -> "type[Trainer]":
-    if command.objective.kind != "refine":
-        return Trainer
-    from refalign_training.run.refine_trainer import RefineTrainer
-
-    return RefineTrainer
 
 
 class Trainer:
