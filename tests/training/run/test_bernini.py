@@ -1,6 +1,7 @@
 """Bernini-R models are trained with references of their own sizes, and without tokens of those that are dropped."""
 
 import dataclasses
+import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -10,9 +11,11 @@ import pytest
 import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from PIL import Image
+from safetensors.torch import load_file
 
 from refalign import RefAlignWanPipeline
 from refalign.families import BERNINI_PREFIX
+from refalign.hub import LORA_WEIGHTS
 from refalign_training.cache import run as run_cache
 from refalign_training.cache.reader import Cache
 from refalign_training.data.recipe import Recipe
@@ -30,6 +33,7 @@ from refalign_training.run.networks import load_transformer, make_alignment, of_
 from refalign_training.run.order import Order, draw_dropout
 from refalign_training.run.resume import find_start
 from refalign_training.run.trainer import Trainer
+from tests.conftest import FIXTURES
 from tests.training.small_cache import FRAMES, HEIGHT, WIDTH, cache_command
 from tests.training.small_run import assert_equal_runs, changed, run_command, train
 
@@ -293,12 +297,24 @@ def test_videos_and_gains_of_held_out_samples(command, bernini_world, monkeypatc
     assert "validation/mse" in text
 
 
-def test_an_exported_lora_loads_into_the_pipeline(undisturbed, bernini_world, tmp_path):
-    command = export.ExportCommand(undisturbed.output, output=tmp_path / "lora", base=str(bernini_world.wan))
-    assert export.run(command) == 0
+@pytest.fixture(scope="module")
+def exported(undisturbed, bernini_world, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("exported") / "lora"
+    assert export.run(export.ExportCommand(undisturbed.output, output, base=str(bernini_world.wan))) == 0
+    return output
+
+
+def test_comfyui_knows_every_key_of_an_exported_lora(exported):
+    shapes = json.loads((FIXTURES / "native_checkpoint_shapes.json").read_text("utf-8"))
+    known = {f"diffusion_model.{key.removesuffix('.weight')}" for key in next(iter(shapes.values()))}
+    modules = {key.partition(".lora_")[0] for key in load_file(exported / LORA_WEIGHTS)}
+    assert modules and modules <= known
+
+
+def test_an_exported_lora_loads_into_the_pipeline(undisturbed, bernini_world, exported):
     pipeline = RefAlignWanPipeline.from_pretrained(bernini_world.wan)
     trained = Trainer(changed(undisturbed, resume="latest", steps=4)).transformer.eval()
-    pipeline.load_lora_weights(tmp_path / "lora")
+    pipeline.load_lora_weights(exported)
     torch.manual_seed(0)
     arguments = (torch.randn(1, 16, 2, 4, 6), torch.tensor([500]), torch.randn(1, 7, 32))
     references = [torch.randn(1, 16, 1, 4, 2), torch.randn(1, 16, 1, 2, 6)]
