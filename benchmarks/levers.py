@@ -103,7 +103,7 @@ class Made:
     clips: list[np.ndarray] = field(default_factory=list)
     verdicts: list[Verdict] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
-    """Of each batch."""
+    """The seconds of each batch."""
 
 
 @cache

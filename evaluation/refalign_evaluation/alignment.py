@@ -47,7 +47,7 @@ class Overlaps:
 
     mask: np.ndarray
     box: np.ndarray
-    """Of the boxes around both."""
+    """The overlap of the boxes around both."""
 
 
 def mask_iou(first: np.ndarray, second: np.ndarray) -> float:
@@ -68,7 +68,7 @@ def _area(box: Box) -> int:
 
 
 def overlaps(tasks: Sequence[Task], masks: Sequence[np.ndarray]) -> Overlaps:
-    """Of a mask for each task; 0 where it is empty."""
+    """The overlaps of a mask for each task; 0 where it is empty."""
     mask_values, box_values = [], []
     for task, mask in zip(tasks, masks, strict=True):
         mask_values.append(mask_iou(mask, task.region))
@@ -86,7 +86,7 @@ def mask_of_map(map: torch.Tensor, task: Task, size: int, threshold: float) -> n
 
 
 def overlaps_of_maps(tasks: Sequence[Task], maps: Sequence[torch.Tensor], size: int, threshold: float) -> Overlaps:
-    """Of a map for each task."""
+    """The overlaps of a map for each task."""
     masks = [mask_of_map(map, task, size, threshold) for map, task in zip(maps, tasks, strict=True)]
     return overlaps(tasks, masks)
 

@@ -45,7 +45,7 @@ class Artifacts:
     sprites: int | None = None
     """Draw so many triplets of the small world into --benchmark first, if there is no such folder."""
     seen: bool = False
-    """Of --sprites, draw subjects that were trained on, to choose by. By default they never were."""
+    """Let --sprites draw subjects that were trained on, to choose settings by. By default they never were."""
     grid: bool = False
     """Search the step and the block whose attention finds the region best, and print both curves of the paper."""
     plot: Path | None = None

@@ -40,6 +40,12 @@ def test_it_weighs_at_most_six_mebibytes():
     assert sum(file.stat().st_size for file in REFINE_FOLDER.glob("*/*.safetensors")) <= 6 * MIB
 
 
+def test_its_code_is_this_packages():
+    package = REFINE_FOLDER.parents[1]
+    for file in REFINE_FOLDER.glob("*.py"):
+        assert file.read_bytes() == (package / file.name).read_bytes(), file.name
+
+
 def test_its_folder_opens_as_a_repo_does():
     pipeline = DiffusionPipeline.from_pretrained(REFINE_FOLDER, trust_remote_code=True)
     assert type(pipeline).__name__ == "RefineByAlignPipeline"

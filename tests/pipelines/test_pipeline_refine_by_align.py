@@ -444,3 +444,17 @@ def test_at_real_sizes_block_9_sees_the_image_and_the_reference_as_16_by_16():
         maps = pipe.attention_maps(picture((832, 480)), mask_of((300, 200, 360, 240), (832, 480)), reference())
     assert recorded[0].shape == (1, 256, 256)
     assert maps.shape == (1, 16, 1, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"image_size": "big"}, "image_size of model_index.json is 'big': it must be a whole number of 8 or more"),
+        ({"alignment_seeds": 0}, "alignment_seeds of model_index.json is 0"),
+        ({"map_threshold": None}, "map_threshold of model_index.json is None: it must be a number from 0 to 1"),
+        ({"crop_scale": float("nan")}, "crop_scale of model_index.json is nan: it must be a number of 1 or more"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_told_when_the_pipeline_is_made(settings, told):
+    with pytest.raises(ValueError, match=told):
+        tiny_refine_pipeline(**settings)

@@ -4,11 +4,12 @@ import torch
 from refalign_training.cache.command import CacheCommand
 from refalign_training.cache.writer import fill
 from refalign_training.cli import main
-from refalign_training.data.recipe import Recipe
+from refalign_training.data.recipe import Recipe, RefineOptions
 from refalign_training.run.checkpoint import find_checkpoint, read_tensors
 from refalign_training.run.checks import check
 from refalign_training.run.config import PromptOptions
 from refalign_training.run.log import read_metrics
+from refalign_training.run.refine import CachedSubjects
 from refalign_training.run.refine_trainer import RefineTrainer, run
 from tests.training.small_refinement import refine_command, refine_world
 from tests.training.small_run import changed
@@ -121,3 +122,12 @@ def test_its_recipes_pass_a_dry_run(recipe, world, tmp_path, capsys):
     assert "4 samples and 0 held out" in told
     assert "TFLOP a sample" in told
     assert not (tmp_path / "run").exists()
+
+
+def test_an_item_of_another_shape_cannot_be_used(world, tmp_path, monkeypatch):
+    recipe = Recipe(height=64, width=64, num_frames=1)
+    fill(CacheCommand(tmp_path / "cache", world.source, recipe, families=("pictures",), workers=0))
+    samples = CachedSubjects(tmp_path / "cache", RefineOptions(), 64, 64)
+    monkeypatch.setattr(samples.cache, "read", lambda *_: {"pixels": torch.zeros(1, 2, 2, 3, dtype=torch.uint8)})
+    with pytest.raises(ValueError, match=r"holds uint8 \(1, 2, 2, 3\), not uint8 \(subjects, 80, 80, 8\)"):
+        samples.read(0, seed=0, epoch=0)

@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,7 +32,7 @@ from refalign_training.data.randomness import numpy_generator, seed_of
 from refalign_training.data.recipe import RefineOptions
 from refalign_training.data.sample import usable
 from refalign_training.data.source import read_source
-from refalign_training.data.subjects import load_subjects
+from refalign_training.data.subjects import CHANNELS, load_subjects, picture_side
 from refalign_training.method.options import ObjectiveOptions
 from refalign_training.method.refinement import RefineBatch, Refinement, Refiner
 from refalign_training.run.batches import Read
@@ -59,7 +60,7 @@ def load_base(options: ModelOptions) -> RefineByAlignPipeline:
 # -- Samples ----------------------------------------------------------------------------------------------------------
 
 
-class SubjectSamples:
+class SubjectSamples(ABC):
     """Subjects in their surroundings, of which an example is drawn anew in each epoch. Attributes are as a
     [`RowReader`]'s."""
 
@@ -70,12 +71,12 @@ class SubjectSamples:
         self.options, self.side, self.reference_side = options, side, reference_side
         self.buckets = np.tile(np.array([1, side, side, 1], np.int32), (count, 1))
 
-    def id(self, row: int) -> str:
-        raise NotImplementedError
+    @abstractmethod
+    def id(self, row: int) -> str: ...
 
+    @abstractmethod
     def subjects(self, row: int, epoch: int, generator: np.random.Generator) -> np.ndarray:
         """A sample's subjects, uint8 `(subjects, side, side, 8)`."""
-        raise NotImplementedError
 
     def read(self, row: int, seed: int, epoch: int) -> Example:
         """An example of one of the sample's subjects. Raises ValueError or OSError if it cannot be used."""
@@ -110,7 +111,12 @@ class CachedSubjects(SubjectSamples):
     def subjects(self, row: int, epoch: int, generator: np.random.Generator) -> np.ndarray:
         entry = self.cache.samples[row]
         variant = int(generator.choice(entry.variants))
-        return self.cache.read(entry, variant)["pixels"].numpy()
+        pixels = self.cache.read(entry, variant)["pixels"].numpy()
+        room = picture_side(self.side)
+        if pixels.dtype != np.uint8 or not len(pixels) or pixels.shape[1:] != (room, room, CHANNELS):
+            told = f"{pixels.dtype} {pixels.shape}, not uint8 (subjects, {room}, {room}, {CHANNELS})"
+            raise ValueError(f"its item in the cache holds {told}: `refalign-train cache` makes another")
+        return pixels
 
 
 class OnlineSubjects(SubjectSamples):

@@ -487,6 +487,7 @@ class RefineByAlignPipeline(DiffusionPipeline):
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
         )
+        _check_kept_settings(self.config)
         _check_parts(unet, image_encoder, reference_projector)
         self.vae_scale_factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
 
@@ -990,6 +991,26 @@ def _check_settings(steps: Any, scale: Any, strength: Any, output_type: str, cal
         raise ValueError(f"`output_type` must be one of {', '.join(OUTPUT_TYPES)}, but is {output_type!r}.")
     if unknown := [name for name in callback_inputs if name not in RefineByAlignPipeline._callback_tensor_inputs]:
         raise ValueError(f"`callback_on_step_end_tensor_inputs` has {unknown}; it can have ['latents'].")
+
+
+# What a repo's files may say, as whole numbers from the first or as numbers between both
+_WHOLE = {"image_size": 8, "reference_size": 8, "alignment_block": 0, "alignment_seeds": 1, "num_inference_steps": 1}
+_SHARES = ("alignment_step", "map_threshold", "min_confidence", "mask_dilation", "feather")
+
+
+def _check_kept_settings(config: Any) -> None:
+    """Raises ValueError, naming it, for a setting of a repo's files that cannot be."""
+    for name, least in _WHOLE.items():
+        value = config[name]
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} of model_index.json is {value!r}: it must be a whole number of {least} or more.")
+    ranges = {**dict.fromkeys(_SHARES, (0, 1)), "crop_scale": (1, math.inf), "guidance_scale": (0, math.inf)}
+    for name, (low, high) in ranges.items():
+        value = config[name]
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or not low <= value <= high:
+            bounds = f"from {low} to {high}" if high < math.inf else f"of {low} or more"
+            raise ValueError(f"{name} of model_index.json is {value!r}: it must be a number {bounds}.")
 
 
 def _check_parts(unet: Any, image_encoder: Any, reference_projector: Any) -> None:
