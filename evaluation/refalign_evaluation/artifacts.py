@@ -8,7 +8,7 @@ Nothing heavy is imported before it is needed, so that `--help` answers at once.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +18,11 @@ from refalign_evaluation.bootstrap import mean_interval
 
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
 
     from refalign.pipeline_refine_by_align import RefineByAlignPipeline
+    from refalign_evaluation.similarity import Features
     from refalign_evaluation.triplets import Task
-
-    Features = Callable[[Sequence[Image.Image]], torch.Tensor]
 
 GRID_STEPS = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the timesteps, from clean to noise
 BATCH = 16
@@ -54,7 +52,7 @@ class Artifacts:
     """Write the step, the block and the threshold that --grid found into the configuration of --model, a folder."""
     similarity: str | None = None
     """The model that says how similar the refined part is to the true region, as a folder or a Hub name of a DINOv2,
-    DINOv3 or SigLIP. The default is the model's own image encoder."""
+    DINOv3, SigLIP or CLIP. The default is the model's own image encoder."""
     limit: int | None = None
     """Measure the first so many triplets alone."""
     steps: int | None = None
@@ -121,6 +119,7 @@ def measure(command: Artifacts, pipeline: "RefineByAlignPipeline", tasks: "Seque
     import numpy as np
 
     from refalign_evaluation.alignment import best_constant, best_matching, overlaps
+    from refalign_evaluation.similarity import load_features
     from refalign_evaluation.triplets import batches
 
     features = load_features(command.similarity, pipeline)
@@ -192,31 +191,6 @@ def _judge(
         for row, value in zip(rows, similarities.tolist(), strict=True):
             row[f"similarity_{arm}"] = value
     return rows
-
-
-def load_features(name: str | None, pipeline: "RefineByAlignPipeline") -> "Features":
-    """What gives the mean token of RGB squares, of length 1: `(images, dim)`."""
-    import numpy as np
-    import torch
-    from torch.nn import functional as F
-
-    from refalign_evaluation.alignment import encode
-
-    if name is None:
-        size = pipeline.config["reference_size"]
-        return lambda images: F.normalize(
-            encode(pipeline, [image.resize((size, size)) for image in images]).mean(dim=1), dim=-1
-        )
-    from refalign_training.method.teachers import load_teacher
-
-    teacher = load_teacher(name)
-
-    @torch.no_grad()
-    def features(images: "Sequence[Image.Image]") -> torch.Tensor:
-        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).float() / 255
-        return F.normalize(teacher(pixels, grid=(14, 14)).flatten(1, 2).mean(dim=1), dim=-1)
-
-    return features
 
 
 def _summarise(rows: Sequence[dict[str, float]]) -> dict[str, Any]:

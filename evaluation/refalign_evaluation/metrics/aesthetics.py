@@ -16,17 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from refalign.files import naming_component
 from refalign_evaluation.benchmark import BenchmarkSample
+from refalign_evaluation.metrics.clip import Clip
 from refalign_evaluation.metrics.frames import FRAMES, spread_frames
-from refalign_evaluation.metrics.weights import (
-    check_loaded,
-    check_weights,
-    digest,
-    fetch_model,
-    load_weights,
-    without_reports,
-)
+from refalign_evaluation.metrics.weights import check_weights, digest, fetch_model, load_weights
 
 
 DIM = 768  # of CLIP ViT-L/14's embeddings
@@ -68,25 +61,16 @@ class Aesthetics:
         _ = self._models
 
     @cached_property
-    def _models(self) -> tuple[Any, Any, Head]:
-        from transformers import CLIPVisionModelWithProjection
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
+    def _models(self) -> tuple[Clip, Head]:
         head = Head()
         load_weights(head, self._head_file, HEAD)
-        with naming_component("CLIP model", self._name), without_reports():
-            processor = CLIPImageProcessorPil.from_pretrained(self._folder)
-            loaded: Any = CLIPVisionModelWithProjection.from_pretrained(
-                self._folder, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-            )
-        clip, info = loaded
-        check_loaded(self._name, info)
-        if clip.config.projection_dim != DIM:
+        clip = Clip(self._folder, self._name, self._device)
+        if clip.dim != DIM:
             raise ValueError(
-                f"{self._name} makes embeddings of {clip.config.projection_dim} numbers, and the predictor takes "
-                f"{DIM}. Pass openai/clip-vit-large-patch14."
+                f"{self._name} makes embeddings of {clip.dim} numbers, and the predictor takes {DIM}. Pass "
+                "openai/clip-vit-large-patch14."
             )
-        return processor, clip.to(self._device).eval(), head.to(self._device).eval()
+        return clip, head.to(self._device).eval()
 
     def measure(self, video: Path, sample: BenchmarkSample) -> float:
         """
@@ -100,6 +84,5 @@ class Aesthetics:
     @torch.no_grad()
     def measure_frames(self, frames: Sequence[np.ndarray]) -> float:
         """The mean score of frames, each RGB, uint8 `(height, width, 3)`."""
-        processor, clip, head = self._models
-        pixels = processor(list(frames), return_tensors="pt")["pixel_values"].to(self._device)
-        return head(clip(pixel_values=pixels).image_embeds).mean().item()
+        clip, head = self._models
+        return head(clip(frames)).mean().item()
