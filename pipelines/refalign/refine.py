@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from refalign.files import check_new_file, fetch, new_file, read_json
+from refalign.owner import owned
 from refalign.sprites import REFINE_FOLDER
 
 
@@ -37,6 +38,9 @@ class Refine:
     """The image to refine, as a path or URL."""
     video: Path | None = None
     """The video to refine, in place of an image."""
+    track: Path | None = None
+    """For a video whose mask is a picture, of its first frame: a file with a box for each frame (left, top, right and
+    bottom, in pixels), about what the mask is to move and grow with. A CSV file has one a line, a JSON file a list."""
     map: Path | None = None
     """A picture to write: the image with the mask's outline, the reference with the map and the box of the region that
     was found, and the result."""
@@ -66,9 +70,10 @@ class Refine:
 
 def run(command: Refine) -> int:
     """Refines and returns the exit code."""
-    check(command)
-    reference = load_reference(command)
-    return run_image(command, reference) if command.video is None else run_video(command, command.video, reference)
+    with owned(command.output):
+        check(command)
+        reference = load_reference(command)
+        return run_image(command, reference) if command.video is None else run_video(command, command.video, reference)
 
 
 def run_image(command: Refine, reference: "Image.Image") -> int:
@@ -102,7 +107,7 @@ def run_video(command: Refine, video: Path, reference: "Image.Image") -> int:
     frames, rate = read_clip(video)
     if command.mask == "auto":
         return suggest(command, frames, rate, reference)
-    masks = read_masks(command.mask, video, frames.shape)
+    masks = read_masks(command.mask, video, frames.shape, command.track)
     pipeline = load_refine_pipeline(command.model, command.device, command.offload)
     pipeline.set_progress_bar_config(disable=True)
     options = {"strength": command.strength, "seed": command.seed, **call_settings(command)}
@@ -150,6 +155,8 @@ def check(command: Refine) -> None:
         raise ValueError(f"--map is {command.map}, but must end in .png.")
     if command.image is not None and command.mask == "auto":
         raise ValueError("--mask auto looks at neighbouring frames, so it goes with --video alone. Pass a mask.")
+    if command.track is not None and (command.video is None or command.mask == "auto"):
+        raise ValueError("--track moves the mask of a video, so it goes with --video and a picture as --mask.")
     for file in filter(None, (command.output, command.map)):
         check_new_file(file, command.overwrite)
 

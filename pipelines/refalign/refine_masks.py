@@ -20,6 +20,7 @@ from refalign.pipeline_refine_by_align import (
     reference_pixels,
     square_around,
 )
+from refalign.refine_track import moved, read_track
 from refalign.video import read_video
 
 
@@ -32,7 +33,7 @@ SMALLEST_GAP = 0.03  # of cosines, between a patch that looks wrong and the subj
 REACH = 3  # patches: so far apart, parts of the subject are still joined
 
 
-def read_masks(source: str, video: Path, shape: tuple[int, ...]) -> np.ndarray:
+def read_masks(source: str, video: Path, shape: tuple[int, ...], track: Path | None = None) -> np.ndarray:
     """
     The masks of a video's frames, bool `(frames, height, width)`.
 
@@ -41,12 +42,16 @@ def read_masks(source: str, video: Path, shape: tuple[int, ...]) -> np.ndarray:
             their names.
         video (`Path`): what errors name.
         shape (`tuple`): frames, height and width of the video.
+        track (`Path`, *optional*): a file of [`read_track`], with whose boxes a picture moves from frame to frame.
 
     Raises:
-        ValueError: if there is not one mask for each frame, one is of another size, or all are empty.
+        ValueError: if there is not one mask for each frame, one is of another size, or all are empty; or if a mask
+            that moves leaves the frame.
     """
     count, height, width = shape[:3]
     path = Path(source)
+    if track is not None and (path.is_dir() or path.suffix.lower() in VIDEOS):
+        raise ValueError(f"{track} moves one mask, but {source} has one for each frame. Pass a picture, or no track.")
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
         _check_count(count, len(files), video, source)
@@ -60,9 +65,17 @@ def read_masks(source: str, video: Path, shape: tuple[int, ...]) -> np.ndarray:
         masks = list(frames.mean(axis=-1) >= 128)  # its compression makes grey of black and white
     else:
         masks = [load_mask(source, (width, height))] * count
+        if track is not None:
+            boxes = read_track(track, count, (width, height))
+            masks = [moved(masks[0], boxes[0], box) for box in boxes]
     found = np.stack(masks)
     if not found.any():
         raise ValueError(f"All masks of {source} are empty, so nothing would be refined. Paint what went wrong white.")
+    if track is not None and (lost := np.flatnonzero(~found.any(axis=(1, 2))).tolist()):
+        raise ValueError(
+            f"Moved with box {lost[0]} of {track}, nothing of the mask is in the frame. The boxes must be about what "
+            "the mask hides; box 0 is that of the frame for which it was painted."
+        )
     if whole := [number for number, mask in enumerate(found) if mask.all()]:
         raise ValueError(f"The mask of frame {whole[0]} covers all of it: nothing would be left. Mask less.")
     return found

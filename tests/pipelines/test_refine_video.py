@@ -1,6 +1,8 @@
 """`refalign refine --video`, and the masks of its frames."""
 
+import json
 import logging
+import pkgutil
 
 import numpy as np
 import pytest
@@ -9,8 +11,9 @@ from PIL import Image
 
 from refalign import refine_masks
 from refalign.cli import main
-from refalign.pipeline_refine_by_align import on_white
+from refalign.pipeline_refine_by_align import bounding_box, on_white
 from refalign.refine_masks import read_masks, suggest_masks
+from refalign.refine_track import read_track
 from refalign.refine_video import carried, flicker, key_frames, read_clip, refine_frames
 from refalign.video import read_video, write_video
 from tests.tiny_refine import mask_of, picture, reference, tiny_refine_pipeline
@@ -127,6 +130,62 @@ def test_masks_that_do_not_fit_are_told(tmp_path, change, told):
         read_masks(str(tmp_path), tmp_path / "clip.mp4", (4, 80, 96, 3))
 
 
+def test_a_mask_moves_with_its_track(masks, tmp_path):
+    Image.fromarray(masks[0]).save(tmp_path / "mask.png")
+    track = tmp_path / "track.csv"
+    track.write_text("left,top,right,bottom\n" + "\n".join(", ".join(map(str, box)) for box in BOXES) + "\n")
+    found = read_masks(str(tmp_path / "mask.png"), tmp_path, (4, 80, 96, 3), track)
+    assert np.array_equal(found, masks)
+    track.with_suffix(".json").write_text(
+        json.dumps([(0, 0, 40, 50), (0, 0, 80, 75), (8.5, 0, 48.5, 50), (0, 0, 20, 25)])
+    )
+    found = read_masks(str(tmp_path / "mask.png"), tmp_path, (4, 80, 96, 3), track.with_suffix(".json"))
+    assert bounding_box(found[0]) == (30, 20, 50, 45)  # parts of the mask may lie outside its box
+    assert bounding_box(found[1]) == (60, 30, 96, 68)
+    assert bounding_box(found[2]) == (38, 20, 58, 45)
+    assert bounding_box(found[3]) == (15, 10, 25, 22)
+
+
+@pytest.mark.parametrize(
+    ("last", "told"),
+    [
+        ("", "has 3 boxes, but the video 4 frames"),
+        ("1,2,3", "Box 3 of .* is .'1', '2', '3'., but must be four finite numbers"),
+        ("1,2,3,x", "must be four finite numbers"),
+        ("1,2,nan,9", "must be four finite numbers"),
+        ("1,2,inf,9", "must be four finite numbers"),
+        ("1,2,1,9", "is empty: right must be more than left"),
+        ("1,2,97,9", "leaves the frame of 96x80 pixels"),
+        ("-1,2,9,9", "leaves the frame"),
+        ("95,79,96,80", "Moved with box 3 of .* nothing of the mask is in the frame"),
+    ],
+)
+def test_tracks_that_do_not_fit_are_told(tmp_path, last, told):
+    mask_of((90, 4, 94, 8)).save(tmp_path / "mask.png")
+    (tmp_path / "track.csv").write_text("0,0,48,40\n" * 3 + last)
+    with pytest.raises(ValueError, match=told) as error:
+        read_masks(str(tmp_path / "mask.png"), tmp_path, (4, 80, 96, 3), tmp_path / "track.csv")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "7", "[1, 2]", "[null, {}]", "[[1, 2, 3, 1e999], 0]", "[[true, 0, 4, 4], 0]", "["]
+)
+def test_a_json_file_of_something_else_is_told(tmp_path, content):
+    (tmp_path / "track.json").write_text(content)
+    with pytest.raises(ValueError, match=r"track\.json"):
+        read_track(tmp_path / "track.json", 2, SIZE)
+
+
+def test_a_track_goes_with_one_picture_alone(refine, tmp_path, capsys):
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "track.csv").write_text("0,0,9,9\n" * 4)
+    assert refine("--track", tmp_path / "track.csv", mask="masks") == 1
+    assert "moves one mask, but" in capsys.readouterr().err
+    assert refine("--track", tmp_path / "track.csv", mask="auto") == 1
+    assert "it goes with --video and a picture" in capsys.readouterr().err
+
+
 def scene(wrong: bool) -> np.ndarray:
     """Frames of the reference's subject, red, on grey; in some a part of it is green."""
     frames = np.full((5, 80, 96, 3), 128, np.uint8)
@@ -199,12 +258,41 @@ def refine(folder, tmp_path, frames):
 
 
 def test_a_video_is_refined_and_its_flicker_told(refine, tmp_path, capsys):
-    assert refine("--map", tmp_path / "map.png") == 0
+    (tmp_path / "track.csv").write_text("".join(f"{','.join(map(str, box))}\n" for box in BOXES))
+    assert refine("--map", tmp_path / "map.png", "--track", tmp_path / "track.csv") == 0
     before, after = read_clip(tmp_path / "clip.mp4"), read_clip(tmp_path / "out.mp4")
     assert before[0].shape == after[0].shape
     assert before[1] == after[1] == 8
     assert Image.open(tmp_path / "map.png").height == 384
     assert "Flicker inside the mask" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["refalign.refine_video.carried", "refalign.video._to_uint8"])
+def test_stopped_in_the_middle_it_leaves_no_half_file(refine, tmp_path, monkeypatch, capsys, place):
+    """While frames are refined, and while they are written."""
+    left = iter(range(3))
+    original = pkgutil.resolve_name(place)
+
+    def stop_at_the_third(*arguments):
+        if next(left) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    (tmp_path / "out.mp4").write_bytes(b"of an earlier run")
+    files = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(place, stop_at_the_third)
+    assert refine("--overwrite") == 130
+    assert "no unfinished file is left" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == files
+    assert (tmp_path / "out.mp4").read_bytes() == b"of an earlier run"
+
+
+def test_what_a_killed_run_has_left_is_removed_by_the_next(refine, tmp_path):
+    (tmp_path / ".out.mp4.abcdefgh.partial").mkdir()
+    (tmp_path / ".out.mp4.abcdefgh.partial/out.mp4").write_bytes(b"half")
+    (tmp_path / ".out.mp4.lock").write_text("process 1 on elsewhere")
+    assert refine("--overwrite") == 0
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_auto_writes_masks_to_look_at_and_refines_nothing(refine, tmp_path, capsys, monkeypatch):
