@@ -252,6 +252,7 @@ def check_options(command: Generate) -> dict[str, Any]:
         "guidance_gate": command.guidance_gate,
         "guidance_projection": read_projection(command.guidance_projection),
         "reference_long_edge": command.reference_long_edge,
+        "batch_passes": command.batch_passes,
     }
     check_size(arguments["height"], arguments["width"], arguments["num_frames"])
     scales = (arguments["guidance_scale"], arguments["image_guidance_scale"])

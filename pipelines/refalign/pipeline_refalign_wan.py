@@ -381,6 +381,7 @@ class RefAlignWanPipeline(WanPipeline):
         guidance_gate: Sequence[float] | None = None,
         guidance_projection: Mapping[str, Any] | None = None,
         reference_long_edge: int | None = None,
+        batch_passes: bool | None = None,
     ) -> None:
         """Raises ValueError for the first argument that is wrong, with its value and what would be right."""
         _, patch_height, patch_width = self.transformer.config.patch_size
@@ -411,11 +412,21 @@ class RefAlignWanPipeline(WanPipeline):
                 "A cache cannot be used where processes share the tokens of a pass: each would decide by its own "
                 "tokens what to compute. Start as many processes as passes at most, or use no cache."
             )
+        if batch_passes and (reason := self._apart()) is not None:
+            raise ValueError(f"`batch_passes` is True, but {reason}. Leave it out.")
         self._check_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         if prompt is not None:
             self._check_part("text_encoder")
         if output_type != "latent" or reference_images is not None:
             self._check_part("vae")
+
+    def _apart(self) -> str | None:
+        """Why passes cannot be one batch, if so."""
+        if self._pass_group is not None:
+            return "processes share the passes"
+        if self.transformer.is_cache_enabled:
+            return "a cache keeps what it reuses for each pass"
+        return "this model has no tokens of references in its null pass" if self.has_sources else None
 
     def _check_part(self, name: str) -> None:
         if getattr(self, name) is None:
@@ -579,11 +590,11 @@ class RefAlignWanPipeline(WanPipeline):
         self,
         latents: torch.Tensor,
         timestep: torch.Tensor,
-        prompt_embeds: torch.Tensor,
-        negative_prompt_embeds: torch.Tensor | None,
+        texts: "_GroupTexts",
         references: torch.Tensor | list[torch.Tensor] | None,
         context_suffix: str,
         context: dict[str, Any],
+        batches_passes: bool,
         guidance_gate: Sequence[float] | None,
         differences: dict[str, torch.Tensor],
         guidance_projection: Mapping[str, Any] | None,
@@ -591,32 +602,25 @@ class RefAlignWanPipeline(WanPipeline):
     ) -> torch.Tensor:
         """The guided velocity, float32, for samples with the same number of references. `differences` are those of
         [`complete_passes`], without any if all passes must be made; `running` those of [`project_guidance`]."""
-        dtype = self.transformer.dtype
         scales = (self.guidance_scale, self.image_guidance_scale)
         passes = guidance_passes(*scales, references is not None, bool(guidance_projection))
         names = [name for name, _ in passes]
         gate = guidance_gate if differences else None
-        made = {}
+        made: dict[str, torch.Tensor] = {}
         asked = passes_made(names, gate, context["step_index"], context["num_inference_steps"])
-        for name in asked:
-            if self._pass_group is not None and not self._makes(names.index(name)):
-                continue
-            pass_references = references
-            if name == "null" and isinstance(references, torch.Tensor):
-                pass_references = torch.zeros_like(references)  # the null reference is zeros, not a blank image
-            elif name == "null":
-                pass_references = None  # a model with sources was trained without tokens of references
+        own = [name for name in asked if self._pass_group is None or self._makes(names.index(name))]
+        for batch in [own] if batches_passes else [[name] for name in own]:
             # A context of its own for each pass and group of samples, else caches mix them
-            with self.transformer.cache_context(name + context_suffix, **context):
-                prediction = self.transformer(
-                    hidden_states=latents.to(dtype),
-                    timestep=timestep.expand(latents.shape[0]),
-                    encoder_hidden_states=prompt_embeds if name == "full" else negative_prompt_embeds,
+            with self.transformer.cache_context(batch[0] + context_suffix, **context):
+                predictions = self.transformer(
+                    hidden_states=torch.cat(len(batch) * [latents.to(self.transformer.dtype)]),
+                    timestep=timestep.expand(len(batch) * latents.shape[0]),
+                    encoder_hidden_states=texts.of(batch),
                     attention_kwargs=self.attention_kwargs,
                     return_dict=False,
-                    reference_hidden_states=pass_references,
+                    reference_hidden_states=_references_of(batch, references),
                 )[0]
-            made[name] = prediction
+            made |= dict(zip(batch, predictions.chunk(len(batch)), strict=True))
         if self._pass_group is not None:
             made = self._gather_passes(names, asked, made, latents)
         weights = [weight for _, weight in passes]
@@ -677,6 +681,7 @@ class RefAlignWanPipeline(WanPipeline):
         guidance_gate: tuple[float, float] | None = None,
         guidance_projection: Mapping[str, Any] | None = None,
         reference_long_edge: int | None = None,
+        batch_passes: bool | None = None,
     ) -> WanPipelineOutput | tuple:
         r"""
         Makes a video of the references' subjects acting out the prompt.
@@ -744,6 +749,10 @@ class RefAlignWanPipeline(WanPipeline):
             reference_long_edge (`int`, *optional*, defaults to the model's own):
                 The longer side of a reference at most, in pixels, for models that read references in their own
                 aspect (Bernini-R: 848).
+            batch_passes (`bool`, *optional*, defaults to whether videos are small):
+                Whether a step makes its passes as one batch: the same up to rounding, with more memory. By default up
+                to 1,000 tokens of all videos, where it is faster, and not with caches, compiled or offloaded blocks,
+                processes that share the passes, or references in sizes of their own.
 
         Returns:
             [`WanPipelineOutput`] or `tuple`: the videos, as `frames`.
@@ -803,6 +812,7 @@ class RefAlignWanPipeline(WanPipeline):
             guidance_gate=guidance_gate,
             guidance_projection=guidance_projection,
             reference_long_edge=reference_long_edge,
+            batch_passes=batch_passes,
         )
         if self._pass_group is not None and generator is None and latents is None:
             raise ValueError("Processes that share the passes need the same noise: pass a `generator`, or `latents`.")
@@ -861,6 +871,7 @@ class RefAlignWanPipeline(WanPipeline):
             callback_tensors=callback_on_step_end_tensor_inputs or (),
             guidance_gate=guidance_gate,
             guidance_projection=guidance_projection,
+            batch_passes=batch_passes,
         )
 
         # 6. Decode
@@ -881,6 +892,7 @@ class RefAlignWanPipeline(WanPipeline):
         callback_tensors: Sequence[str],
         guidance_gate: Sequence[float] | None,
         guidance_projection: Mapping[str, Any] | None,
+        batch_passes: bool | None,
     ) -> torch.Tensor:
         """Makes latents of noise; `groups` come from [`group_by_references`]."""
         differences: list[dict[str, torch.Tensor]] = [{} for _ in groups]
@@ -891,8 +903,10 @@ class RefAlignWanPipeline(WanPipeline):
         takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
         step_arguments = {"generator": generator} if takes_generator else {}
         self._reset_caches()
-        tokens = latents[0, 0].numel() // 4  # a patch is two by two
-        kept_text = KeptText(self.transformer, is_small=tokens <= FEW_TOKENS)
+        tokens = latents[:, 0].numel() // 4  # a patch is two by two
+        kept_text = KeptText(self.transformer, is_small=tokens // len(latents) <= FEW_TOKENS)
+        if batch_passes is None:
+            batch_passes = tokens <= FEW_TOKENS and bool(kept_text.modules) and self._apart() is None
         bar = self.progress_bar(total=len(timesteps))  # pyright: ignore[reportCallIssue]
         with kept_text, bar as progress_bar:
             for i, t in enumerate(timesteps):
@@ -912,11 +926,11 @@ class RefAlignWanPipeline(WanPipeline):
                     velocity[samples] = self._predict_velocity(
                         latents=latents[samples],
                         timestep=t,
-                        prompt_embeds=texts[number][0],
-                        negative_prompt_embeds=texts[number][1],
+                        texts=texts[number],
                         references=references,
                         context_suffix=f"_{number}" if number else "",
                         context=context,
+                        batches_passes=batch_passes,
                         guidance_gate=guidance_gate,
                         differences=differences[number],
                         guidance_projection=guidance_projection,
@@ -1384,15 +1398,40 @@ def _repeat(tensor: torch.Tensor, repeats: int) -> torch.Tensor:
     return tensor if repeats == 1 else tensor.repeat_interleave(repeats, dim=0)
 
 
+class _GroupTexts:
+    """The embeddings of a group's prompts and negative prompts: the same tensors for all steps."""
+
+    def __init__(self, prompt: torch.Tensor, negative: torch.Tensor | None) -> None:
+        self._by_pass = {"null": negative, "reference": negative, "full": prompt}
+        self._batches: dict[tuple[str, ...], Any] = {}
+
+    def of(self, names: Sequence[str]) -> torch.Tensor:
+        """What passes read, one after the other in the batch."""
+        key = tuple(names)
+        if key not in self._batches:
+            texts: list[Any] = [self._by_pass[name] for name in names]
+            self._batches[key] = texts[0] if len(texts) == 1 else torch.cat(texts)
+        return self._batches[key]
+
+
 def _texts_of_groups(
     prompt_embeds: torch.Tensor, negative_prompt_embeds: torch.Tensor | None, groups: Sequence[tuple[Any, Any]]
-) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
-    """The embeddings of each group's prompts and negative prompts: the same tensors for all steps."""
+) -> list[_GroupTexts]:
     texts = []
     for samples, _ in groups:
         negative = None if negative_prompt_embeds is None else negative_prompt_embeds[samples]
-        texts.append((prompt_embeds[samples], negative))
+        texts.append(_GroupTexts(prompt_embeds[samples], negative))
     return texts
+
+
+def _references_of(
+    names: Sequence[str], references: torch.Tensor | list[torch.Tensor] | None
+) -> torch.Tensor | list[torch.Tensor] | None:
+    """What passes see, one after the other in the batch."""
+    if not isinstance(references, torch.Tensor):
+        return None if names[0] == "null" else references  # a model with sources was trained without tokens of them
+    null = torch.zeros_like(references)  # the null reference is zeros, not a blank image
+    return torch.cat([null if name == "null" else references for name in names])
 
 
 def _are_equal(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> bool:

@@ -30,6 +30,9 @@ class SpeedOptions:
     """Reuse what changes little from step to step: first-block, mag (after `refalign calibrate`) or taylorseer. A
     :VALUE behind it says how much: the largest error of first-block (0.05) and mag (0.06), the steps from one that is
     computed to the next of taylorseer (5)."""
+    batch_passes: Annotated[bool | None, DisallowNone] = None
+    """Make the passes of a step as one batch, which is the same up to rounding. By default where videos are so small
+    that it is faster, up to 1,000 tokens."""
     vae_tiling: bool = False
     """Decode the video tile by tile, which takes less memory and more time."""
 

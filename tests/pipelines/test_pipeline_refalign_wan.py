@@ -51,6 +51,7 @@ def arguments(**changes):
         "generator": torch.Generator().manual_seed(0),
         "output_type": "latent",
         "max_sequence_length": 16,
+        "batch_passes": False,  # so that tests see each
     }
     return {**defaults, **changes}
 
@@ -168,7 +169,7 @@ def test_velocities_are_combined_in_float32(pipeline):
 def test_without_references_it_is_wans_text_to_video(wan_folder, guidance_scale):
     """With UniPC, the scheduler of Wan's own repos."""
     call = arguments(guidance_scale=guidance_scale, negative_prompt="bad", output_type="np")
-    call.pop("reference_images")
+    del call["reference_images"], call["batch_passes"]
     outputs = []
     for cls in (WanPipeline, RefAlignWanPipeline):
         pipeline = cls.from_pretrained(wan_folder)
@@ -790,6 +791,47 @@ def test_texts_kept_over_steps_change_no_bit(pipeline, monkeypatch, changes):
     kept = run(pipeline, num_inference_steps=4, **changes)
     monkeypatch.setattr("refalign.pipeline_refalign_wan.FEW_TOKENS", 0)
     assert torch.equal(run(pipeline, num_inference_steps=4, **changes), kept)
+
+
+def test_passes_are_one_batch_where_videos_are_small(pipeline, calls, monkeypatch):
+    apart = run(pipeline)
+    calls.clear()
+    together = run(pipeline, batch_passes=None)
+    assert [len(call["hidden_states"]) for call in calls] == [3, 3]
+    torch.testing.assert_close(together, apart, atol=1e-5, rtol=0)
+    calls.clear()
+    monkeypatch.setattr("refalign.pipeline_refalign_wan.FEW_TOKENS", 0)
+    assert torch.equal(run(pipeline, batch_passes=None), apart)
+    assert [len(call["hidden_states"]) for call in calls] == 6 * [1]
+
+
+PASSES = {
+    "two": {"image_guidance_scale": 7.5},
+    "Wan's two": {"reference_images": None},
+    "groups": {"prompt": ["a", "b"], "reference_images": [[draw_pet(0.1)], [draw_face(0.3), draw_pet(0.6)]]},
+    "gate": {"guidance_gate": (0.3, 0.7), "num_inference_steps": 4},
+    "projection": {"guidance_projection": {"eta": 0.5, "thresholds": [50, 50]}},
+}
+
+
+@pytest.mark.parametrize("changes", PASSES.values(), ids=PASSES)
+def test_one_batch_of_passes_changes_rounding_alone(pipeline, changes):
+    apart = run(pipeline, **changes)
+    torch.testing.assert_close(run(pipeline, **changes, batch_passes=True), apart, atol=1e-5, rtol=0)
+
+
+def test_texts_of_a_batch_of_passes_are_embedded_once(pipeline, monkeypatch):
+    seen = count_keys(pipeline, monkeypatch)
+    run(pipeline, num_inference_steps=4, batch_passes=True)
+    assert len(seen) == len(pipeline.transformer.blocks)
+
+
+def test_passes_with_a_cache_are_no_batch(pipeline, calls):
+    pipeline.transformer.enable_cache(FirstBlockCacheConfig(threshold=10))
+    run(pipeline, batch_passes=None)
+    assert {len(call["hidden_states"]) for call in calls} == {1}
+    with pytest.raises(ValueError, match="`batch_passes` is True, but a cache keeps what it reuses for each pass"):
+        run(pipeline, batch_passes=True)
 
 
 def test_texts_are_embedded_once_for_all_steps_of_a_small_model_alone(pipeline, monkeypatch):
