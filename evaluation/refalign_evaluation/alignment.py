@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from refalign.pipeline_refine_by_align import RefineByAlignPipeline
 
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8)  # shares of a map's maximum that are tried
+BLURS = (0.0, 1.0, 1.5)  # standard deviations in tokens that are tried
 FRAME = 64  # pixels of the square about the subject in which constant guesses are made
 BOX_STEP = 4  # of these pixels, between the corners of boxes that are tried
 GREY = (127, 127, 127)
@@ -76,18 +77,20 @@ def overlaps(tasks: Sequence[Task], masks: Sequence[np.ndarray]) -> Overlaps:
     return Overlaps(np.array(mask_values), np.array(box_values))
 
 
-def mask_of_map(map: torch.Tensor, task: Task, size: int, threshold: float) -> np.ndarray:
+def mask_of_map(map: torch.Tensor, task: Task, size: int, threshold: float, blur: float = 0.0) -> np.ndarray:
     """The region that a map means, as the pipeline finds it; `size` is that of its references."""
     foreground = subject_mask(task.reference)
     square = reference_square(foreground)
     shown = F.adaptive_avg_pool2d(cut_mask(foreground, square, size), (map.shape[0], map.shape[1]))[0]
-    mask = torch.from_numpy(find_region(map, shown, size, threshold).mask)
+    mask = torch.from_numpy(find_region(map, shown, size, threshold, blur).mask)
     return put_square(mask, square, task.reference.size, "nearest-exact").numpy() > 0
 
 
-def overlaps_of_maps(tasks: Sequence[Task], maps: Sequence[torch.Tensor], size: int, threshold: float) -> Overlaps:
+def overlaps_of_maps(
+    tasks: Sequence[Task], maps: Sequence[torch.Tensor], size: int, threshold: float, blur: float = 0.0
+) -> Overlaps:
     """The overlaps of a map for each task."""
-    masks = [mask_of_map(map, task, size, threshold) for map, task in zip(maps, tasks, strict=True)]
+    masks = [mask_of_map(map, task, size, threshold, blur) for map, task in zip(maps, tasks, strict=True)]
     return overlaps(tasks, masks)
 
 
@@ -111,11 +114,13 @@ def search_grid(
     return torch.cat(maps, dim=2)
 
 
-def grid_overlaps(tasks: Sequence[Task], maps: torch.Tensor, size: int, threshold: float) -> dict[str, np.ndarray]:
+def grid_overlaps(
+    tasks: Sequence[Task], maps: torch.Tensor, size: int, threshold: float, blur: float = 0.0
+) -> dict[str, np.ndarray]:
     """The mean IoU of masks and boxes by step and block, each `(steps, blocks)`."""
     found: dict[str, np.ndarray] = {"mask": np.zeros(maps.shape[:2]), "box": np.zeros(maps.shape[:2])}
     for step, block in product(range(maps.shape[0]), range(maps.shape[1])):
-        values = overlaps_of_maps(tasks, list(maps[step, block]), size, threshold)
+        values = overlaps_of_maps(tasks, list(maps[step, block]), size, threshold, blur)
         found["mask"][step, block] = values.mask.mean()
         found["box"][step, block] = values.box.mean()
     return found
@@ -170,14 +175,15 @@ def _best_box(true: np.ndarray) -> np.ndarray:
 def best_matching(pipeline: "RefineByAlignPipeline", tasks: Sequence[Task]) -> Overlaps:
     """
     What the image encoder alone gets: the reference's patches that are most similar to those of the mask. The best of
-    some variants and thresholds, searched on these very tasks: the mask's patches as they are or grey; their mean, the
-    mean of their similarities, or how often each patch of the reference is the nearest; tokens centred or not.
+    some variants, thresholds and blurs, searched on these very tasks: the mask's patches as they are or grey; their
+    mean, the mean of their similarities, or how often each patch of the reference is the nearest; tokens centred or
+    not.
     """
     size, found = pipeline.config["reference_size"], []
     variants = [_similarity_maps(pipeline, task) for task in tasks]
     for name in variants[0]:
         maps = [maps_of_task[name] for maps_of_task in variants]
-        found += [overlaps_of_maps(tasks, maps, size, threshold) for threshold in THRESHOLDS]
+        found += [overlaps_of_maps(tasks, maps, size, *level) for level in product(THRESHOLDS, BLURS)]
     masks, boxes = [each.mask for each in found], [each.box for each in found]
     return Overlaps(max(masks, key=np.mean), max(boxes, key=np.mean))
 

@@ -10,6 +10,7 @@ Nothing heavy is imported before it is needed, so that `--help` answers at once.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,7 +50,7 @@ class Artifacts:
     plot: Path | None = None
     """The PNG file for the curves of --grid. It is replaced if it exists."""
     choose: bool = False
-    """Write the step, the block and the threshold that --grid found into the configuration of --model, a folder."""
+    """Write what --grid found into the configuration of --model, a folder: step, block, threshold and blur."""
     similarity: str | None = None
     """The model that says how similar the refined part is to the true region, as a folder or a Hub name of a DINOv2,
     DINOv3, SigLIP or CLIP. The default is the model's own image encoder."""
@@ -256,28 +257,29 @@ def draw_sheet(shown: "Sequence[tuple[Task, Any, Image.Image]]") -> "Image.Image
 
 
 def search(command: Artifacts, pipeline: "RefineByAlignPipeline", tasks: "Sequence[Task]") -> dict[str, Any]:
-    """The IoU by step and block, and the best of both, then of the threshold. With `--choose`, they are stored."""
+    """The IoU by step and block, the best of both, then of threshold and blur. With `--choose`, they are stored."""
     import numpy as np
 
     from refalign.pipeline_refine_by_align import cross_attention_blocks
-    from refalign_evaluation.alignment import THRESHOLDS, grid_overlaps, overlaps_of_maps, search_grid
+    from refalign_evaluation.alignment import BLURS, THRESHOLDS, grid_overlaps, overlaps_of_maps, search_grid
 
-    size, threshold = pipeline.config["reference_size"], pipeline.config["map_threshold"]
+    size = pipeline.config["reference_size"]
+    threshold, blur = pipeline.config["map_threshold"], pipeline.config["map_blur"]
     maps = search_grid(pipeline, tasks, GRID_STEPS, command.seed, BATCH)
-    found = grid_overlaps(tasks, maps, size, threshold)
+    found = grid_overlaps(tasks, maps, size, threshold, blur)
     step, block = map(int, np.unravel_index(found["mask"].argmax(), found["mask"].shape))
-    by_threshold = {}
-    for value in sorted({*THRESHOLDS, threshold}):
-        by_threshold[value] = float(overlaps_of_maps(tasks, list(maps[step, block]), size, value).mask.mean())
+    by_level = {}
+    for level in product(sorted({*THRESHOLDS, threshold}), sorted({*BLURS, blur})):
+        by_level[level] = float(overlaps_of_maps(tasks, list(maps[step, block]), size, *level).mask.mean())
     chosen = {"alignment_step": GRID_STEPS[step], "alignment_block": block}
-    chosen["map_threshold"] = max(by_threshold, key=by_threshold.__getitem__)
+    chosen |= dict(zip(("map_threshold", "map_blur"), max(by_level, key=by_level.__getitem__), strict=True))
     figures = {
         "triplets": len(tasks),
         "steps": list(GRID_STEPS),
         "blocks": [name for name, _ in cross_attention_blocks(pipeline.unet)],
         "mask": found["mask"].tolist(),
         "box": found["box"].tolist(),
-        "by_threshold": {f"{value:g}": iou for value, iou in by_threshold.items()},
+        "by_threshold_and_blur": {f"{value:g} {deviation:g}": iou for (value, deviation), iou in by_level.items()},
         "best": chosen,
     }
     if command.plot is not None:
@@ -310,7 +312,8 @@ def describe_grid(figures: dict[str, Any]) -> str:
     lines += [f"By step, at block {block}:", " step   mask    box"]
     for number, step in enumerate(figures["steps"]):
         lines.append(f"{step:5g}  {mask[number, block]:.3f}  {box[number, block]:.3f}")
-    lines.append(f"The best is block {block} at step {best['alignment_step']:g}, threshold {best['map_threshold']:g}.")
+    told = f"The best is block {block} at step {best['alignment_step']:g}, threshold {best['map_threshold']:g}"
+    lines.append(f"{told}, blur {best['map_blur']:g}.")
     return "\n".join(lines)
 
 

@@ -309,6 +309,7 @@ def find_region(
     foreground: torch.Tensor | None,
     size: int,
     threshold: float = 0.4,
+    blur: float = 0.0,
     mass: float = 0.7,
     margin: float = 0.15,
     smallest: float = 0.2,
@@ -322,11 +323,12 @@ def find_region(
             others do not count.
         size (`int`): the side of the result, in pixels.
         threshold (`float`): share of the map's maximum from which on a pixel belongs to the mask.
+        blur (`float`): standard deviation in tokens of the Gaussian that the map is blurred by.
         mass (`float`): the largest connected parts that have this share of the mask's mass stay.
         margin (`float`): share of the box's sides that is added at each of its ends.
         smallest (`float`): share of `size` that the box's sides have at least.
     """
-    map = map.detach().float().cpu()
+    map = blurred(map.detach().float().cpu(), blur)
     foreground = torch.ones_like(map) if foreground is None else foreground.float().cpu()
     map = map * foreground
     spread = (map - map.min()) / (map.max() - map.min()).clamp(min=1e-12)
@@ -334,6 +336,21 @@ def find_region(
     mask = largest_parts(pixels >= threshold * pixels.max(), pixels, mass)
     box = _widened(bounding_box(mask), margin, smallest, size)
     return Region(mask.numpy(), box, _confidence(map, foreground, box, size), pixels.numpy())
+
+
+def blurred(map: torch.Tensor, deviation: float) -> torch.Tensor:
+    """A map, `(rows, columns)`, blurred by a Gaussian of so many tokens; what lies beyond its edges does not count."""
+    if not deviation:
+        return map
+    rows, columns = (_gaussian(size, deviation) for size in map.shape)
+    return rows @ map @ columns.T
+
+
+def _gaussian(size: int, deviation: float) -> torch.Tensor:
+    """What each of so many places takes of each, `(size, size)`."""
+    places = torch.arange(size)
+    weights = torch.exp(-(((places[:, None] - places) / deviation) ** 2) / 2)
+    return weights / weights.sum(dim=1, keepdim=True)
 
 
 def largest_parts(mask: torch.Tensor, values: torch.Tensor, share: float) -> torch.Tensor:
@@ -432,6 +449,7 @@ class RefineByAlignPipeline(DiffusionPipeline):
             scheduler's timesteps, from 0 (clean) to 1 (noise) [O].
         alignment_seeds (`int`, defaults to 4): over how many noises the map is averaged [O].
         map_threshold (`float`, defaults to 0.4): the share of the map's maximum from which on it is the region [O].
+        map_blur (`float`, defaults to 0): the standard deviation, in tokens, of a Gaussian over the map [O].
         min_confidence (`float`, defaults to 0.1): below it the whole reference is used [O].
         crop_scale (`float`, defaults to 2.5): the side of the square against the mask's box [O].
         mask_dilation (`float`, defaults to 0.02): by how much the mask grows for the network, as a share of
@@ -458,6 +476,7 @@ class RefineByAlignPipeline(DiffusionPipeline):
         alignment_step: float = 0.8,
         alignment_seeds: int = 4,
         map_threshold: float = 0.4,
+        map_blur: float = 0.0,
         min_confidence: float = 0.1,
         crop_scale: float = 2.5,
         mask_dilation: float = 0.02,
@@ -480,6 +499,7 @@ class RefineByAlignPipeline(DiffusionPipeline):
             alignment_step=alignment_step,
             alignment_seeds=alignment_seeds,
             map_threshold=map_threshold,
+            map_blur=map_blur,
             min_confidence=min_confidence,
             crop_scale=crop_scale,
             mask_dilation=mask_dilation,
@@ -722,7 +742,7 @@ class RefineByAlignPipeline(DiffusionPipeline):
         size, square = self.config["reference_size"], reference_square(sample.foreground)
         shown = cut_mask(sample.foreground, square, size)
         foreground = F.adaptive_avg_pool2d(shown, (map.shape[0], map.shape[1]))[0]
-        region = find_region(map, foreground, size, self.config["map_threshold"])
+        region = find_region(map, foreground, size, self.config["map_threshold"], self.config["map_blur"])
         scale, corner, ends = square.side / size, (square.left, square.top) * 2, sample.reference.size * 2
         box = []
         for value, start, end in zip(region.box, corner, ends, strict=True):
@@ -1004,7 +1024,8 @@ def _check_kept_settings(config: Any) -> None:
         value = config[name]
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{name} of model_index.json is {value!r}: it must be a whole number of {least} or more.")
-    ranges = {**dict.fromkeys(_SHARES, (0, 1)), "crop_scale": (1, math.inf), "guidance_scale": (0, math.inf)}
+    ranges = {**dict.fromkeys(_SHARES, (0, 1)), **dict.fromkeys(("map_blur", "guidance_scale"), (0, math.inf))}
+    ranges["crop_scale"] = (1, math.inf)
     for name, (low, high) in ranges.items():
         value = config[name]
         is_number = isinstance(value, int | float) and not isinstance(value, bool)

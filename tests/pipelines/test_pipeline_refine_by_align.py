@@ -154,6 +154,17 @@ def test_small_parts_of_a_map_are_left_out():
     assert not find_region(map, None, 64).mask[48:, 48:].any()
 
 
+def test_a_blur_joins_the_spots_of_a_region():
+    map = torch.zeros(16, 16)
+    map[4:10:2, 4:10:2] = 1
+    spots, joined = (find_region(map, None, 64, threshold=0.5, mass=0.1, blur=blur).mask for blur in (0, 1.5))
+    assert spots.sum() < 100 and joined.sum() > 400
+
+
+def test_a_blur_keeps_an_even_map_even():
+    assert find_region(torch.ones(16, 16), None, 64, blur=2.0).confidence == 0
+
+
 def test_the_background_of_a_reference_does_not_count():
     map = torch.zeros(16, 16)
     map[0:4, 0:4] = 5.0
