@@ -18,7 +18,7 @@ from refalign.pipeline_refine_by_align import (
     Box,
     bounding_box,
     cut_mask,
-    cut_square,
+    cut_surroundings,
     encode_patches,
     find_region,
     mask_square,
@@ -195,7 +195,7 @@ def _similarity_maps(pipeline: "RefineByAlignPipeline", task: Task) -> dict[tupl
     square = mask_square(task.mask, pipeline.config["crop_scale"])
     hidden = on_white(task.image)
     hidden.paste(GREY, mask=Image.fromarray(task.mask))
-    seen = [cut_square(image, square, size) for image in (on_white(task.image), hidden)]
+    seen = [cut_surroundings(image, square, size) for image in (task.image, hidden)]
     tokens = encode(pipeline, [*seen, prepare_reference(task.reference, size)])
     side = round(tokens.shape[1] ** 0.5)
     shares = F.adaptive_avg_pool2d(cut_mask(task.mask, square, size), side).flatten()

@@ -182,7 +182,7 @@ def _judge(
         crops = []
         for task, image, row in zip(tasks, images[arm], rows, strict=True):
             square = square_around(bounding_box(task.mask), 1.0, task.image.size)
-            crops.append(cut_square(on_white(image), square, side))
+            crops.append(cut_square(image, square, side))
             change = np.abs(np.asarray(image).astype(int) - np.asarray(task.image))
             row["outside"] = max(row["outside"], float(change[~task.mask].max(initial=0)))
             if task.truth is not None:

@@ -90,12 +90,20 @@ def mask_square(mask: np.ndarray, crop_scale: float = 2.5) -> Square:
     return square_around(bounding_box(mask), crop_scale, (width, height))
 
 
-def cut_square(image: Image.Image, square: Square, size: int, fill: Any = WHITE) -> Image.Image:
-    """A square of an image, `size` pixels; beyond the image it is `fill`."""
-    canvas = Image.new(image.mode, (square.side, square.side), fill)
-    canvas.paste(image, (-square.left, -square.top))
-    resample = Image.Resampling.BICUBIC if image.mode == "RGB" else Image.Resampling.NEAREST
-    return canvas.resize((size, size), resample)
+def cut_square(image: Image.Image, square: Square, size: int) -> Image.Image:
+    """A square of an image, RGB, `size` pixels: white where the image is transparent, and beyond it."""
+    canvas = Image.new("RGB", (square.side, square.side), WHITE)
+    canvas.paste(on_white(image), (-square.left, -square.top))
+    return canvas.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def cut_surroundings(image: Image.Image, square: Square, size: int) -> Image.Image:
+    """A square of an image as the UNet sees it, RGB, `size` pixels: beyond the image its outermost pixels go on, as
+    they do in training [O]."""
+    rows = np.arange(square.top, square.top + square.side).clip(0, image.height - 1)
+    columns = np.arange(square.left, square.left + square.side).clip(0, image.width - 1)
+    values = np.asarray(on_white(image))[rows[:, None], columns]
+    return Image.fromarray(values).resize((size, size), Image.Resampling.BICUBIC)
 
 
 def cut_mask(mask: np.ndarray, square: Square, size: int) -> torch.Tensor:
@@ -110,6 +118,17 @@ def cut_mask(mask: np.ndarray, square: Square, size: int) -> torch.Tensor:
 def grown(mask: torch.Tensor, reach: int) -> torch.Tensor:
     """A mask, `(..., height, width)` of 0 and 1, that is `reach` pixels wider at each side."""
     return F.max_pool2d(mask, 2 * reach + 1, stride=1, padding=reach)
+
+
+def feathered(mask: np.ndarray, width: int) -> np.ndarray:
+    """How much of what is new shows, float32 `(height, width)`: 0 outside the mask, 1 from `width` pixels inside it
+    on."""
+    inside = torch.from_numpy(mask.astype(np.float32))[None, None]
+    total = inside.clone()
+    for _ in range(width):
+        inside = 1 - grown(1 - inside, 1)
+        total += inside
+    return (total / total.max())[0, 0].numpy()
 
 
 def put_square(values: torch.Tensor, square: Square, size: tuple[int, int], mode: str = "bilinear") -> torch.Tensor:
@@ -169,7 +188,7 @@ def reference_foreground(image: Image.Image, size: int) -> tuple[Image.Image, to
     """[`prepare_reference`], and where it shows the subject, float `(1, size, size)`."""
     foreground = subject_mask(image)
     square = reference_square(foreground)
-    return cut_square(on_white(image), square, size), cut_mask(foreground, square, size)
+    return cut_square(image, square, size), cut_mask(foreground, square, size)
 
 
 def prepare_reference(image: Image.Image, size: int) -> Image.Image:
@@ -189,7 +208,7 @@ def prepare_reference(image: Image.Image, size: int) -> Image.Image:
 def crop_region(image: Image.Image, box: Box, size: int) -> Image.Image:
     """A region of a reference as the image encoder sees it: the square around its box, from the reference at its full
     size, on white [O]."""
-    return cut_square(on_white(image), square_around(box, 1.0), size)
+    return cut_square(image, square_around(box, 1.0), size)
 
 
 def reference_pixels(images: torch.Tensor) -> torch.Tensor:
@@ -279,10 +298,7 @@ def attention_map(attention: torch.Tensor, mask: torch.Tensor, grid: tuple[int, 
         `torch.Tensor`: float32 `(batch, rows, columns)`.
     """
     side = math.isqrt(attention.shape[1])
-    weights = (
-        F.adaptive_avg_pool2d(mask.float(), side) if mask.shape[-1] >= side else F.interpolate(mask.float(), side)
-    )
-    weights = weights.flatten(1).to(attention)
+    weights = F.adaptive_avg_pool2d(mask.float(), side).flatten(1).to(attention)
     weights = weights / weights.sum(dim=1, keepdim=True).clamp(max=1)
     return (weights[:, None] @ attention)[:, 0].unflatten(1, grid)
 
@@ -421,13 +437,14 @@ class RefineByAlignPipelineOutput(BaseOutput):
 
 @dataclass(frozen=True)
 class _Sample:
-    """One image to refine, and where the network works in it."""
+    """One image to refine, its reference, and the square of each that the networks see."""
 
     image: Image.Image
     mask: np.ndarray
     square: Square
     reference: Image.Image
     foreground: np.ndarray
+    reference_square: Square
 
 
 class RefineByAlignPipeline(DiffusionPipeline):
@@ -507,9 +524,12 @@ class RefineByAlignPipeline(DiffusionPipeline):
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
         )
-        _check_kept_settings(self.config)
-        _check_parts(unet, image_encoder, reference_projector)
         self.vae_scale_factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
+        _check_kept_settings(self.config)
+        _check_parts(vae, unet, image_encoder, reference_projector)
+        _check_multiple("image_size", self.config["image_size"], "the VAE", self.vae_scale_factor)
+        patch = image_encoder.config.patch_size
+        _check_multiple("reference_size", self.config["reference_size"], "the image encoder", patch)
 
     @torch.no_grad()
     def align(
@@ -660,14 +680,14 @@ class RefineByAlignPipeline(DiffusionPipeline):
         if reference_mask is not None:
             reference = with_mask(reference, reference_mask)
         square = mask_square(mask, self.config["crop_scale"])
-        return _Sample(image, mask, square, reference, subject_mask(reference))
+        foreground = subject_mask(reference)
+        return _Sample(image, mask, square, reference, foreground, reference_square(foreground))
 
     def _pixels(self, samples: Sequence[_Sample]) -> tuple[torch.Tensor, torch.Tensor]:
         """The squares, `(batch, 3, size, size)` in -1..1, and their masks, `(batch, 1, size, size)`."""
         size, images, masks = self.config["image_size"], [], []
         for sample in samples:
-            square = cut_square(on_white(sample.image), sample.square, size)
-            images.append(torch.from_numpy(np.array(square)))
+            images.append(torch.from_numpy(np.array(cut_surroundings(sample.image, sample.square, size))))
             masks.append(cut_mask(sample.mask, sample.square, size))
         pixels = torch.stack(images).permute(0, 3, 1, 2).float() / 127.5 - 1
         return pixels.to(self._execution_device), torch.stack(masks).to(self._execution_device)
@@ -713,7 +733,7 @@ class RefineByAlignPipeline(DiffusionPipeline):
         if unknown := [block for block in blocks if not 0 <= block < len(modules)]:
             raise ValueError(f"This UNet has no cross-attention {unknown[0]}: they are 0 to {len(modules) - 1}.")
         size = self.config["reference_size"]
-        references = [cut_square(on_white(s.reference), reference_square(s.foreground), size) for s in samples]
+        references = [cut_square(sample.reference, sample.reference_square, size) for sample in samples]
         tokens = self._encode_references(references)
         latents, masked, small_mask, mask = self._known(samples)
         seeds = self.config["alignment_seeds"]
@@ -739,7 +759,7 @@ class RefineByAlignPipeline(DiffusionPipeline):
 
     def _alignment(self, sample: _Sample, map: torch.Tensor) -> Alignment:
         """The region that a map, `(rows, columns)`, means, at the reference's size."""
-        size, square = self.config["reference_size"], reference_square(sample.foreground)
+        size, square = self.config["reference_size"], sample.reference_square
         shown = cut_mask(sample.foreground, square, size)
         foreground = F.adaptive_avg_pool2d(shown, (map.shape[0], map.shape[1]))[0]
         region = find_region(map, foreground, size, self.config["map_threshold"], self.config["map_blur"])
@@ -764,10 +784,8 @@ class RefineByAlignPipeline(DiffusionPipeline):
 
     def _region_of(self, sample: _Sample, alignment: Alignment) -> Image.Image:
         """What the image encoder sees of a reference."""
-        size = self.config["reference_size"]
-        if alignment.uses_whole:
-            return cut_square(on_white(sample.reference), reference_square(sample.foreground), size)
-        return crop_region(sample.reference, alignment.box, size)
+        square = sample.reference_square if alignment.uses_whole else square_around(alignment.box, 1.0)
+        return cut_square(sample.reference, square, self.config["reference_size"])
 
     def _denoise(
         self,
@@ -901,17 +919,6 @@ def write_code(folder: Path) -> None:
         file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
-def feathered(mask: np.ndarray, width: int) -> np.ndarray:
-    """How much of what is new shows, float32 `(height, width)`: 0 outside the mask, 1 from `width` pixels inside it
-    on."""
-    inside = torch.from_numpy(mask.astype(np.float32))[None, None]
-    total = inside.clone()
-    for _ in range(width):
-        inside = 1 - grown(1 - inside, 1)
-        total += inside
-    return (total / total.max())[0, 0].numpy()
-
-
 # -- Checks -----------------------------------------------------------------------------------------------------------
 
 
@@ -1034,11 +1041,24 @@ def _check_kept_settings(config: Any) -> None:
             raise ValueError(f"{name} of model_index.json is {value!r}: it must be a number {bounds}.")
 
 
-def _check_parts(unet: Any, image_encoder: Any, reference_projector: Any) -> None:
+def _check_multiple(name: str, value: int, part: str, step: int) -> None:
+    """Raises ValueError for a size that a part would cut without a word."""
+    if value % step:
+        nearest = max(1, round(value / step)) * step
+        raise ValueError(
+            f"{name} of model_index.json is {value}, but {part} takes steps of {step} pixels and would cut the rest. "
+            f"Make it a multiple, such as {nearest}."
+        )
+
+
+def _check_parts(vae: Any, unet: Any, image_encoder: Any, reference_projector: Any) -> None:
     """Raises ValueError for parts that do not fit each other."""
     channels = unet.config["in_channels"]
     if channels != 9:
         raise ValueError(f"The UNet has {channels} input channels, but Refine-by-Align needs 9, an inpainting UNet's.")
+    latents, predicted = vae.config["latent_channels"], unet.config["out_channels"]
+    if latents != 4 or predicted != 4:
+        raise ValueError(f"The VAE has {latents} latent channels, and the UNet predicts {predicted}: both must be 4.")
     wanted = (image_encoder.config.hidden_size, unet.config["cross_attention_dim"])
     found = (reference_projector.config["image_dim"], reference_projector.config["cross_attention_dim"])
     if found != wanted:

@@ -28,8 +28,9 @@ class Refine:
     """Make a masked region of an image, or of a video, anew from a reference. Outside the mask nothing changes."""
 
     mask: str
-    """What went wrong, white on black, in the size of the image. For a video a picture (the same place in all frames),
-    a video, a folder with a picture for each frame, or auto, which only suggests masks and refines nothing."""
+    """What went wrong, white on black, in the size of the image. For a video a picture (the same place in all frames,
+    or moved by --track), a video, a folder with a picture for each frame, or auto, which only suggests masks and
+    refines nothing."""
     reference: str
     """A picture of the subject as it is to be, as a path or URL; best cut out (with transparency) or on white."""
     output: Path
@@ -39,8 +40,9 @@ class Refine:
     video: Path | None = None
     """The video to refine, in place of an image."""
     track: Path | None = None
-    """For a video whose mask is a picture, of its first frame: a file with a box for each frame (left, top, right and
-    bottom, in pixels), about what the mask is to move and grow with. A CSV file has one a line, a JSON file a list."""
+    """For a video whose mask is a picture, of its first frame: a file with a box for each frame, as left, top, right
+    and bottom in pixels. The mask is moved and scaled as the box is. A .json file holds a list, a CSV file a box per
+    line."""
     map: Path | None = None
     """A picture to write: the image with the mask's outline, the reference with the map and the box of the region that
     was found, and the result."""

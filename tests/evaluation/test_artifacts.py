@@ -23,6 +23,7 @@ from refalign_evaluation.bootstrap import mean_interval
 from refalign_evaluation.cli import main
 from refalign_evaluation.triplets import Task, read_benchmark
 from refalign_training.sprites.artifacts import write_benchmark
+from tests.evaluation.tiny_metrics import write_clip
 from tests.tiny_refine import tiny_refine_pipeline
 
 
@@ -112,6 +113,7 @@ def figures(benchmark, model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("figures")
     words = ["artifacts", "--benchmark", benchmark, "--model", model, "--steps", "2", "--device", "cpu"]
     words += ["--json", folder / "figures.json", "--sheet", folder / "sheet.png"]
+    words += ["--similarity", write_clip(folder / "clip", dim=32)]
     assert main(list(map(str, words))) == 0
     with Image.open(folder / "sheet.png") as sheet:
         assert sheet.height == 4 * 392

@@ -11,10 +11,13 @@ from transformers import Dinov2Config, Dinov2Model
 
 from refalign import ReferenceProjector, RefineByAlignPipeline
 from refalign.pipeline_refine_by_align import (
+    Square,
     attention_map,
     bounding_box,
     cross_attention_blocks,
+    cut_mask,
     cut_square,
+    cut_surroundings,
     encode_patches,
     find_region,
     mask_square,
@@ -95,6 +98,29 @@ def test_the_square_around_a_mask_lies_in_the_image_where_it_fits(box):
     assert left <= box[0] and top <= box[1] and left + side >= box[2] and top + side >= box[3]
     assert left >= 0 and left + side <= 96
     assert (top >= 0 and top + side <= 80) or side > 80
+
+
+def test_beyond_the_image_its_edge_goes_on():
+    image = picture((6, 4))
+    values = np.asarray(image)
+    wide = np.asarray(cut_surroundings(image, Square(-2, -3, 10), 10))
+    assert np.array_equal(wide, np.pad(values, ((3, 3), (2, 2), (0, 0)), mode="edge"))
+    inside = Square(1, 0, 4)
+    assert np.array_equal(cut_surroundings(image, inside, 8), cut_square(image, inside, 8))
+
+
+def test_a_mask_wider_than_the_image_is_high_is_refined_in_its_surroundings(pipe):
+    size, box = (96, 40), (8, 10, 88, 30)
+    image = picture(size)
+    (sample,) = pipe._samples(image, mask_of(box, size), reference(), None)
+    assert sample.square == (8, -20, 80)
+    pixels, mask = pipe._pixels([sample])
+    torch.testing.assert_close(pixels[0, :, 0], pixels[0, :, 12])  # the first row goes on above the image
+    assert not mask[0, 0, :16].any()
+    refined = pipe(image, mask_of(box, size), reference(), region="whole", num_inference_steps=1).images[0]
+    changed = (np.asarray(refined) != np.asarray(image)).any(-1)
+    assert changed.any()
+    assert not changed[np.asarray(mask_of(box, size)) == 0].any()
 
 
 def test_recorded_attention_is_plain_softmax_and_changes_nothing(pipe):
@@ -194,12 +220,11 @@ def test_align_is_the_plain_formula_on_recorded_attention():
     for one, other in zip(query.chunk(module.heads, -1), key.chunk(module.heads, -1), strict=True):
         total = total + torch.softmax(one @ other.T / one.shape[-1] ** 0.5, dim=-1) / module.heads
     square = square_around(BOX, 2.5, (96, 80))
-    weights = np.asarray(cut_square(mask, square, 64, fill=0)) / 255
+    weights = cut_mask(np.asarray(mask) > 0, square, 64).numpy()
     side = int(len(total) ** 0.5)
     cells = torch.tensor(weights.reshape(side, 64 // side, side, 64 // side).mean((1, 3))).flatten().float()
     plain = sum(weight * row for weight, row in zip(cells, total, strict=True)).reshape(16, 16)
-    torch.testing.assert_close(found, plain, rtol=0.1, atol=1e-4)  # the square's own mask is a little wider
-    assert torch.corrcoef(torch.stack([found.flatten(), plain.flatten()]))[0, 1] > 0.999
+    torch.testing.assert_close(found, plain)
 
 
 def test_an_alignment_has_the_references_size(pipe):
@@ -387,6 +412,16 @@ def test_other_formats_than_safetensors_are_not_written(pipe, tmp_path):
 def test_parts_that_do_not_fit_are_told(pipe):
     with pytest.raises(ValueError, match="goes from 8 to 24 channels, but the image encoder and the UNet have 16"):
         RefineByAlignPipeline(**{**pipe.components, "reference_projector": ReferenceProjector(8, 24)})
+    with pytest.raises(ValueError, match="has 4 input channels, but Refine-by-Align needs 9"):
+        RefineByAlignPipeline(**{**pipe.components, "unet": unet_with(pipe, in_channels=4)})
+    with pytest.raises(ValueError, match="and the UNet predicts 8: both must be 4"):
+        RefineByAlignPipeline(**{**pipe.components, "unet": unet_with(pipe, out_channels=8)})
+    with pytest.raises(ValueError, match="have 16 and 32"):
+        RefineByAlignPipeline(**{**pipe.components, "unet": unet_with(pipe, cross_attention_dim=32)})
+
+
+def unet_with(pipe, **changes):
+    return UNet2DConditionModel.from_config({**pipe.unet.config, **changes})
 
 
 # -- Bad input --
@@ -461,6 +496,8 @@ def test_at_real_sizes_block_9_sees_the_image_and_the_reference_as_16_by_16():
     ("settings", "told"),
     [
         ({"image_size": "big"}, "image_size of model_index.json is 'big': it must be a whole number of 8 or more"),
+        ({"image_size": 66}, "image_size of model_index.json is 66, but the VAE takes steps of 4 .* such as 64"),
+        ({"reference_size": 63}, "reference_size of model_index.json is 63, but the image encoder .* such as 64"),
         ({"alignment_seeds": 0}, "alignment_seeds of model_index.json is 0"),
         ({"map_threshold": None}, "map_threshold of model_index.json is None: it must be a number from 0 to 1"),
         ({"crop_scale": float("nan")}, "crop_scale of model_index.json is nan: it must be a number of 1 or more"),
