@@ -41,7 +41,7 @@ class Ended(NamedTuple):
 def call(work: Callable[[], int | None], environment: Mapping[str, str] = os.environ) -> Ended:
     """Does work that returns an exit code; that, and what was said."""
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        process = _start(partial(_live_in, environment, work), output.fileno(), errors.fileno())
+        process = start(work, output, errors, environment)
         process.join(PATIENCE)
         process.kill()
         process.join()
@@ -50,11 +50,12 @@ def call(work: Callable[[], int | None], environment: Mapping[str, str] = os.env
         return Ended(process.exitcode, output.read(), errors.read())
 
 
-# The beginning of a script that has not imported our packages; and of one that cannot import the first of them
+# The beginning of a script that has not imported our packages, nor code of repos; and of one that cannot import the
+# first of them
 FORGET = """
 import sys
 
-for name in [name for name in sys.modules if name.startswith("refalign")]:
+for name in [name for name in sys.modules if name.startswith(("refalign", "diffusers_modules"))]:
     del sys.modules[name]
 """
 WITHOUT_PACKAGE = (
@@ -74,8 +75,8 @@ def call_script(script: str, *words: str, environment: Mapping[str, str] = os.en
 def started(work: Callable[[], int | None]) -> Iterator[tuple[BaseProcess, IO[str]]]:
     """A process at work, and what it says, line by line as it says it. In the end it is killed."""
     reading, writing = os.pipe()
-    process = _start(work, writing, writing)
-    os.close(writing)
+    with os.fdopen(writing, "w") as output:
+        process = start(work, output, output)
     with os.fdopen(reading) as told:
         try:
             yield process, told
@@ -84,9 +85,13 @@ def started(work: Callable[[], int | None]) -> Iterator[tuple[BaseProcess, IO[st
             process.join()
 
 
-def _start(work: Callable[[], int | None], output: int, errors: int) -> BaseProcess:
+def start(
+    work: Callable[[], int | None], output: IO[str], errors: IO[str], environment: Mapping[str, str] = os.environ
+) -> BaseProcess:
+    """A process at work, which says what it says into open files."""
     free_videos()
-    process = FORK.Process(target=_do, args=(work, output, errors))
+    work = partial(_live_in, environment, work)
+    process = FORK.Process(target=_do, args=(work, output.fileno(), errors.fileno()))
     process.start()
     return process
 
@@ -106,10 +111,11 @@ def _run_script(script: str, words: Sequence[str]) -> None:
 
 
 def _live_in(environment: Mapping[str, str], work: Callable[[], int | None]) -> int | None:
-    """Works with other environment variables, which the Hub's client and diffusers read again."""
+    """Works with other environment variables, which the Hub's client, diffusers and tempfile read again."""
     if environment is not os.environ:
         os.environ.clear()
         os.environ.update(environment)
+        tempfile.tempdir = None
         importlib.reload(constants)
         close_session()
         hf_api.api.endpoint = constants.ENDPOINT

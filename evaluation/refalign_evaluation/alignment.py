@@ -157,19 +157,16 @@ def _stacked_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def _best_box(true: np.ndarray) -> np.ndarray:
     """The IoU of the best fixed box with the regions' boxes, `(tasks,)`."""
-    boxes = np.array([bounding_box(mask) for mask in true])
+    left, top, right, bottom = np.array([bounding_box(mask) for mask in true]).T[..., None]
     edges = range(0, FRAME + 1, BOX_STEP)
-    pairs = [(low, high) for low, high in product(edges, edges) if low < high]
-    best = np.zeros(len(true))
-    for (left, right), (top, bottom) in product(pairs, pairs):
-        width = np.minimum(boxes[:, 2], right) - np.maximum(boxes[:, 0], left)
-        height = np.minimum(boxes[:, 3], bottom) - np.maximum(boxes[:, 1], top)
-        shared = np.maximum(width, 0) * np.maximum(height, 0)
-        areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-        values = shared / (areas + (right - left) * (bottom - top) - shared)
-        if values.mean() > best.mean():
-            best = values
-    return best
+    low, high = np.array([pair for pair in product(edges, edges) if pair[0] < pair[1]]).T
+    widths = np.maximum(np.minimum(right, high) - np.maximum(left, low), 0)
+    heights = np.maximum(np.minimum(bottom, high) - np.maximum(top, low), 0)
+    shared = widths[:, :, None] * heights[:, None]  # (tasks, pairs across, pairs down)
+    areas = (right - left) * (bottom - top)
+    values = shared / (areas[..., None] + np.outer(high - low, high - low) - shared)
+    values = values.reshape(len(true), -1)
+    return values[:, values.mean(axis=0).argmax()]
 
 
 def best_matching(pipeline: "RefineByAlignPipeline", tasks: Sequence[Task]) -> Overlaps:

@@ -27,6 +27,7 @@ from tests.evaluation.tiny_metrics import (
     write_head,
     write_noise,
 )
+from tests.programs import call_script
 
 
 FILE = "scores/motion_amplitude.json"
@@ -290,8 +291,7 @@ def test_a_killed_call_is_gone_on_with_to_the_same_files(run, score, benchmark):
     (run / FILE).unlink()
     (run / "scoring.json").unlink()
     words = ["score", "--videos", run, "--benchmark", benchmark, "--metrics", "motion_amplitude"]
-    ended = subprocess.run([sys.executable, "-c", KILLED, *map(str, words)], capture_output=True)
-    assert ended.returncode == -signal.SIGKILL
+    assert call_script(KILLED, *map(str, words)).returncode == -signal.SIGKILL
     assert len(raw(run)) == 3
     assert score()[0] == 0
     assert ((run / FILE).read_bytes(), (run / "scoring.json").read_bytes()) == whole

@@ -118,13 +118,13 @@ def test_every_reference_set_becomes_a_video(repo_folder, references, tmp_path):
     ]
     (tmp_path / "jobs.jsonl").write_text("\n".join(map(json.dumps, jobs)), "utf-8")
     words = ["generate", "--model", repo_folder, "--batch", tmp_path / "jobs.jsonl", "--num-frames", 5, "--steps", 1]
-    words += ["--height", 240, "--width", 416]
+    words += ["--height", 112, "--width", 208]
     assert main(list(map(str, words))) == 0
     for job in jobs:
         with av.open(job["output"]) as container:
             frames = list(container.decode(video=0))
             assert container.streams.video[0].codec_context.name == "h264"
-        assert [(f.width, f.height) for f in frames] == [(416, 240)] * 5
+        assert [(f.width, f.height) for f in frames] == [(208, 112)] * 5
 
 
 # -- generate ---------------------------------------------------------------------------------------------------------

@@ -4,8 +4,6 @@ import dataclasses
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,10 +22,11 @@ from refalign.sprites import FOLDER, SUBJECTS, subject_names
 from refalign.video import read_settings, read_video
 from refalign_evaluation.judge import Case
 from refalign_evaluation.sprites import evaluate, generate_by, make_cases
+from tests.programs import FORGET, call_script
 
 
 MIB = 1 << 20
-SAMPLES = 6  # of one figure, and as many of two
+SAMPLES = 4  # of one figure, and as many of two
 # Well below what was measured on 96 clips (the model's card), as there are but a few here
 FLOORS = {"identity": 0.5, "motion": 0.5, "both_right": 0.3}
 
@@ -183,12 +182,10 @@ def test_the_same_seed_gives_the_same_clip(sprites):
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory) -> SimpleNamespace:
-    """What `refalign demo` makes in a process of its own, without network, and what that told and imported."""
+    """What `refalign demo` makes in a process of its own, without network, and what that told and imported of ours."""
     folder = tmp_path_factory.mktemp("demo")
-    code = "import sys; from refalign.cli import main; main(sys.argv[1:]); print(sorted(sys.modules))"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", code, "demo", "--output", str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    code = "from refalign.cli import main; main(sys.argv[1:]); print(sorted(sys.modules))"
+    done = call_script(FORGET + code, "demo", "--output", str(folder))
     assert done.returncode == 0, done.stderr
     return SimpleNamespace(folder=folder, told=done.stdout)
 
@@ -204,7 +201,7 @@ def test_the_demo_writes_a_video_and_pictures(demo):
 
 
 def test_it_needs_no_network_and_none_of_training(demo):
-    assert "'diffusers'" in demo.told and "refalign_training" not in demo.told
+    assert "'refalign.demo'" in demo.told and "refalign_training" not in demo.told
 
 
 def test_the_demo_takes_a_picture_of_ones_own_and_runs_again(demo, tmp_path):

@@ -1,7 +1,7 @@
 """A pipeline as a Hub repo: every door gives what the package gives, from a folder and from a Hub; and what is pushed.
 
-The doors are opened in child processes, each once for all its tests: a fresh one in which `import refalign` fails, and
-a fork in which it does not.
+The doors are opened in child processes, each once for all its tests: one in which `import refalign` fails, and one in
+which it does not. Both are forks, but for slow tests.
 """
 
 import ast
@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from refalign import RefAlignWanPipeline, RefAlignWanTransformer3DModel, cli, hub
 from refalign.convert import export_native
 from tests.mock_hub import MockHub
-from tests.programs import call_script
+from tests.programs import FORGET, call_script
 from tests.tiny_pipeline import tiny_transformer, tiny_wan_pipeline
 
 
@@ -67,7 +67,8 @@ def velocity(model):
         )[0]
 """
 WITHOUT_PACKAGE = (
-    CHILD
+    FORGET
+    + CHILD
     + """
 class NotInstalled:
     def find_spec(self, name, path=None, target=None):
@@ -121,7 +122,8 @@ print(json.dumps(notes))
 """
 )
 WITH_PACKAGE = (
-    CHILD
+    FORGET
+    + CHILD
     + """
 from refalign import RefAlignWanPipeline, RefAlignWanTransformer3DModel
 from refalign.loading import load_pipeline
@@ -358,14 +360,15 @@ def pushes(work, run_child, mock_hub) -> dict[str, dict]:
     return {**results, "folder is unchanged": digests(work / "trained") == before}
 
 
-@pytest.fixture(scope="module")
-def without_package(run_child, work, pushes) -> SimpleNamespace:
-    notes = run_child(WITHOUT_PACKAGE, is_fresh=True)
+@pytest.fixture(scope="module", params=["fork", pytest.param("fresh", marks=pytest.mark.slow)])
+def without_package(request, run_child, work, pushes) -> SimpleNamespace:
+    notes = run_child(WITHOUT_PACKAGE, is_fresh=request.param == "fresh")
     return SimpleNamespace(notes=notes, results=load_file(work / "without.safetensors"))
 
 
 @pytest.fixture(scope="module")
-def with_package(run_child, work, pushes) -> SimpleNamespace:
+def with_package(run_child, work, without_package) -> SimpleNamespace:
+    """Opens what was saved and pushed without the package too."""
     notes = run_child(WITH_PACKAGE)
     return SimpleNamespace(notes=notes, results=load_file(work / "with.safetensors"))
 

@@ -17,7 +17,7 @@ from refalign import RefAlignWanPipeline, keys
 from refalign.cli import main
 from refalign.keys import LORA_STYLES
 from refalign.lora import native_lora, read_lora, write_lora
-from tests.conftest import FIXTURES, TARGETS
+from tests.tiny_models import FIXTURES, TARGETS
 
 
 RANK, ALPHA = 4, 6  # 1.5, which bfloat16 rounds

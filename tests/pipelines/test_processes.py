@@ -180,11 +180,19 @@ def be_killed_in_a_step(rank: int) -> None:
         RefAlignWanTransformer3DModel.forward = forward
 
 
+KILLED = "Another process of this command was killed"
+
+
+# Each end and each form of the command once; the slow ones are the other pairs
 @pytest.mark.parametrize(
-    ("spoil", "message"),
-    [(fail_in_a_step, "out of memory"), (be_killed_in_a_step, "Another process of this command was killed")],
+    ("spoil", "message", "is_batch"),
+    [
+        (fail_in_a_step, "out of memory", True),
+        (be_killed_in_a_step, KILLED, False),
+        pytest.param(fail_in_a_step, "out of memory", False, marks=pytest.mark.slow),
+        pytest.param(be_killed_in_a_step, KILLED, True, marks=pytest.mark.slow),
+    ],
 )
-@pytest.mark.parametrize("is_batch", [False, True])
 def test_an_error_in_one_process_ends_all_in_one_line(processes, images, tmp_path, spoil, message, is_batch):
     words = job(tmp_path / "out.mp4", images)
     if is_batch:

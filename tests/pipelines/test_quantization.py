@@ -14,8 +14,8 @@ from refalign.keys import diffusers_to_native
 from refalign.loading import load_pipeline, read_defaults
 from refalign.quantization import as_plain, check_quantize, torchao_config, weight_bytes
 from refalign.video_options import SpeedOptions
-from tests.conftest import TARGETS
 from tests.gguf_files import write_gguf
+from tests.tiny_models import TARGETS
 from tests.tiny_pipeline import tiny_transformer, tiny_wan_pipeline
 
 

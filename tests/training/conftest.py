@@ -6,6 +6,7 @@ import pytest
 
 from refalign.convert import convert
 from refalign_training.cache import run
+from refalign_training.run import estimate
 from tests.drawn_references import draw_pet
 from tests.training.small_cache import cache_command, write_clips, write_teacher
 from tests.training.small_run import World
@@ -38,3 +39,21 @@ def bernini_world(tmp_path_factory, training_world, native_file) -> World:
         draw_pet(0.3).resize((40, 64)).save(world.clips / f"clip{number:02d}.ref1.png")
     assert run(cache_command(world.clips, world.cache, world.wan, world.teacher)) == 0
     return world
+
+
+@pytest.fixture
+def counted_once(monkeypatch) -> None:
+    """The same transformer is not counted again for each dry run."""
+
+    def count(command, config, shape, blocks):
+        options = (command.training, command.lora, command.objective.max_sequence_length)
+        key = repr((options, sorted(config.items()), vars(shape), blocks))
+        if key not in COUNTED:
+            COUNTED[key] = count_blocks(command, config, shape, blocks)
+        return COUNTED[key]
+
+    count_blocks = estimate._count_blocks
+    monkeypatch.setattr(estimate, "_count_blocks", count)
+
+
+COUNTED: dict[str, object] = {}

@@ -1,6 +1,5 @@
+import contextlib
 import shlex
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -8,6 +7,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from refalign_evaluation.metrics.weights import check_weights, fetch_model, load_weights
+from tests.programs import call_script
 
 
 def test_a_pickle_is_not_read_and_the_line_that_converts_it_works(tmp_path):
@@ -16,8 +16,10 @@ def test_a_pickle_is_not_read_and_the_line_that_converts_it_works(tmp_path):
     with pytest.raises(ValueError, match="is a pickle, which can run code") as told:
         check_weights(tmp_path / "head.pth", "The head")
     assert "\n" not in str(told.value)
-    line = shlex.split(str(told.value).partition("if you trust it: ")[2])
-    subprocess.run([sys.executable, *line[1:]], cwd=tmp_path, check=True)
+    python, option, code, *words = shlex.split(str(told.value).partition("if you trust it: ")[2])
+    assert (python, option) == ("python", "-c")
+    with contextlib.chdir(tmp_path):
+        assert call_script(code, *words).returncode == 0
     assert torch.equal(load_file(tmp_path / "head.safetensors")["a"], weights["a"])
 
 

@@ -306,7 +306,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path, monkeypatch):
         return most
 
     peak(10)  # what is only made once
-    assert peak(3000) < 4 * peak(150)
+    assert peak(1000) < 4 * peak(50)
 
 
 def test_a_record_without_end_stops_at_a_length(tmp_path, monkeypatch):

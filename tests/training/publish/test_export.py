@@ -26,9 +26,9 @@ from refalign_training.publish.export import ExportCommand
 from refalign_training.run.checkpoint import save_checkpoint
 from refalign_training.run.config import LoraOptions, ModelOptions, OptimizerOptions, RunCommand, flatten
 from refalign_training.run.parallel import Parallel
-from tests.conftest import TARGETS
 from tests.mock_hub import MockHub
 from tests.programs import WITHOUT_PACKAGE, call_script
+from tests.tiny_models import TARGETS
 from tests.tiny_pipeline import tiny_transformer
 
 

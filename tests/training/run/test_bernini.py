@@ -33,7 +33,7 @@ from refalign_training.run.networks import load_transformer, make_alignment, of_
 from refalign_training.run.order import Order, draw_dropout
 from refalign_training.run.resume import find_start
 from refalign_training.run.trainer import Trainer
-from tests.conftest import FIXTURES
+from tests.tiny_models import FIXTURES
 from tests.training.small_cache import FRAMES, HEIGHT, WIDTH, cache_command
 from tests.training.small_run import assert_equal_runs, changed, run_command, train
 

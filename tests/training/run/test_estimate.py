@@ -17,7 +17,7 @@ from refalign_training.method.alignment import ReferenceAlignment
 from refalign_training.run import estimate as estimates
 from refalign_training.run.config import DataOptions, RunCommand
 from refalign_training.run.estimate import ASSUMED_TFLOPS, OVERHEAD, SAVED, dry_run, estimate, smallest_setting
-from tests.conftest import FIXTURES
+from tests.tiny_models import FIXTURES
 from tests.tiny_pipeline import TRANSFORMER, tiny_transformer
 from tests.training.small_cache import cache_command, write_clips, write_teacher
 from tests.training.small_run import changed, run_command
@@ -29,22 +29,7 @@ BUCKET = (81, 480, 832, 3)
 TINY_BUCKET = (9, 32, 48, 2)
 
 
-@pytest.fixture(autouse=True)
-def counted_once(monkeypatch):
-    """The same transformer is not counted again for each test."""
-
-    def count(command, config, shape, blocks):
-        options = (command.training, command.lora, command.objective.max_sequence_length)
-        key = repr((options, sorted(config.items()), vars(shape), blocks))
-        if key not in COUNTED:
-            COUNTED[key] = count_blocks(command, config, shape, blocks)
-        return COUNTED[key]
-
-    count_blocks = estimates._count_blocks
-    monkeypatch.setattr(estimates, "_count_blocks", count)
-
-
-COUNTED = {}
+pytestmark = pytest.mark.usefixtures("counted_once")
 
 
 def command(training="full", **changes) -> RunCommand:

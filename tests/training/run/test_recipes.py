@@ -36,6 +36,7 @@ def test_all_are_there():
     assert len(RECIPES) == 14
 
 
+@pytest.mark.usefixtures("counted_once")
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_it_passes_a_dry_run(recipe, training_world, bernini_world, first_stage, tmp_path, capsys):
     stage = ["--model.start", str(first_stage)] if "stage2" in recipe else []

@@ -26,7 +26,7 @@ from refalign_training.run.checkpoint import find_checkpoint, read_projectors, r
 from refalign_training.run.config import to_yaml
 from refalign_training.run.log import NUM_BINS, read_metrics
 from refalign_training.run.trainer import Trainer, run
-from tests.conftest import GOLDEN_FILES
+from tests.tiny_models import GOLDEN_FILES
 from tests.tiny_pipeline import tiny_transformer
 from tests.training.small_cache import item_file
 from tests.training.small_run import (
@@ -226,17 +226,17 @@ def test_with_an_unreadable_sample_runs_are_still_equal(command, incomplete):
 
 @pytest.mark.parametrize("training", ["lora", "full"])
 def test_validation_and_logs_change_no_bit(command, larger_cache, training):
-    changes = {"training": training, "lora.dropout": 0.2, "optimizer.ema_decay": 0.9, "steps": 4}
+    changes = {"training": training, "lora.dropout": 0.2, "optimizer.ema_decay": 0.9, "steps": 2}
     plain = command("plain", larger_cache, **changes, **{"validation.samples": 1})
     watched = changed(
         plain,
         output=plain.output.with_name("watched"),
-        **{"validation.every": 1, "validation.videos": 1, "log.every": 3, "log.gradients_every": 2},
-        **{"checkpoints.every": 3},
+        **{"validation.every": 1, "validation.videos": 1, "log.every": 1, "log.gradients_every": 2},
+        **{"checkpoints.every": 1},
     )
     assert run(plain) == run(watched) == 0
     assert_equal_runs(plain.output, watched.output)
-    assert len(list((watched.output / "samples").glob("*/*.mp4"))) == 4
+    assert len(list((watched.output / "samples").glob("*/*.mp4"))) == 2
 
 
 def test_held_out_samples_are_never_trained_on(command, larger_cache):
@@ -319,7 +319,14 @@ def test_a_loss_logged_over_steps_is_the_mean_of_theirs(command):
 # -- Signals ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=["term", "int"])
+# SIGTERM is sent to a run in test_resume.py too
+SIGNALS = [
+    pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow, id="term"),
+    pytest.param(signal.SIGINT, 130, id="int"),
+]
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
 def test_a_signal_ends_and_saves_the_step(command, number, code):
     changes = {"steps": 100_000, "log.every": 1, "checkpoints.every": 100_000, "data.workers": 0}
     asked = command("stopped", **changes)
