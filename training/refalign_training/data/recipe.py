@@ -67,6 +67,9 @@ class RefineOptions(Options):
     sticker_share: Share = 0.0
     """The share of samples whose subject gets random stickers, in the picture and on the reference, for drawn subjects
     whose looks few numbers tell: what a sticker shows is only found where it is."""
+    outside_weight: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The weight of the error outside the mask, to 1 inside it. What is predicted outside is never seen: there the
+    image stays."""
     smallest_crop: Share = 0.2
     """The smallest side of a region, as a share of the reference's."""
 

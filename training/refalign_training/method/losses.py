@@ -65,10 +65,17 @@ def flow_matching_loss(
     return loss * weights.float()
 
 
-def velocity_loss(velocity: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """mean (v - target)^2, one value per sample `(batch,)` in float32, of velocities `(batch, ...)` of one shape."""
+def velocity_loss(velocity: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    mean (v - target)^2, one value per sample `(batch,)` in float32, of velocities `(batch, ...)` of one shape; with
+    weights that broadcast to it, the weighted mean.
+    """
     _check_same_shape(velocity=velocity, target=target)
-    return (velocity.float() - target.float()).square().flatten(1).mean(1)
+    error = (velocity.float() - target.float()).square()
+    if weights is None:
+        return error.flatten(1).mean(1)
+    weights = weights.expand_as(error).flatten(1)
+    return (weights * error.flatten(1)).sum(1) / weights.sum(1)
 
 
 def detail(latents: torch.Tensor, threshold: float = 0.7) -> torch.Tensor:

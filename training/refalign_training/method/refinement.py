@@ -15,6 +15,9 @@ from refalign_training.method.losses import velocity_loss
 from refalign_training.method.objective import Losses, Moved, Objective
 
 
+PREDICTIONS = ("epsilon", "v_prediction")
+
+
 @dataclass
 class RefineBatch(Moved):
     """What [`Refinement`] takes: pictures with a masked part, their references, noise, timesteps and dropout."""
@@ -72,9 +75,19 @@ class Refiner(nn.Module):
 
 @dataclass(eq=False, kw_only=True)
 class Refinement(Objective):
-    """What a step of a refinement minimises: the mean squared error of the predicted noise. Nothing is aligned."""
+    """What a step of a refinement minimises: the mean squared error of what is predicted of the noise. Nothing is
+    aligned."""
 
     scheduler: DDIMScheduler
+    outside_weight: float = 1.0
+    """The weight of the error outside the mask, to 1 inside it."""
+
+    def __post_init__(self) -> None:
+        kind = self.scheduler.config["prediction_type"]
+        if kind not in PREDICTIONS:
+            raise ValueError(
+                f"prediction_type of the scheduler is {kind!r}: it must be one of {', '.join(PREDICTIONS)}."
+            )
 
     def __call__(self, batch: RefineBatch, step: int) -> Losses:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The losses of a batch, on the device where the batch and the networks are."""
@@ -83,6 +96,9 @@ class Refinement(Objective):
         sample = unet_input(noisy, batch.mask, batch.masked_latents)
         with self.autocast(sample.device):
             predicted = self.transformer(sample, batch.timesteps, batch.patches, batch.keeps_references)
-        mse = velocity_loss(predicted, batch.noise)
+        target = batch.noise
+        if self.scheduler.config["prediction_type"] == "v_prediction":
+            target = self.scheduler.get_velocity(batch.latents, batch.noise, timesteps)
+        mse = velocity_loss(predicted, target, batch.mask + self.outside_weight * (1 - batch.mask))
         none = torch.zeros_like(mse)
         return Losses(mse, mse, mse, none, none.bool(), none.bool())

@@ -80,6 +80,7 @@ class RefineTrainer(Trainer):
             options=command.alignment,
             dtype=getattr(torch, command.model.precision),
             scheduler=pipeline.scheduler,
+            outside_weight=command.refine.outside_weight,
         )
         self.state = TrainState({"refiner": refiner}, command.optimizer, command.steps)
         if start.checkpoint is not None:
