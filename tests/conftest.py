@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,10 @@ import pytest
 # Two test processes share two cores; and nothing may reach for the network
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# Where code of repos is copied when it is loaded: processes that copy at once would read half a file
+MODULES = tempfile.TemporaryDirectory(prefix="refalign-tests-")
+os.environ["HF_MODULES_CACHE"] = MODULES.name
 
 # A shell that starts the tests in the background lets them, and all that they start, ignore Ctrl-C
 signal.signal(signal.SIGINT, signal.default_int_handler)

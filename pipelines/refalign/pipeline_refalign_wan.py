@@ -609,7 +609,7 @@ class RefAlignWanPipeline(WanPipeline):
         made: dict[str, torch.Tensor] = {}
         asked = passes_made(names, gate, context["step_index"], context["num_inference_steps"])
         own = [name for name in asked if self._pass_group is None or self._makes(names.index(name))]
-        for batch in [own] if batches_passes else [[name] for name in own]:
+        for batch in [own] if batches_passes and texts.are_alike else [[name] for name in own]:
             # A context of its own for each pass and group of samples, else caches mix them
             with self.transformer.cache_context(batch[0] + context_suffix, **context):
                 predictions = self.transformer(
@@ -752,7 +752,8 @@ class RefAlignWanPipeline(WanPipeline):
             batch_passes (`bool`, *optional*, defaults to whether videos are small):
                 Whether a step makes its passes as one batch: the same up to rounding, with more memory. By default up
                 to 1,000 tokens of all videos, where it is faster, and not with caches, compiled or offloaded blocks,
-                processes that share the passes, or references in sizes of their own.
+                processes that share the passes, or references in sizes of their own. Embeddings of unequal lengths
+                are never one batch.
 
         Returns:
             [`WanPipelineOutput`] or `tuple`: the videos, as `frames`.
@@ -1404,6 +1405,8 @@ class _GroupTexts:
     def __init__(self, prompt: torch.Tensor, negative: torch.Tensor | None) -> None:
         self._by_pass = {"null": negative, "reference": negative, "full": prompt}
         self._batches: dict[tuple[str, ...], Any] = {}
+        self.are_alike = negative is None or prompt.shape == negative.shape
+        """Else, as embeddings that were passed may be, they are not one batch."""
 
     def of(self, names: Sequence[str]) -> torch.Tensor:
         """What passes read, one after the other in the batch."""

@@ -811,6 +811,11 @@ PASSES = {
     "groups": {"prompt": ["a", "b"], "reference_images": [[draw_pet(0.1)], [draw_face(0.3), draw_pet(0.6)]]},
     "gate": {"guidance_gate": (0.3, 0.7), "num_inference_steps": 4},
     "projection": {"guidance_projection": {"eta": 0.5, "thresholds": [50, 50]}},
+    "unequal embeddings": {
+        "prompt": None,
+        "prompt_embeds": torch.ones(1, 6, 32),
+        "negative_prompt_embeds": torch.zeros(1, 4, 32),
+    },
 }
 
 

@@ -1,18 +1,23 @@
-"""A server of the app in a process of its own, as `refalign app` starts it, and a browser."""
+"""A server of the app in a process of its own, as `refalign app` is one, and a browser."""
 
 import os
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import cache, partial
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import URLError
 from urllib.request import urlopen
 
 import pytest
+from httpx._transports import default as transports
+
+from refalign.cli import main
+from tests.programs import start
 
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -20,8 +25,16 @@ PATIENCE = 90  # seconds; on a busy machine everything takes long
 START = 240  # seconds that the server may take to start
 
 
-@pytest.fixture(scope="package")
-def server(tmp_path_factory) -> Iterator[SimpleNamespace]:
+@pytest.fixture(scope="package", autouse=True)
+def certificates_read_once() -> Iterator[None]:
+    """Each request of gradio_client reads all certificates, though no server here has one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(transports, "create_ssl_context", cache(transports.create_ssl_context))
+        yield
+
+
+@pytest.fixture(scope="package", params=["fork", pytest.param("fresh", marks=pytest.mark.slow)])
+def server(request, tmp_path_factory) -> Iterator[SimpleNamespace]:
     """`url`, and `folder`: the temporary folder of the server's process."""
     folder = tmp_path_factory.mktemp("server")
     with socket.socket() as free:
@@ -31,9 +44,12 @@ def server(tmp_path_factory) -> Iterator[SimpleNamespace]:
     # Under gradio's own test switch, what a visitor left behind goes a second after the visit, not an hour
     environment = {**os.environ, "TMPDIR": str(folder), "GRADIO_IS_E2E_TEST": "1"}
     log = folder / "log.txt"
-    command = [sys.executable, "-m", "refalign.cli", "app", "--port", str(port)]
+    words = ["app", "--port", str(port)]
+    work = partial(main, words)
+    if request.param == "fresh":
+        work = partial(os.execv, sys.executable, [sys.executable, "-m", "refalign.cli", *words])
     with log.open("w") as opened:
-        process = subprocess.Popen(command, env=environment, stdout=opened, stderr=subprocess.STDOUT)
+        process = start(work, opened, opened, environment)
     try:
         _wait_for(url, process, log)
         yield SimpleNamespace(url=url, folder=folder, log=log)
@@ -45,12 +61,12 @@ def server(tmp_path_factory) -> Iterator[SimpleNamespace]:
         assert "A request failed" not in log.read_text()  # what no visitor can mend
     finally:
         process.kill()  # what is left of its end is Python's own tidying, which takes seconds
-        process.wait()
+        process.join()
 
 
-def _wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
+def _wait_for(url: str, process: BaseProcess, log: Path) -> None:
     until = time.monotonic() + START
-    while time.monotonic() < until and process.poll() is None:
+    while time.monotonic() < until and process.is_alive():
         try:
             urlopen(url).close()
             return

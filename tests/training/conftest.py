@@ -1,15 +1,24 @@
 """A tiny world to train in, made once."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from refalign.convert import convert
 from refalign_training.cache import run
-from refalign_training.run import estimate
+from refalign_training.run import estimate, trainer
 from tests.drawn_references import draw_pet
 from tests.training.small_cache import cache_command, write_clips, write_teacher
 from tests.training.small_run import World
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_picture() -> Iterator[None]:
+    """The picture of the timesteps takes longer than a run, and only test_plots.py is about it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "plot_timesteps", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="session")

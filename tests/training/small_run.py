@@ -211,7 +211,6 @@ def _train(command: RunCommand, environment: dict[str, str]) -> None:
     os.environ |= environment
     os.setpgid(0, 0)
     be_a_program()
-    trainer.plot_timesteps = lambda *_: None  # a picture takes longer than the run, and nothing here is about it
     os._exit(trainer.run(command))
 
 

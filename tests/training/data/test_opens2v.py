@@ -449,7 +449,7 @@ def all_keys(value, above=()):
 KEYS = list(all_keys(record()))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(KEYS), junk | st.just(ABSENT)), min_size=1, max_size=3))
 def test_whatever_a_record_holds_its_neighbours_are_read(tmp_path_factory, changes):
     broken = record()
@@ -465,7 +465,7 @@ def test_whatever_a_record_holds_its_neighbours_are_read(tmp_path_factory, chang
             assert 0 <= reference.view.box[0] < reference.view.box[2]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_whatever_bytes_change_reading_goes_to_an_end(tmp_path_factory, data):
     text = bytearray(json.dumps({f"k{i}": record() for i in range(3)}).encode())

@@ -166,7 +166,7 @@ subjects = junk | st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(junk | st.dictionaries(st.text(max_size=3), subjects, max_size=3))
 def test_whatever_a_row_holds_its_neighbours_are_read(tmp_path_factory, found):
     broken = row() | {"cross_pair": json.dumps(found)}

@@ -249,7 +249,7 @@ junk = st.recursive(
 NAMES = st.sampled_from([*ROW, "id", "subjects", "start", "end", "quality"])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(junk | st.dictionaries(NAMES, junk).map(lambda values: ROW | values), st.binary(max_size=20))
 def test_whatever_a_line_holds_its_neighbours_are_read(tmp_path_factory, value, data):
     file = jsonl(tmp_path_factory.mktemp("any"), ROW, value, data.replace(b"\n", b""), ROW)
@@ -257,7 +257,7 @@ def test_whatever_a_line_holds_its_neighbours_are_read(tmp_path_factory, value, 
     assert {0, 3} <= {sample.row for sample in samples} and {fault.row for fault in faults} <= {1, 2}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.text(st.sampled_from('a,"\n\r|[]\0é ')))
 def test_whatever_a_csv_holds_it_is_read_to_the_end(tmp_path_factory, text):
     for item in read_table([table(tmp_path_factory.mktemp("any"), f"video,prompt,references\n{text}")]):

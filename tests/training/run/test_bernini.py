@@ -24,7 +24,6 @@ from refalign_training.method.losses import add_noise, flow_matching_loss
 from refalign_training.method.objective import Batch, Objective
 from refalign_training.method.options import ObjectiveOptions
 from refalign_training.publish import export
-from refalign_training.run import trainer
 from refalign_training.run.batches import load_batches
 from refalign_training.run.checkpoint import find_checkpoint, read_state, read_tensors
 from refalign_training.run.config import DataOptions, ModelOptions, PromptOptions, RunCommand
@@ -284,8 +283,7 @@ def test_two_processes_have_the_gradients_of_one(command, tmp_path, mode, micro)
     assert_close(gradients(together.output), gradients(alone.output))
 
 
-def test_videos_and_gains_of_held_out_samples(command, bernini_world, monkeypatch):
-    monkeypatch.setattr(trainer, "plot_timesteps", lambda *_: None)
+def test_videos_and_gains_of_held_out_samples(command, bernini_world):
     options = {"validation.every": 1, "validation.samples": 1, "validation.videos": 1, "steps": 1}
     prompt = PromptOptions("x", references=(str(bernini_world.clips / "clip01.ref1.png"),))
     asked = command(**options, **{"validation.prompts": (prompt,)})

@@ -15,18 +15,12 @@ from refalign.hub import LORA_WEIGHTS
 from refalign.loading import read_defaults
 from refalign.lora_defaults import read_lora_defaults
 from refalign_training.publish.export import ExportCommand, export
-from refalign_training.run import trainer
 from refalign_training.run.checks import check
 from refalign_training.run.config import RunCommand
 from refalign_training.run.log import read_metrics
 from refalign_training.run.trainer import run
 from tests.training.method.test_distillation import DISTIL, SCALES
 from tests.training.small_run import assert_equal_runs, changed, final_tensors, run_command, train
-
-
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    monkeypatch.setattr(trainer, "plot_timesteps", lambda *_: None)
 
 
 @pytest.fixture
@@ -43,9 +37,7 @@ def distilled(request, training_world, tmp_path_factory) -> Path:
     """The export of a run of a few steps."""
     folder = tmp_path_factory.mktemp(f"distilled-{request.param}")
     options = {"training": request.param, "steps": 2, **DISTIL, **SCALES}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "plot_timesteps", lambda *_: None)
-        assert run(run_command(folder / "run", training_world.wan, training_world.cache, **options)) == 0
+    assert run(run_command(folder / "run", training_world.wan, training_world.cache, **options)) == 0
     export(ExportCommand(folder / "run", folder / "export", dtype="float32"))
     return folder / "export"
 

@@ -8,7 +8,7 @@ import pytest
 
 from refalign_training import cli
 from refalign_training.data.sample import Clip, Reference, Sample, View
-from refalign_training.run import init, trainer
+from refalign_training.run import init
 from refalign_training.run.checks import check
 from refalign_training.run.config_files import read_config
 from refalign_training.run.init import Clips, InitCommand, run
@@ -110,7 +110,6 @@ def test_a_file_that_exists_is_kept(made, tmp_path):
 
 def test_check_cache_run_and_export_read_the_file(training_world, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(trainer, "plot_timesteps", lambda *_: None)  # a picture takes longer than the run
     clips = write_clips(tmp_path / "my clips", 3)
     small = ["--height", str(HEIGHT), "--width", str(WIDTH), "--num-frames", str(FRAMES)]
     short = ["--steps=1", "--optimizer.warmup-steps=0", "--alignment.layers=0", "--log.tracker=none"]

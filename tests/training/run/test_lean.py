@@ -12,11 +12,6 @@ from refalign_training.run.trainer import Trainer, run
 from tests.training.small_run import assert_equal_runs, changed, run_command
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    monkeypatch.setattr(trainer, "plot_timesteps", lambda *_: None)
-
-
 @pytest.fixture
 def command(training_world, tmp_path):
     def make(name: str = "run", **changes):

@@ -42,12 +42,6 @@ from tests.training.small_run import (
 )
 
 
-@pytest.fixture(autouse=True)
-def no_picture(monkeypatch):
-    """The picture of the timesteps takes longer than a run, and nothing here is about it."""
-    monkeypatch.setattr(trainer, "plot_timesteps", lambda *_: None)
-
-
 @pytest.fixture
 def command(training_world, tmp_path):
     """The command of a run in a folder of its own, with other options."""
@@ -379,6 +373,14 @@ def test_its_config_makes_the_same_run(command, tmp_path):
     assert first == second
 
 
+def test_its_timesteps_are_drawn(command, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(trainer, "plot_timesteps", lambda *asked: drawn.append(asked))
+    asked = command(**{"alignment.gate_power": 2.0})
+    Trainer(asked)
+    assert drawn == [("refalign", asked.output / "timesteps.png", 2.0)]
+
+
 def test_sample_videos_are_in_a_folder_of_their_step(command, larger_cache):
     asked = command(cache=larger_cache, steps=3, **{"validation.every": 2, "validation.videos": 1})
     assert run(asked) == 0
@@ -397,18 +399,14 @@ def stage_1(training_world: World, tmp_path_factory) -> Path:
     """A run of all weights, with projectors."""
     folder = tmp_path_factory.mktemp("stages") / "stage1"
     asked = run_command(folder, training_world.wan, training_world.cache, training="full", steps=2)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "plot_timesteps", lambda *_: None)
-        assert run(asked) == 0
+    assert run(asked) == 0
     return folder
 
 
 @pytest.fixture(scope="module")
 def stage_1_lora(training_world: World, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("stages") / "stage1"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer, "plot_timesteps", lambda *_: None)
-        assert run(run_command(folder, training_world.wan, training_world.cache, steps=2)) == 0
+    assert run(run_command(folder, training_world.wan, training_world.cache, steps=2)) == 0
     return folder
 
 
