@@ -527,9 +527,7 @@ class RefineByAlignPipeline(DiffusionPipeline):
         self.vae_scale_factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
         _check_kept_settings(self.config)
         _check_parts(vae, unet, image_encoder, reference_projector)
-        _check_multiple("image_size", self.config["image_size"], "the VAE", self.vae_scale_factor)
-        patch = image_encoder.config.patch_size
-        _check_multiple("reference_size", self.config["reference_size"], "the image encoder", patch)
+        _check_sizes(self.config, self.vae_scale_factor, image_encoder)
 
     @torch.no_grad()
     def align(
@@ -1041,14 +1039,18 @@ def _check_kept_settings(config: Any) -> None:
             raise ValueError(f"{name} of model_index.json is {value!r}: it must be a number {bounds}.")
 
 
-def _check_multiple(name: str, value: int, part: str, step: int) -> None:
-    """Raises ValueError for a size that a part would cut without a word."""
-    if value % step:
-        nearest = max(1, round(value / step)) * step
-        raise ValueError(
-            f"{name} of model_index.json is {value}, but {part} takes steps of {step} pixels and would cut the rest. "
-            f"Make it a multiple, such as {nearest}."
-        )
+def _check_sizes(config: Any, vae_scale_factor: int, image_encoder: Any) -> None:
+    """Raises ValueError for a size of a repo's files whose edge a part would cut without a word."""
+    patch = image_encoder.config.patch_size
+    steps = {"image_size": ("VAE", vae_scale_factor), "reference_size": ("image encoder", patch)}
+    for name, (part, step) in steps.items():
+        value = config[name]
+        if value % step:
+            nearest = max(1, round(value / step)) * step
+            raise ValueError(
+                f"{name} of model_index.json is {value}, but the {part} takes steps of {step} pixels and would cut "
+                f"the rest. Make it a multiple, such as {nearest}."
+            )
 
 
 def _check_parts(vae: Any, unet: Any, image_encoder: Any, reference_projector: Any) -> None:
