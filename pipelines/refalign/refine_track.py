@@ -27,8 +27,10 @@ def read_track(file: Path, frames: int, size: tuple[int, int]) -> Track:
         size (`tuple[int, int]`): their width and height.
 
     Raises:
-        ValueError: if there is not one box for each frame, or one is empty, leaves the frame or is none.
+        ValueError: if there is no such file or not one box for each frame, or one is empty or leaves the frame.
     """
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist. --track takes a file with a box for each frame.")
     rows = read_json(file, object) if file.suffix.lower() == ".json" else _read_lines(file)
     if not isinstance(rows, list):
         raise ValueError(f"{file} holds {reprlib.repr(rows)}, not a list of boxes [left, top, right, bottom].")

@@ -175,6 +175,8 @@ def test_a_json_file_of_something_else_is_told(tmp_path, content):
     (tmp_path / "track.json").write_text(content)
     with pytest.raises(ValueError, match=r"track\.json"):
         read_track(tmp_path / "track.json", 2, SIZE)
+    with pytest.raises(ValueError, match=r"track\.csv does not exist"):
+        read_track(tmp_path / "track.csv", 2, SIZE)
 
 
 def test_a_track_goes_with_one_picture_alone(refine, tmp_path, capsys):
