@@ -90,4 +90,4 @@ def test_stickers_are_on_the_subject_alone():
     stuck = with_stickers(picture, seen, numpy_generator("test"))
     assert np.array_equal(stuck[~seen], picture[~seen])
     changed = (stuck[seen] != picture[seen]).any(-1).mean()
-    assert 0.02 < changed < 0.8
+    assert 0.3 < changed <= 1

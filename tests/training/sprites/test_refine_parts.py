@@ -101,3 +101,11 @@ def test_all_weights_of_a_folder_are_counted(tmp_path):
     parts = (pipe.vae, pipe.unet, pipe.image_encoder, pipe.reference_projector)
     counts = [np.sum([parameter.numel() for parameter in part.parameters()]) for part in parts]
     assert refine_model.count_weights(tmp_path) == sum(counts)
+
+
+def test_some_views_have_stickers_where_a_part_is_seen():
+    plain = refine_parts.draw_views(4, held_out=False, purpose="test")
+    stuck = refine_parts.draw_views(4, held_out=False, purpose="test", sticker_share=1.0)
+    assert torch.equal(stuck.parts, plain.parts)
+    changed = (stuck.images != plain.images).any(-1).reshape(4, 16, 4, 16, 4).any((2, 4)).reshape(4, -1)
+    assert changed.any(1).all() and not changed[stuck.parts.numpy() == 0].any()

@@ -28,7 +28,7 @@ BLUR_PROBABILITY = 0.3
 BLUR = 0.01  # of the side, at most: the standard deviation
 DILATION = 16 / 512  # of the side, at most
 TRIES = 8
-STICKERS = (2, 7)  # how many, below the second
+STICKERS = (10, 40)  # how many, below the second: a few would leave most of a subject as it is
 STICKER_RADIUS = (0.06, 0.22)  # of the square root of the subject's area
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
+from refalign_training.data.artifacts import with_stickers
 from refalign_training.data.randomness import numpy_generator, seed_of
 from refalign_training.run.config import OptimizerOptions
 from refalign_training.sprites.subject import PARTS, subjects
@@ -49,8 +50,10 @@ ENCODER: dict[str, Any] = {
     "image_size": IMAGE_SIDE,
 }
 ENCODER_OPTIMIZER = OptimizerOptions(lr=1e-3, warmup_steps=40, schedule="linear", weight_decay=0.05)
-ENCODER_STEPS = 700
+ENCODER_STEPS = 4_500
 ENCODER_BATCH = 16
+ENCODER_IMAGES = 10_000
+STICKER_SHARE = 0.4  # of the images, which get stickers as the references of the training do
 OWN_WEIGHT = 4.0  # of the error of a patch's own pixels
 IMAGES = 4_000
 
@@ -66,18 +69,25 @@ class Views(NamedTuple):
     """Where on the subject it is `(count, 256, 2)`."""
 
 
-def _draw(number: int, held_out: bool, purpose: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _draw(
+    number: int, held_out: bool, purpose: str, sticker_share: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     generator = numpy_generator("sprites", purpose, number)
     pool = subjects(held_out)
     subject = pool[generator.integers(len(pool))]
     image, pose = random_view(generator, subject)
-    return np.asarray(image), parts_of_view(subject, pose).ravel(), own_places(pose).reshape(-1, 2)
+    pixels, parts = np.asarray(image), parts_of_view(subject, pose)
+    if generator.random() < sticker_share and parts.any():
+        seen = np.kron(parts > 0, np.ones((IMAGE_SIDE // GRID,) * 2, bool))
+        pixels = with_stickers(pixels, seen, generator)
+    return pixels, parts.ravel(), own_places(pose).reshape(-1, 2)
 
 
-def draw_views(count: int, held_out: bool, purpose: str) -> Views:
-    """The first `count` views of that purpose."""
+def draw_views(count: int, held_out: bool, purpose: str, sticker_share: float = 0.0) -> Views:
+    """The first `count` views of that purpose, a share of them with stickers on the subject."""
+    draw = functools.partial(_draw, held_out=held_out, purpose=purpose, sticker_share=sticker_share)
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        drawn = pool.map(functools.partial(_draw, held_out=held_out, purpose=purpose), range(count), chunksize=64)
+        drawn = pool.map(draw, range(count), chunksize=64)
         images, parts, places = zip(*drawn, strict=True)
     known = torch.from_numpy(np.stack(parts)).long(), torch.from_numpy(np.stack(places))
     return Views(np.stack(images), *known)
@@ -144,12 +154,14 @@ def image_psnr(vae: AutoencoderKL, images: np.ndarray) -> float:
 # -- Image encoder ----------------------------------------------------------------------------------------------------
 
 
-def train_image_encoder(folder: Path, steps: int = ENCODER_STEPS, images: int = IMAGES) -> Dinov2WithRegistersModel:
+def train_image_encoder(
+    folder: Path, steps: int = ENCODER_STEPS, images: int = ENCODER_IMAGES
+) -> Dinov2WithRegistersModel:
     """
     Trains the encoder, or goes on with it, so that each patch tells its own pixels, which part of the subject it shows
     and where on it. Such patches can be found again in another picture, as DINOv2's can, and tell little of others.
     """
-    views = draw_views(images, held_out=False, purpose="refine encoder")
+    views = draw_views(images, held_out=False, purpose="refine encoder", sticker_share=STICKER_SHARE)
     pixels = normalised(views.images)
     torch.manual_seed(0)
     encoder = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**ENCODER))

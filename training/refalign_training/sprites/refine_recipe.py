@@ -42,6 +42,8 @@ SCHEDULER = {
     "clip_sample": False,
     "set_alpha_to_one": False,
     "steps_offset": 1,
+    # but this: the loss of the noise is next to nothing where all is noise, just where references tell the most
+    "prediction_type": "v_prediction",
 }
 HELD_OUT_VIEWS = 200
 
