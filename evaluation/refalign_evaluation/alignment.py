@@ -193,7 +193,7 @@ def _similarity_maps(pipeline: "RefineByAlignPipeline", task: Task) -> dict[tupl
     hidden = on_white(task.image)
     hidden.paste(GREY, mask=Image.fromarray(task.mask))
     seen = [cut_surroundings(image, square, size) for image in (task.image, hidden)]
-    tokens = encode(pipeline, [*seen, prepare_reference(task.reference, size)])
+    tokens = encode(pipeline, [*seen, prepare_reference(task.reference, size)[0]])
     side = round(tokens.shape[1] ** 0.5)
     shares = F.adaptive_avg_pool2d(cut_mask(task.mask, square, size), side).flatten()
     is_masked = shares >= min(0.5, float(shares.max()))

@@ -173,10 +173,11 @@ def _judge(
     """A row of figures for each task."""
     import numpy as np
 
-    from refalign.pipeline_refine_by_align import bounding_box, crop_region, cut_square, on_white, square_around
+    from refalign.pipeline_refine_by_align import bounding_box, cut_square, on_white, square_around
 
     side = 224
-    wanted = features([crop_region(task.reference, bounding_box(task.region), side) for task in tasks])
+    regions = [cut_square(task.reference, square_around(bounding_box(task.region), 1.0), side) for task in tasks]
+    wanted = features(regions)
     rows: list[dict[str, float]] = [{"outside": 0.0} for _ in tasks]
     for arm in ARMS:
         crops = []

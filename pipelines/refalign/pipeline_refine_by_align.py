@@ -184,14 +184,7 @@ def reference_square(foreground: np.ndarray) -> Square:
     return square_around(bounding_box(foreground), SUBJECT_MARGIN)
 
 
-def reference_foreground(image: Image.Image, size: int) -> tuple[Image.Image, torch.Tensor]:
-    """[`prepare_reference`], and where it shows the subject, float `(1, size, size)`."""
-    foreground = subject_mask(image)
-    square = reference_square(foreground)
-    return cut_square(image, square, size), cut_mask(foreground, square, size)
-
-
-def prepare_reference(image: Image.Image, size: int) -> Image.Image:
+def prepare_reference(image: Image.Image, size: int) -> tuple[Image.Image, torch.Tensor]:
     """
     A whole reference as the image encoder sees it: the square around the subject, on white [O].
 
@@ -199,16 +192,15 @@ def prepare_reference(image: Image.Image, size: int) -> Image.Image:
         image (`PIL.Image.Image`): RGB, with the subject on white or on any background; or RGBA, cut out.
         size (`int`): the side of the result, in pixels.
 
+    Returns:
+        `tuple`: the square, RGB, and where it shows the subject, float `(1, size, size)`.
+
     Raises:
         ValueError: if it is white or transparent all over.
     """
-    return reference_foreground(image, size)[0]
-
-
-def crop_region(image: Image.Image, box: Box, size: int) -> Image.Image:
-    """A region of a reference as the image encoder sees it: the square around its box, from the reference at its full
-    size, on white [O]."""
-    return cut_square(image, square_around(box, 1.0), size)
+    foreground = subject_mask(image)
+    square = reference_square(foreground)
+    return cut_square(image, square, size), cut_mask(foreground, square, size)
 
 
 def reference_pixels(images: torch.Tensor) -> torch.Tensor:

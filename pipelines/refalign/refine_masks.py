@@ -16,7 +16,7 @@ from refalign.pipeline_refine_by_align import (
     largest_parts,
     load_mask,
     on_white,
-    reference_foreground,
+    prepare_reference,
     reference_pixels,
     square_around,
 )
@@ -126,7 +126,7 @@ def _likeness(pipeline: "RefineByAlignPipeline", frames: np.ndarray, reference: 
     """How well each patch of each frame matches its best one of the reference's subject: cosines `(frames, rows,
     columns)`, of the frames padded to squares."""
     size = pipeline.config["reference_size"]
-    seen, foreground = reference_foreground(reference, size)
+    seen, foreground = prepare_reference(reference, size)
     wanted = _features(pipeline, seen)
     side = int(len(wanted) ** 0.5)
     wanted = wanted[F.adaptive_avg_pool2d(foreground, side).flatten() > 0.5]

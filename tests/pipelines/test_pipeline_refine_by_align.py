@@ -79,7 +79,7 @@ def test_patches_are_the_last_tokens_alone(pipe):
 
 
 def test_a_reference_is_its_subject_on_white_in_a_square():
-    seen = np.asarray(prepare_reference(reference(), 64))
+    seen = np.asarray(prepare_reference(reference(), 64)[0])
     assert seen.shape == (64, 64, 3)
     assert tuple(seen[0, 0]) == (255, 255, 255)
     assert tuple(seen[32, 10]) == (200, 40, 40)  # the subject fills the square, but for a small margin
