@@ -56,7 +56,8 @@ def counted_once(monkeypatch) -> None:
 
     def count(command, config, shape, blocks):
         options = (command.training, command.lora, command.objective.max_sequence_length)
-        key = repr((options, sorted(config.items()), vars(shape), blocks))
+        counted = sorted({**config, "num_layers": blocks}.items())
+        key = repr((options, counted, vars(shape) | {"blocks": blocks}))
         if key not in COUNTED:
             COUNTED[key] = count_blocks(command, config, shape, blocks)
         return COUNTED[key]

@@ -30,18 +30,18 @@ def refine_world(folder: Path) -> RefineWorld:
 
 
 def refine_command(folder: Path, world: RefineWorld, **changes: Any) -> RunCommand:
-    """Six steps of four samples on the CPU, two at once, without a cache."""
+    """Four steps of four samples on the CPU, two at once, without a cache."""
     command = changed(
         run_command(folder, world.base, folder),
         training="full",
-        steps=6,
+        steps=4,
         **{
             "objective.kind": "refine",
             "objective.no_references": 0.15,
             "alignment.weight": 0.0,
             "data.cache": None,
             "data.source": world.source,
-            "checkpoints.every": 3,
+            "checkpoints.every": 2,
             "optimizer.ema_decay": 0.9,
         },
     )

@@ -367,7 +367,7 @@ def replaced(options: Any, name: str, value: Any) -> Any:
     return dataclasses.replace(options, **{section: new})
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(changes=st.fixed_dictionaries({}, optional=VALUES))
 def test_what_is_written_is_read_again(tmp_path_factory, changes):
     command = RunCommand(Path("run"))

@@ -43,7 +43,7 @@ def test_the_unet_and_the_projector_learn_and_nothing_else(finished, world):
 
 def test_a_run_that_goes_on_comes_to_the_same_tensors(finished, world, tmp_path):
     command = refine_command(tmp_path / "run", world)
-    assert run(changed(command, steps=3)) == 0
+    assert run(changed(command, steps=2)) == 0
     assert run(changed(command, resume="latest")) == 0
     assert_equal(tensors(command), tensors(finished))
 
@@ -66,7 +66,7 @@ def test_a_cache_and_its_dataset_train_alike(finished, world, tmp_path):
 def test_each_mode_overfits_eight_subjects(world, tmp_path, share):
     changes = {"refine.alignment_share": share, "data.recipe": Recipe(cross_probability=0.0), "optimizer.lr": 1e-2}
     trainer = RefineTrainer(refine_command(tmp_path, world, steps=1, **changes))
-    batches = [next(trainer.batches) for _ in range(2)] * 30
+    batches = [next(trainer.batches) for _ in range(2)] * 20
     batches[0].timesteps[:] = batches[1].timesteps[:] = 500
     losses = []
     for batch in batches:
@@ -79,7 +79,7 @@ def test_each_mode_overfits_eight_subjects(world, tmp_path, share):
 
 
 def test_validation_tells_the_loss_and_how_well_regions_are_found(world, tmp_path):
-    command = refine_command(tmp_path / "run", world, **{"validation.every": 6})
+    command = refine_command(tmp_path / "run", world, **{"validation.every": 4})
     trainer = RefineTrainer(command)
     trainer.held_out = trainer.rows  # four samples are too few to hold one out
     trainer._open_validation()
