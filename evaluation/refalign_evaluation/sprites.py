@@ -237,7 +237,8 @@ def generate(command: Sprites, cases: "Sequence[Case]") -> "Iterator[np.ndarray]
     pipeline.set_progress_bar_config(disable=True)
     steps = command.steps or defaults["num_inference_steps"]
     set_cache(pipeline, command.cache or defaults.get("cache"), model, steps)
-    settings = {"num_inference_steps": steps, "guidance_gate": command.guidance_gate or defaults.get("guidance_gate")}
+    settings = {"num_inference_steps": steps, "batch_passes": command.batch_passes}
+    settings["guidance_gate"] = command.guidance_gate or defaults.get("guidance_gate")
     for name in ("guidance_scale", "image_guidance_scale"):
         given = getattr(command, name)
         settings[name] = defaults[name] if given is None else given

@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from refalign.jobs import CUT_OUT, Generate, Job, read_jobs
-from refalign.presets import check_preset, with_preset
+from refalign.presets import PRESETS, check_preset, with_preset
 from refalign.privacy import shown, source_name
 from refalign.processes import ALONE, Processes, together
 from refalign.sprites import FOLDER
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from refalign.reference_images import CutOut
 
 
-SPEED = tuple(option.name for option in fields(SpeedOptions))
+SPEED = {option.name: option.default for option in fields(SpeedOptions)}
 # They do not change the video, or (`fast`) by other options alone
 NOT_KEPT = ("output", "batch", "preview", "overwrite", "device", "offload", "trust_kernels", "fast", "parallel")
 
@@ -240,6 +240,7 @@ def check_options(command: Generate) -> dict[str, Any]:
     """The arguments of the pipeline's call without the references, checked."""
     from refalign.pipeline_refalign_wan import check_projection, check_settings, check_size
 
+    check_preset(command.fast)
     arguments: dict[str, Any] = {
         "prompt": command.prompt,
         "negative_prompt": command.negative_prompt,
@@ -258,6 +259,11 @@ def check_options(command: Generate) -> dict[str, Any]:
     scales = (arguments["guidance_scale"], arguments["image_guidance_scale"])
     check_settings(arguments["num_inference_steps"], *scales, arguments["guidance_gate"])
     check_projection(arguments["guidance_projection"])
+    cache = command.cache or PRESETS[command.fast or "exact"].cache
+    if command.batch_passes and cache:
+        raise ValueError(
+            f"--batch-passes makes all passes at once, but --cache {cache} keeps each by itself: pass one."
+        )
     return arguments
 
 
@@ -343,8 +349,8 @@ def kept_settings(command: Generate) -> dict[str, Any]:
     settings = dict(vars(command))
     for name in NOT_KEPT:
         del settings[name]
-    for name in (*SPEED, "guidance_projection", "reference_long_edge"):
-        if not settings.get(name):
+    for name, default in {**SPEED, "guidance_projection": None, "reference_long_edge": None}.items():
+        if settings.get(name, default) == default:
             settings.pop(name, None)  # as videos were made before there were these options
     settings["model"] = source_name(command.model or str(FOLDER))
     if command.quantize is not None:

@@ -328,7 +328,7 @@ class RefAlignWanPipeline(WanPipeline):
         """
         Spreads the guidance passes over the processes of `torch.distributed`, which must be initialised: pass i of a
         step is made by process i mod M, and all get all of them by one all-gather per step. The video is the same bit
-        for bit, in every process.
+        for bit, in every process, as that of one process with `batch_passes=False`.
 
         Every process must make the same calls, with the same noise. Where there are more processes than passes, those
         of a pass share its tokens (diffusers' context parallelism), which is equal up to rounding.
@@ -1413,6 +1413,10 @@ class _GroupTexts:
         key = tuple(names)
         if key not in self._batches:
             texts: list[Any] = [self._by_pass[name] for name in names]
+            if any(text is None for text in texts):
+                raise ValueError(
+                    "A callback raised the guidance, which needs a negative prompt: pass `negative_prompt_embeds`."
+                )
             self._batches[key] = texts[0] if len(texts) == 1 else torch.cat(texts)
         return self._batches[key]
 

@@ -8,7 +8,16 @@ import pytest
 
 from refalign_evaluation.cli import main
 from refalign_evaluation.judge import Case, Judge, Verdict, judge
-from refalign_evaluation.sprites import drawn_clip, evaluate, make_cases, references_of, summarise, swapped
+from refalign_evaluation.sprites import (
+    Sprites,
+    drawn_clip,
+    evaluate,
+    generate,
+    make_cases,
+    references_of,
+    summarise,
+    swapped,
+)
 from refalign_training.sprites.subject import Subject, subjects
 from refalign_training.sprites.vae import draw_frames
 from refalign_training.sprites.world import ACTS, CROSSES
@@ -162,3 +171,11 @@ def test_references_are_in_a_pose_of_their_own(cases):
     assert reference.mode == "RGB"
     assert abs(cases[0].tilts[0]) >= 12
     assert subjects(held_out=True)
+
+
+def test_options_of_speed_reach_the_pipeline(monkeypatch):
+    seen = {}
+    monkeypatch.setattr("refalign_evaluation.sprites.generate_by", lambda *_, **settings: seen.update(settings) or [])
+    list(generate(Sprites(batch_passes=False, guidance_gate=(0.5, 0.5), steps=3), []))
+    assert seen["batch_passes"] is False and seen["guidance_gate"] == (0.5, 0.5)
+    assert seen["num_inference_steps"] == 3

@@ -148,6 +148,16 @@ def test_the_same_seed_gives_the_same_frames(generate, tmp_path, frames):
     assert np.array_equal(frames[0], frames[1]) and not np.array_equal(frames[0], frames[2])
 
 
+@pytest.mark.parametrize(
+    ("value", "kept"), [(None, {}), (True, {"batch_passes": True}), (False, {"batch_passes": False})]
+)
+def test_what_was_chosen_by_hand_is_kept(value, kept):
+    settings = kept_settings(Generate(prompt="a", output=Path("a.mp4"), batch_passes=value))
+    assert {
+        name: settings[name] for name in settings.keys() & {"batch_passes", "compile", "cache", "vae_tiling"}
+    } == kept
+
+
 def test_the_file_holds_its_settings_and_no_folder_of_this_machine(generate, tmp_path, images):
     assert generate("--guidance-scale", 3, "--seed", 9) == 0
     settings = read_settings(tmp_path / "out.mp4")

@@ -825,6 +825,46 @@ def test_one_batch_of_passes_changes_rounding_alone(pipeline, changes):
     torch.testing.assert_close(run(pipeline, **changes, batch_passes=True), apart, atol=1e-5, rtol=0)
 
 
+def change_weights(pipe, step, kwargs):
+    pipe.transformer.blocks[0].attn2.to_k.weight.data *= 0.5
+
+
+def raise_guidance(pipe, step, kwargs):
+    pipe._guidance_scale = 9.0
+
+
+@pytest.mark.parametrize(
+    "change", [change_scale, change_prompt_in_place, change_negative_prompt, change_weights, raise_guidance]
+)
+def test_one_batch_of_passes_follows_callbacks(pipeline, change):
+    state = {name: tensor.clone() for name, tensor in pipeline.transformer.state_dict().items()}
+    tensors = pipeline._callback_tensor_inputs
+    call = {"num_inference_steps": 4, "image_guidance_scale": 7.5, "callback_on_step_end_tensor_inputs": tensors}
+
+    def callback(pipe, step, timestep, kwargs):
+        return change(pipe, step, kwargs) if step == 1 else {}
+
+    made = []
+    for batches in (False, True):
+        pipeline.transformer.load_state_dict(state)
+        made.append(run(pipeline, **call, callback_on_step_end=callback, batch_passes=batches))
+    torch.testing.assert_close(made[1], made[0], atol=1e-5, rtol=0)
+    pipeline.transformer.load_state_dict(state)
+    assert (run(pipeline, **call) - made[0]).abs().max() > 1e-3
+
+
+def test_a_callback_that_raises_the_guidance_needs_a_negative_prompt(pipeline):
+    embeds = pipeline.encode_prompt("a cat", do_classifier_free_guidance=False, max_sequence_length=16)[0]
+    pipeline.text_encoder = None
+    call = {"prompt": None, "negative_prompt": None, "prompt_embeds": embeds, "guidance_scale": 1.0}
+
+    def callback(pipe, step, timestep, kwargs):
+        pipe._guidance_scale = 5.0
+
+    with pytest.raises(ValueError, match="pass `negative_prompt_embeds`"):
+        run(pipeline, **call, image_guidance_scale=1.0, callback_on_step_end=callback)
+
+
 def test_texts_of_a_batch_of_passes_are_embedded_once(pipeline, monkeypatch):
     seen = count_keys(pipeline, monkeypatch)
     run(pipeline, num_inference_steps=4, batch_passes=True)

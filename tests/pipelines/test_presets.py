@@ -51,6 +51,13 @@ def test_a_preset_fills_what_is_not_given(generate, capsys):
     assert "passes per step: 2, 1 from step" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words", [("--cache", "first-block"), ("--fast", "balanced")], ids=str)
+def test_passes_that_a_cache_keeps_apart_cannot_be_one_batch(words, tmp_path, capsys):
+    job = ["--prompt", "a", "--output", str(tmp_path / "a.mp4"), "--batch-passes", *words]
+    assert main(["generate", *job]) == 1
+    assert "--batch-passes makes all passes at once, but --cache first-block" in capsys.readouterr().err
+
+
 def test_what_is_given_goes_before_a_preset(generate):
     assert generate("--fast", "fast", "--guidance-gate", 0.25, 0.75, "--steps", 2)["guidance_gate"] == [0.25, 0.75]
 
