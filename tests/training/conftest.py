@@ -1,5 +1,6 @@
 """A tiny world to train in, made once."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,10 @@ from refalign_training.run import estimate, trainer
 from tests.drawn_references import draw_pet
 from tests.training.small_cache import cache_command, write_clips, write_teacher
 from tests.training.small_run import World
+
+
+# torch logs each tensor that it saves, where nobody listens but pytest
+logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)
 
 
 @pytest.fixture(scope="session", autouse=True)
