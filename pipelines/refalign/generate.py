@@ -5,11 +5,12 @@ Nothing heavy is imported before it is needed, so that `--help` answers at once.
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from refalign.jobs import CUT_OUT, Generate, Job, read_jobs
+from refalign.owner import owned
 from refalign.presets import PRESETS, check_preset, with_preset
 from refalign.privacy import shown, source_name
 from refalign.processes import ALONE, Processes, together
@@ -36,7 +37,8 @@ def run(command: Generate) -> int:
         if command.batch is not None:
             return _run_batch(command, jobs, processes, parallel)
         (job,) = jobs
-        with processes.only_first_speaks(), _owned(job) if processes.is_first else nullcontext():
+        owns = owned(job.output, *job.previews) if processes.is_first else nullcontext()
+        with processes.only_first_speaks(), owns:
             arguments = prepare(job.command)  # first of all, so that a mistake shows before the model is loaded
             _generate_one(_load(jobs, processes), job, arguments, processes)
     return 0
@@ -124,7 +126,7 @@ def generate_all(
         with ExitStack() as stack:
             try:
                 if processes.is_first:
-                    stack.enter_context(_owned(job))
+                    stack.enter_context(owned(job.output, *job.previews))
                 arguments = prepare(job.command)
                 pipeline.check_inputs(**arguments)
             except Exception as own:  # whatever it is, it must not end the others
@@ -164,17 +166,6 @@ def _tell_failed(job: Job, error: Exception, failed: list[Job]) -> None:
 
     print(f"refalign: {shown(job.name)}: {shown(one_line(error))}", file=sys.stderr)
     failed.append(job)
-
-
-@contextmanager
-def _owned(job: Job) -> Iterator[None]:
-    """Within it, the files that a job writes are its alone."""
-    from refalign.owner import owned
-
-    with ExitStack() as stack:
-        for path in (job.output, *job.previews):
-            stack.enter_context(owned(path))
-        yield
 
 
 def load_for(command: Generate) -> "RefAlignWanPipeline":

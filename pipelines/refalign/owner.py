@@ -7,7 +7,7 @@ import shutil
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 
@@ -15,17 +15,18 @@ PATIENCE = 0.5  # seconds for an owner that is just ending
 
 
 @contextmanager
-def owned(output: str | Path) -> Iterator[None]:
+def owned(*outputs: str | Path) -> Iterator[None]:
     """
-    Within it, `output` is this process's alone, and what processes that were killed have left of it is gone.
+    Within it, the outputs are this process's alone, and what processes that were killed have left of them is gone.
 
     Raises:
-        ValueError: if it is another process's.
+        ValueError: if one is another process's, or would lie in a file.
     """
-    output, name = Path(output), short(Path(output).name)
-    with _made(output.parent), held(_lock_of(output), output) as is_first:
-        if is_first:
-            remove_leftovers(output.parent, name)
+    with ExitStack() as stack:
+        for output in map(Path, outputs):
+            stack.enter_context(_made(output.parent))
+            if stack.enter_context(held(_lock_of(output), output)):
+                remove_leftovers(output.parent, short(output.name))
         yield
 
 
@@ -51,6 +52,8 @@ def owned_folder(folder: Path) -> Iterator[None]:
 @contextmanager
 def _made(folder: Path) -> Iterator[None]:
     """Makes a folder and its parents; those that are still empty at the end are removed."""
+    if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
+        raise ValueError(f"{file} is a file, so nothing can be written in it. Name another output.")
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -72,8 +72,9 @@ class Refine:
 
 def run(command: Refine) -> int:
     """Refines and returns the exit code."""
-    with owned(command.output):
-        check(command)
+    check(command)
+    with owned(*written(command)):
+        check_written(command)  # again: who had them may have made them
         reference = load_reference(command)
         return run_image(command, reference) if command.video is None else run_video(command, command.video, reference)
 
@@ -132,9 +133,7 @@ def suggest(command: Refine, frames: "np.ndarray", rate: int, reference: "Image.
     from refalign.refine_masks import suggest_masks
     from refalign.video import write_video
 
-    masks_file, picture = (command.output.with_suffix(f".mask.{kind}") for kind in ("mp4", "png"))
-    for file in (masks_file, picture):
-        check_new_file(file, command.overwrite)
+    masks_file, picture = written(command)
     pipeline = load_refine_pipeline(command.model, command.device, command.offload)
     masks = suggest_masks(pipeline, frames, reference)
     white = (masks[..., None].repeat(3, axis=-1) * 255).astype("uint8")
@@ -147,7 +146,7 @@ def suggest(command: Refine, frames: "np.ndarray", rate: int, reference: "Image.
 
 
 def check(command: Refine) -> None:
-    """Raises ValueError for options that do not go together, before anything is loaded."""
+    """Raises ValueError for options that do not go together, before anything is made or loaded."""
     if (command.image is None) == (command.video is None):
         raise ValueError("Pass --image FILE or --video FILE, one of the two.")
     endings = (".mp4",) if command.image is None else (".png", ".jpg", ".jpeg", ".webp")
@@ -159,8 +158,20 @@ def check(command: Refine) -> None:
         raise ValueError("--mask auto looks at neighbouring frames, so it goes with --video alone. Pass a mask.")
     if command.track is not None and (command.video is None or command.mask == "auto"):
         raise ValueError("--track moves the mask of a video, so it goes with --video and a picture as --mask.")
-    for file in filter(None, (command.output, command.map)):
+    check_written(command)
+
+
+def check_written(command: Refine) -> None:
+    """Raises ValueError for a file that exists, unless it may be replaced."""
+    for file in written(command):
         check_new_file(file, command.overwrite)
+
+
+def written(command: Refine) -> list[Path]:
+    """The files that a command writes, whose options are checked."""
+    if command.mask == "auto":
+        return [command.output.with_suffix(f".mask.{kind}") for kind in ("mp4", "png")]
+    return [command.output] if command.map is None else [command.output, command.map]
 
 
 def load_reference(command: Refine) -> "Image.Image":

@@ -95,6 +95,24 @@ def test_a_video_that_another_process_makes_is_told_before_a_model_is_loaded(tmp
     assert f"{output} is in use by process " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("mask", "name"),
+    [("mask.png", "out.mp4"), ("mask.png", "map.png"), ("auto", "out.mask.mp4"), ("auto", "out.mask.png")],
+)
+def test_whatever_refine_would_write_is_told_before_anything_is_read(tmp_path, capsys, mask, name):
+    words = ["refine", "--video", "missing.mp4", "--reference", "missing.png", "--mask", mask, "--overwrite"]
+    words += ["--output", str(tmp_path / "out.mp4"), "--map", str(tmp_path / "map.png")]
+    with another_process(owned, tmp_path / name):
+        assert cli.main(words) == 1
+    assert f"{tmp_path / name} is in use by process " in capsys.readouterr().err
+
+
+def test_an_output_in_a_file_is_told(make, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="file is a file, so nothing can be written in it"):
+        fill(make, tmp_path / "file/some/out")
+
+
 def test_folders_that_were_made_for_nothing_are_gone(make, tmp_path):
     with pytest.raises(ValueError, match="wrong"), make(tmp_path / "some" / "where" / "out"):
         raise ValueError("wrong")

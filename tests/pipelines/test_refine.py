@@ -1,6 +1,8 @@
 """`refalign refine` and `refalign refine init`, as their users call them."""
 
 import json
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -147,6 +149,27 @@ def test_an_existing_output_is_kept(refine, tmp_path, capsys):
     assert refine() == 1
     assert "exists already" in capsys.readouterr().err
     assert (tmp_path / "refined.png").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("output", ["", ".", "new/folder/out.gif"])
+def test_a_wrong_output_is_told_before_anything_is_made(monkeypatch, capsys, output):
+    monkeypatch.setattr("refalign.refine.owned", None)
+    words = ["refine", "--image", "a.png", "--mask", "b.png", "--reference", "c.png", "--output", output]
+    assert main(words) == 1
+    assert f"--output is {Path(output)}, but must end in .png" in capsys.readouterr().err
+
+
+def test_an_output_that_another_run_made_meanwhile_is_kept(refine, tmp_path, monkeypatch, capsys):
+    @contextmanager
+    def owned_after_another(*outputs):
+        outputs[0].write_bytes(b"another's")
+        yield
+
+    monkeypatch.setattr("refalign.refine.owned", owned_after_another)
+    monkeypatch.setattr("refalign.refine.load_reference", None)
+    assert refine() == 1
+    assert "exists already" in capsys.readouterr().err
+    assert (tmp_path / "refined.png").read_bytes() == b"another's"
 
 
 def test_a_reference_to_video_model_is_told(refine, repo_folder, capsys):
