@@ -1,5 +1,6 @@
 """A track: a box for each frame of a video, with which one mask moves."""
 
+import csv
 import math
 import reprlib
 from collections.abc import Sequence
@@ -41,13 +42,19 @@ def read_track(file: Path, frames: int, size: tuple[int, int]) -> Track:
 
 def _read_lines(file: Path) -> list[list[str]]:
     lines = file.read_text("utf-8-sig", errors="replace").splitlines()
-    rows = [[cell.strip() for cell in line.split(",")] for line in lines if line.strip()]
-    return rows[1:] if rows[:1] == [NAMES] else rows
+    try:
+        rows = list(csv.reader(filter(str.strip, lines), skipinitialspace=True))
+    except csv.Error as error:
+        raise ValueError(f"{file} is not a CSV file: {error}. Write a box into each line of it.") from error
+    has_names = rows and [cell.strip().lower() for cell in rows[0]] == NAMES
+    return rows[1:] if has_names else rows
 
 
 def _box(row: Any, name: str, size: tuple[int, int]) -> tuple[float, float, float, float]:
     """A box of a file, checked."""
     try:
+        if not isinstance(row, list):
+            raise TypeError("It is not a list.")
         left, top, right, bottom = map(_number, row)
     except (TypeError, ValueError, OverflowError) as error:
         raise ValueError(

@@ -146,6 +146,11 @@ def test_a_mask_moves_with_its_track(masks, tmp_path):
     assert bounding_box(found[3]) == (15, 10, 25, 22)
 
 
+def test_names_in_capitals_and_quoted_cells_are_read(tmp_path):
+    (tmp_path / "track.csv").write_text('Left, Top,Right,Bottom\n"0", "1", 9 ,"9.5"\n\n')
+    assert read_track(tmp_path / "track.csv", 1, SIZE) == [(0, 1, 9, 9.5)]
+
+
 @pytest.mark.parametrize(
     ("last", "told"),
     [
@@ -157,6 +162,7 @@ def test_a_mask_moves_with_its_track(masks, tmp_path):
         ("1,2,1,9", "is empty: right must be more than left"),
         ("1,2,97,9", "leaves the frame of 96x80 pixels"),
         ("-1,2,9,9", "leaves the frame"),
+        ("x" * 200_000, "is not a CSV file: field larger than field limit"),
         ("95,79,96,80", "Moved with box 3 of .* nothing of the mask is in the frame"),
     ],
 )
@@ -169,7 +175,18 @@ def test_tracks_that_do_not_fit_are_told(tmp_path, last, told):
 
 
 @pytest.mark.parametrize(
-    "content", ["{}", "7", "[1, 2]", "[null, {}]", "[[1, 2, 3, 1e999], 0]", "[[true, 0, 4, 4], 0]", "["]
+    "content",
+    [
+        "{}",
+        "7",
+        "[1, 2]",
+        "[null, {}]",
+        "[[1, 2, 3, 1e999], 0]",
+        "[[true, 0, 4, 4], 0]",
+        "[",
+        '["1299", "0099"]',
+        '[{"1": 0, "2": 0, "9": 0, "10": 0}, {"1": 0, "2": 0, "9": 0, "10": 0}]',
+    ],
 )
 def test_a_json_file_of_something_else_is_told(tmp_path, content):
     (tmp_path / "track.json").write_text(content)
