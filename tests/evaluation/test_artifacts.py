@@ -145,20 +145,22 @@ def test_the_search_finds_the_block_and_stores_it_if_asked(benchmark, model, tmp
     index = tmp_path / "model/model_index.json"
     before = index.read_text()
     words = ["artifacts", "--benchmark", str(benchmark), "--model", str(tmp_path / "model"), "--grid", "--limit", "2"]
-    words += ["--device", "cpu", "--plot", str(tmp_path / "grid.png")]
+    words += ["--device", "cpu", "--plot", str(tmp_path / "grid.png"), "--json", str(tmp_path / "grid.json")]
     assert main(words) == 0
     assert index.read_text() == before
     assert main([*words, "--choose"]) == 0
     told = capsys.readouterr().out
     stored = json.loads(index.read_text())
     assert f"The best is block {stored['alignment_block']} at step {stored['alignment_step']:g}" in told
+    found = json.loads((tmp_path / "grid.json").read_text())["by_threshold_and_blur"]
+    assert found[f"{stored['map_threshold']:g} {stored['map_blur']:g}"] == max(found.values())
     with Image.open(tmp_path / "grid.png") as plot:
         assert plot.width == 900
 
 
 def test_the_best_of_a_grid_is_the_largest(monkeypatch, tasks):
     monkeypatch.setattr(artifacts, "GRID_STEPS", (0.2, 0.8))
-    pipe = tiny_refine_pipeline()
+    pipe = tiny_refine_pipeline(map_blur=2.0)
     blocks = len(cross_attention_blocks(pipe.unet))
     maps = torch.rand(2, blocks, 2, 16, 16, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr("refalign_evaluation.alignment.search_grid", lambda *_: maps)
@@ -166,6 +168,10 @@ def test_the_best_of_a_grid_is_the_largest(monkeypatch, tasks):
     values = np.array(found["mask"])
     step = found["steps"].index(found["best"]["alignment_step"])
     assert values[step, found["best"]["alignment_block"]] == values.max()
+    levels = found["by_threshold_and_blur"]
+    assert levels["0.4 2"] == values.max() != levels["0.4 0"]
+    best = f"{found['best']['map_threshold']:g} {found['best']['map_blur']:g}"
+    assert levels[best] == max(levels.values()) > min(levels.values())
 
 
 def test_bad_triplets_are_told_and_left_out(benchmark, tmp_path, capsys):

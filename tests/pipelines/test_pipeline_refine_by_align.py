@@ -234,6 +234,15 @@ def test_an_alignment_has_the_references_size(pipe):
     assert 0 <= found.confidence <= 1
 
 
+def test_the_map_of_an_alignment_is_as_blurred_as_the_configuration_says(pipe, monkeypatch):
+    map = torch.zeros(1, 16, 16)
+    map[0, 4:10:2, 4:10:2] = 1
+    monkeypatch.setattr(RefineByAlignPipeline, "_maps", lambda *_: map)
+    spots = pipe.align(picture(), mask_of(BOX), reference())
+    joined = tiny_refine_pipeline(map_blur=2.0).align(picture(), mask_of(BOX), reference())
+    assert joined.mask.sum() > 2 * spots.mask.sum()
+
+
 def test_a_map_lies_where_the_references_subject_is(pipe):
     sample = pipe._sample(picture(), mask_of(BOX), reference(), None)
     map = torch.zeros(16, 16)
@@ -500,6 +509,7 @@ def test_at_real_sizes_block_9_sees_the_image_and_the_reference_as_16_by_16():
         ({"reference_size": 63}, "reference_size of model_index.json is 63, but the image encoder .* such as 64"),
         ({"alignment_seeds": 0}, "alignment_seeds of model_index.json is 0"),
         ({"map_threshold": None}, "map_threshold of model_index.json is None: it must be a number from 0 to 1"),
+        ({"map_blur": -1}, "map_blur of model_index.json is -1: it must be a number of 0 or more"),
         ({"crop_scale": float("nan")}, "crop_scale of model_index.json is nan: it must be a number of 1 or more"),
     ],
 )
