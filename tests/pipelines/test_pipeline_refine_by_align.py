@@ -465,6 +465,14 @@ def test_an_unknown_block_is_told():
         pipe.align(picture(), mask_of(BOX), reference())
 
 
+def test_a_scheduler_that_would_cut_latents_is_told(pipe, caplog):
+    with caplog.at_level(logging.WARNING):
+        RefineByAlignPipeline(**pipe.components)
+        assert "clip_sample" not in caplog.text
+        RefineByAlignPipeline(**{**pipe.components, "scheduler": DDIMScheduler(clip_sample=True)})
+    assert "clip_sample, which cuts latents at 1. Set it to false in scheduler/scheduler_config.json" in caplog.text
+
+
 def test_grey_of_a_mask_is_cut_at_half_and_told(pipe, caplog):
     grey = mask_of(BOX)
     grey.paste(100, (0, 0, 10, 10))

@@ -54,5 +54,5 @@ def test_errors_outside_the_mask_weigh_as_much_as_wished(batch):
 
 
 def test_a_target_that_is_not_known_is_refused(batch):
-    with pytest.raises(ValueError, match="prediction_type of the scheduler is 'sample'"):
+    with pytest.raises(ValueError, match="the scheduler is 'sample', but must be epsilon or v_prediction"):
         loss(batch.noise, batch, "sample")

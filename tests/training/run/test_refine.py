@@ -1,3 +1,6 @@
+import re
+import shutil
+
 import pytest
 import torch
 
@@ -122,6 +125,16 @@ def test_its_recipes_pass_a_dry_run(recipe, world, tmp_path, capsys):
     assert "4 samples and 0 held out" in told
     assert "TFLOP a sample" in told
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_a_base_that_predicts_something_else_is_told_before_its_weights_are_read(world, tmp_path, dry_run):
+    base = shutil.copytree(world.base, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    config = base / "scheduler/scheduler_config.json"
+    config.write_text(config.read_text("utf-8").replace('"epsilon"', '"sample"'), "utf-8")
+    told = f"scheduler_config.json of {base} is 'sample', but must be epsilon or v_prediction. Take a base"
+    with pytest.raises(ValueError, match=re.escape(told)):
+        run(refine_command(tmp_path / "run", world, **{"model.base": str(base), "dry_run": dry_run}))
 
 
 def test_an_item_of_another_shape_cannot_be_used(world, tmp_path, monkeypatch):

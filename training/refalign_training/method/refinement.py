@@ -18,6 +18,15 @@ from refalign_training.method.objective import Losses, Moved, Objective
 PREDICTIONS = ("epsilon", "v_prediction")
 
 
+def check_prediction(kind: Any, source: str) -> None:
+    """Raises ValueError, naming where it stands, for a `prediction_type` of a scheduler that is not trained here."""
+    if kind not in PREDICTIONS:
+        raise ValueError(
+            f"prediction_type of {source} is {kind!r}, but must be {' or '.join(PREDICTIONS)}. Take a base that "
+            "predicts so."
+        )
+
+
 @dataclass
 class RefineBatch(Moved):
     """What [`Refinement`] takes: pictures with a masked part, their references, noise, timesteps and dropout."""
@@ -83,11 +92,7 @@ class Refinement(Objective):
     """The weight of the error outside the mask, to 1 inside it."""
 
     def __post_init__(self) -> None:
-        kind = self.scheduler.config["prediction_type"]
-        if kind not in PREDICTIONS:
-            raise ValueError(
-                f"prediction_type of the scheduler is {kind!r}: it must be one of {', '.join(PREDICTIONS)}."
-            )
+        check_prediction(self.scheduler.config["prediction_type"], "the scheduler")
 
     def __call__(self, batch: RefineBatch, step: int) -> Losses:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The losses of a batch, on the device where the batch and the networks are."""

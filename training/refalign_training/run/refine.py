@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from refalign.files import fetch
+from refalign.files import fetch, read_json
 from refalign.pipeline_refine_by_align import (
     RefineByAlignPipeline,
     attention_map,
+    check_is_refine_pipeline,
     cross_attention_blocks,
     encode_patches,
     latent_mask,
@@ -34,7 +35,7 @@ from refalign_training.data.sample import usable
 from refalign_training.data.source import read_source
 from refalign_training.data.subjects import CHANNELS, load_subjects, picture_side
 from refalign_training.method.options import ObjectiveOptions
-from refalign_training.method.refinement import RefineBatch, Refinement, Refiner
+from refalign_training.method.refinement import RefineBatch, Refinement, Refiner, check_prediction
 from refalign_training.run.batches import Read
 from refalign_training.run.config import DataOptions, ModelOptions
 from refalign_training.run.order import Order, draw_dropout, draw_noise, draw_quantiles, network_seed
@@ -51,10 +52,21 @@ TRAIN_TIMESTEPS = 1000  # of the noise schedule
 
 
 def load_base(options: ModelOptions) -> RefineByAlignPipeline:
-    """The pipeline that is trained, downloaded if need be, in float32 on the CPU. Raises ValueError if it is another
-    one's folder."""
+    """The pipeline that is trained, downloaded if need be, in float32 on the CPU. Raises ValueError as [`read_base`]
+    does."""
     folder = fetch(options.base, FILES, options.revision)
+    read_base(folder, options.base)
     return RefineByAlignPipeline.from_pretrained(folder, dtype=torch.float32)
+
+
+def read_base(folder: Path, name: str) -> dict[str, Any]:
+    """The `model_index.json` of a base's folder. Raises ValueError, naming the base, if it is of another pipeline, or
+    predicts what is not trained here."""
+    index = read_json(folder / "model_index.json")
+    check_is_refine_pipeline(index, name)
+    scheduler = read_json(folder / "scheduler/scheduler_config.json")
+    check_prediction(scheduler.get("prediction_type", "epsilon"), f"scheduler/scheduler_config.json of {name}")
+    return index
 
 
 # -- Samples ----------------------------------------------------------------------------------------------------------

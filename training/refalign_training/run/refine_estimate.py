@@ -10,14 +10,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from refalign.devices import rank_and_processes
 from refalign.files import fetch, read_json
-from refalign.pipeline_refine_by_align import ReferenceProjector, check_is_refine_pipeline
+from refalign.pipeline_refine_by_align import ReferenceProjector
 from refalign_training.method.refinement import Refiner
 from refalign_training.run.config import RunCommand, accumulation
 from refalign_training.run.estimate import ASSUMED_TFLOPS, ATTENTION, GIB, OPTIMIZER_BYTES
 from refalign_training.run.log import check_tracker
 from refalign_training.run.optimizers import check_optimizer
 from refalign_training.run.order import hold_out, nothing_held_out
-from refalign_training.run.refine import open_subjects
+from refalign_training.run.refine import open_subjects, read_base
 from refalign_training.run.resume import checkpoint_to_resume
 
 
@@ -28,8 +28,7 @@ def dry_run(command: RunCommand) -> int:
     check_tracker(command.log.tracker)
     check_optimizer(command.optimizer)
     folder = fetch(command.model.base, ("*.json", "*/*.json"), command.model.revision)
-    index = read_json(folder / "model_index.json")
-    check_is_refine_pipeline(index, command.model.base)
+    index = read_base(folder, command.model.base)
     samples = open_subjects(command.data, command.refine, index["image_size"], index["reference_size"])
     wanted = 0 if command.validation.cache else command.validation.samples
     rows, held_out = hold_out(len(samples.buckets), wanted)

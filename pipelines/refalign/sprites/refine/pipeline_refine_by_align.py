@@ -519,6 +519,7 @@ class RefineByAlignPipeline(DiffusionPipeline):
         self.vae_scale_factor = 2 ** (len(vae.config["block_out_channels"]) - 1)
         _check_kept_settings(self.config)
         _check_parts(vae, unet, image_encoder, reference_projector)
+        _check_scheduler(scheduler)
         _check_sizes(self.config, self.vae_scale_factor, image_encoder)
 
     @torch.no_grad()
@@ -1059,4 +1060,14 @@ def _check_parts(vae: Any, unet: Any, image_encoder: Any, reference_projector: A
         raise ValueError(
             f"The reference projector goes from {found[0]} to {found[1]} channels, but the image encoder and the UNet "
             f"have {wanted[0]} and {wanted[1]}."
+        )
+
+
+def _check_scheduler(scheduler: Any) -> None:
+    """Tells of a scheduler that cuts what it denoises, as is right for pixels alone."""
+    if scheduler.config.get("clip_sample"):
+        logger.warning(
+            "The scheduler has clip_sample, which cuts latents at %g. Set it to false in "
+            "scheduler/scheduler_config.json.",
+            scheduler.config.get("clip_sample_range", 1.0),
         )
