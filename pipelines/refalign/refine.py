@@ -154,6 +154,8 @@ def check(command: Refine) -> None:
         raise ValueError(f"--output is {command.output}, but must end in {', '.join(endings)}.")
     if command.map is not None and command.map.suffix.lower() != ".png":
         raise ValueError(f"--map is {command.map}, but must end in .png.")
+    if command.map is not None and command.map.resolve() == command.output.resolve():
+        raise ValueError(f"--map and --output are both {command.map}. Name another file for one of them.")
     if command.image is not None and command.mask == "auto":
         raise ValueError("--mask auto looks at neighbouring frames, so it goes with --video alone. Pass a mask.")
     if command.track is not None and (command.video is None or command.mask == "auto"):

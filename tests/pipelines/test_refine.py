@@ -139,6 +139,12 @@ def test_bad_inputs_are_told_in_one_line(refine, pictures, capsys, words, files,
     assert told in error.splitlines()[-1]
 
 
+def test_a_map_in_the_place_of_the_output_is_told(capsys):
+    words = ["--image", "a.png", "--mask", "b.png", "--reference", "c.png", "--output", "d.png", "--map", "./d.png"]
+    assert main(["refine", *words]) == 1
+    assert "--map and --output are both d.png" in capsys.readouterr().err
+
+
 def test_auto_masks_are_for_videos(refine, pictures, capsys):
     assert main(["refine", "--image", "a.png", "--mask", "auto", "--reference", "b.png", "--output", "c.png"]) == 1
     assert "--mask auto looks at neighbouring frames" in capsys.readouterr().err
