@@ -1,5 +1,5 @@
-"""The tiny refining model that comes with the package is small and open, and stays as good as it was measured. That is
-not yet what it is for: its card says how far it is from finding regions better than a guess."""
+"""The tiny refining model that comes with the package is small and open, and stays as good as it was measured. Its
+card says what it is not good at yet."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ MIB = 1 << 20
 TRIPLETS_MEASURED = 12
 STEPS = 6
 # Well beyond what was measured on 200 triplets (the model's card)
-FLOOR, CEILING = 0.15, 0.28
+FLOOR, CEILING = 0.45, 0.22
 
 
 @pytest.fixture(scope="module")
