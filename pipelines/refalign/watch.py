@@ -51,7 +51,7 @@ def watched(
     for network, begin, end in stages:
         hooks.append(network.register_forward_pre_hook(partial(_begin, begin, is_stopped)))
         if end is not None:
-            hooks.append(network.register_forward_hook(partial(_end, end)))
+            hooks.append(network.register_forward_hook(end))
     try:
         yield
     finally:
@@ -65,10 +65,6 @@ def _begin(tell: Callable[[], Any], is_stopped: Callable[[], bool], *_: Any) -> 
     tell()
 
 
-def _end(tell: Callable[[], Any], *_: Any) -> None:
-    tell()
-
-
 def _passes(arguments: Mapping[str, Any]) -> list[tuple[str, float]]:
     has_references = bool(arguments["reference_images"])
     scales = (arguments["guidance_scale"], arguments["image_guidance_scale"])
@@ -76,23 +72,23 @@ def _passes(arguments: Mapping[str, Any]) -> list[tuple[str, float]]:
 
 
 class _Denoising:
-    """Counts passes, and reckons from those behind how long those ahead will take."""
+    """Counts passes of one video, and reckons from those behind how long those ahead will take."""
 
     def __init__(self, tell: Tell, steps: int, passes: int) -> None:
         self.tell, self.steps, self.passes = tell, steps, passes
-        self.done, self.since = 0, 0.0
+        self.done, self.first, self.since = 0, 0, 0.0
 
     def begin(self) -> None:
         if self.done == 0:
             self.tell(ENCODING, f"Step 1 of {self.steps}")
 
-    def end(self) -> None:
-        self.done += 1
+    def end(self, _network: Any, _inputs: Any, output: Any) -> None:
+        self.done += len(output[0])  # small videos make the passes of a step as one batch
         now = time.monotonic()
-        if self.done == 1:  # the first pass also waits for what is loaded late
-            self.since = now
+        if self.first == 0:  # the first also waits for what is loaded late
+            self.first, self.since = self.done, now
             return
-        seconds = (now - self.since) / (self.done - 1) * (self.passes - self.done)
+        seconds = (now - self.since) / (self.done - self.first) * (self.passes - self.done)
         step = min(self.steps, self.done * self.steps // self.passes + 1)
         share = ENCODING + (DENOISING - ENCODING) * self.done / self.passes
         self.tell(share, f"Step {step} of {self.steps}, {duration_in_words(seconds)} left")

@@ -17,7 +17,14 @@ from refalign.video_options import SpeedOptions
 
 
 CPU = torch.device("cpu")
-CALL = {"height": 32, "width": 32, "num_frames": 5, "num_inference_steps": 6, "output_type": "latent"}
+CALL = {
+    "height": 32,
+    "width": 32,
+    "num_frames": 5,
+    "num_inference_steps": 6,
+    "output_type": "latent",
+    "batch_passes": False,
+}
 
 
 def check(model="no-model", **options):
@@ -171,6 +178,7 @@ def test_calibration_measures_the_residuals_of_the_blocks(calibrated):
     )
     job = filled(Job("job", calibrated, command), read_defaults(str(calibrated)))
     arguments = prepare(job.command)
+    arguments["batch_passes"] = False
     pipeline(**arguments, generator=torch.Generator().manual_seed(0), output_type="latent")
     full = residuals[2::3]  # null, reference and full take turns
     expected = [1.0] + [float((after / (before + 1e-8)).mean()) for before, after in pairwise(full)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from refalign import RefAlignWanPipeline
-from refalign.pipeline_refalign_wan import paper_scheduler
+from refalign.pipeline_refalign_wan import _GroupTexts, paper_scheduler
 from refalign_training.method.distillation import GuidanceDistillation, without_adapters
 from refalign_training.method.losses import add_noise
 from refalign_training.run.trainer import Trainer
@@ -47,9 +47,10 @@ def pipeline_velocity(transformer, batch, noisy, negative) -> torch.Tensor:
     references, embeds = batch.reference_latents[:1], batch.prompt_embeds[:1]
     context = {"step_index": 0, "sigma": 1.0, "num_inference_steps": 1}
     with torch.no_grad():
-        return pipeline._predict_velocity(
-            noisy[:1], batch.timesteps[0], embeds, negative[None], references, "", context, None, {}, None, {}
-        )
+        texts = _GroupTexts(embeds, negative[None])
+        gate, projection = None, None
+        call = (noisy[:1], batch.timesteps[0], texts, references, "", context, False, gate, {}, projection, {})
+        return pipeline._predict_velocity(*call)
 
 
 def test_the_target_is_what_the_pipeline_makes_without_adapters(trainer):
