@@ -594,29 +594,31 @@ class RefAlignWanTransformer3DModel(WanTransformer3DModel):
 # -- What is kept over the steps of a small model ---------------------------------------------------------------------
 
 
-class KeptText:
+class KeptOverSteps:
     """
     While it is on, what a transformer computes of the texts alone (their embedding, and each block's keys and values)
-    is computed once for each text: bit for bit the same. For models so small that this is a large part of a step.
+    or of the latents' sizes alone (rotary positions) is computed once for each: bit for bit the same. For models so
+    small that this is a large part of a step.
     """
 
     def __init__(self, transformer: RefAlignWanTransformer3DModel, is_small: bool) -> None:
-        modules: list[Any] = [transformer.condition_embedder.text_embedder]
+        embedder: Any = transformer.condition_embedder
         blocks: Any = transformer.blocks
+        keys: dict[nn.Module, Callable] = {transformer.rope: _sizes, embedder.text_embedder: _place}
         for block in blocks:
-            modules += [block.attn2.to_k, block.attn2.to_v, block.attn2.norm_k]
+            keys |= dict.fromkeys((block.attn2.to_k, block.attn2.to_v, block.attn2.norm_k), _place)
         # What is offloaded, cached or compiled has a forward of its own, which must see every call
-        others = [module for module in (transformer, *transformer.blocks, *modules) if not _is_plain(module)]
-        self.modules = modules if is_small and not others else []
-        self.kept: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+        is_plain = all(map(_is_plain, (transformer, *blocks, *keys)))
+        self.keys = keys if is_small and is_plain else {}
+        self.kept: dict[tuple[Any, ...], tuple[Any, Any]] = {}
 
-    def __enter__(self) -> "KeptText":
-        for number, module in enumerate(self.modules):
-            module.forward = functools.partial(self._forward, number, module.forward)
+    def __enter__(self) -> "KeptOverSteps":
+        for module, key in self.keys.items():
+            module.forward = functools.partial(self._forward, key, module.forward)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for module in self.modules:
+        for module in self.keys:
             del module.forward  # the class's own is seen again
         self.forget()
 
@@ -624,11 +626,19 @@ class KeptText:
         """To be called when texts were changed in place, or weights, such as a LoRA's scale."""
         self.kept.clear()
 
-    def _forward(self, number: int, forward: Callable, text: torch.Tensor) -> torch.Tensor:
-        key = (number, text.data_ptr(), text.shape, text.stride(), text.dtype)
+    def _forward(self, key_of: Callable, forward: Callable, *inputs: Any) -> Any:
+        key = (forward, key_of(*inputs))
         if key not in self.kept:
-            self.kept[key] = (text, forward(text))  # the text too, so that its place in memory remains its own
+            self.kept[key] = (inputs, forward(*inputs))  # inputs too, so that a text's place in memory remains its own
         return self.kept[key][1]
+
+
+def _place(text: torch.Tensor) -> tuple[Any, ...]:
+    return text.data_ptr(), text.shape, text.stride(), text.dtype
+
+
+def _sizes(latents: torch.Tensor, references: Sequence[torch.Tensor] = ()) -> tuple[Any, ...]:
+    return tuple((each.shape, each.device) for each in (latents, *references))
 
 
 def _is_plain(module: nn.Module) -> bool:

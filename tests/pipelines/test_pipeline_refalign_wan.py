@@ -16,6 +16,7 @@ from diffusers import (
     UniPCMultistepScheduler,
     WanPipeline,
 )
+from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
 from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils import get_peft_model_state_dict
@@ -785,7 +786,7 @@ def count_keys(pipeline, monkeypatch) -> list:
 
 
 @pytest.mark.parametrize("changes", [{}, {"prompt": ["a", "b"], "reference_images": "groups"}], ids=str)
-def test_texts_kept_over_steps_change_no_bit(pipeline, monkeypatch, changes):
+def test_texts_and_positions_kept_over_steps_change_no_bit(pipeline, monkeypatch, changes):
     if changes.get("reference_images") == "groups":
         changes = {**changes, "reference_images": [[draw_pet(0.1)], [draw_face(0.3), draw_pet(0.6)]]}
     kept = run(pipeline, num_inference_steps=4, **changes)
@@ -888,6 +889,22 @@ def test_texts_are_embedded_once_for_all_steps_of_a_small_model_alone(pipeline, 
     monkeypatch.setattr("refalign.pipeline_refalign_wan.FEW_TOKENS", 0)
     run(pipeline, num_inference_steps=4)
     assert len(seen) == 4 * 3 * blocks
+
+
+def test_positions_are_computed_once_for_all_steps_of_a_small_model_alone(pipeline, monkeypatch):
+    sizes = []
+    original = WanRotaryPosEmbed.forward
+
+    def forward(self, latents):
+        sizes.append(latents.shape)
+        return original(self, latents)
+
+    monkeypatch.setattr(WanRotaryPosEmbed, "forward", forward)
+    run(pipeline, num_inference_steps=4)
+    assert len(sizes) == 1
+    monkeypatch.setattr("refalign.pipeline_refalign_wan.FEW_TOKENS", 0)
+    run(pipeline, num_inference_steps=4)
+    assert len(sizes) == 1 + 4 * 3
 
 
 def test_a_callback_may_change_weights_that_texts_go_through(pipeline, monkeypatch):

@@ -39,7 +39,7 @@ from .reference_images import prepare_reference_image
 from .transformer_refalign_wan import (
     WAN_CHANNELS,
     WAN_CLASSES,
-    KeptText,
+    KeptOverSteps,
     RefAlignWanTransformer3DModel,
     check_finite,
     check_is_wan21,
@@ -905,11 +905,11 @@ class RefAlignWanPipeline(WanPipeline):
         step_arguments = {"generator": generator} if takes_generator else {}
         self._reset_caches()
         tokens = latents[:, 0].numel() // 4  # a patch is two by two
-        kept_text = KeptText(self.transformer, is_small=tokens // len(latents) <= FEW_TOKENS)
+        kept = KeptOverSteps(self.transformer, is_small=tokens // len(latents) <= FEW_TOKENS)
         if batch_passes is None:
-            batch_passes = tokens <= FEW_TOKENS and bool(kept_text.modules) and self._apart() is None
+            batch_passes = tokens <= FEW_TOKENS and bool(kept.keys) and self._apart() is None
         bar = self.progress_bar(total=len(timesteps))  # pyright: ignore[reportCallIssue]
-        with kept_text, bar as progress_bar:
+        with kept, bar as progress_bar:
             for i, t in enumerate(timesteps):
                 if self.interrupt:
                     continue
@@ -951,7 +951,7 @@ class RefAlignWanPipeline(WanPipeline):
                     prompt_embeds = tensors["prompt_embeds"]
                     negative_prompt_embeds = tensors["negative_prompt_embeds"]
                     texts = _texts_of_groups(prompt_embeds, negative_prompt_embeds, groups)
-                    kept_text.forget()  # a callback may also change weights, such as a LoRA's scale
+                    kept.forget()  # a callback may also change weights, such as a LoRA's scale
                     if not _are_equal(guidance, self._copy_guidance(prompt_embeds, negative_prompt_embeds)):
                         differences = [{} for _ in groups]
                         running = [{} for _ in groups]
