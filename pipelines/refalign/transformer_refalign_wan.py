@@ -604,9 +604,9 @@ class KeptOverSteps:
     def __init__(self, transformer: RefAlignWanTransformer3DModel, is_small: bool) -> None:
         embedder: Any = transformer.condition_embedder
         blocks: Any = transformer.blocks
-        keys: dict[nn.Module, Callable] = {transformer.rope: _sizes, embedder.text_embedder: _place}
+        keys: dict[nn.Module, Callable] = {transformer.rope: _key_of_sizes, embedder.text_embedder: _key_of_text}
         for block in blocks:
-            keys |= dict.fromkeys((block.attn2.to_k, block.attn2.to_v, block.attn2.norm_k), _place)
+            keys |= dict.fromkeys((block.attn2.to_k, block.attn2.to_v, block.attn2.norm_k), _key_of_text)
         # What is offloaded, cached or compiled has a forward of its own, which must see every call
         is_plain = all(map(_is_plain, (transformer, *blocks, *keys)))
         self.keys = keys if is_small and is_plain else {}
@@ -633,11 +633,11 @@ class KeptOverSteps:
         return self.kept[key][1]
 
 
-def _place(text: torch.Tensor) -> tuple[Any, ...]:
+def _key_of_text(text: torch.Tensor) -> tuple[Any, ...]:
     return text.data_ptr(), text.shape, text.stride(), text.dtype
 
 
-def _sizes(latents: torch.Tensor, references: Sequence[torch.Tensor] = ()) -> tuple[Any, ...]:
+def _key_of_sizes(latents: torch.Tensor, references: Sequence[torch.Tensor] = ()) -> tuple[Any, ...]:
     return tuple((each.shape, each.device) for each in (latents, *references))
 
 

@@ -547,7 +547,10 @@ def test_save_and_load_by_the_installed_package(pipeline, tmp_path):
     pipeline.save_pretrained(tmp_path)
     loaded = RefAlignWanPipeline.from_pretrained(tmp_path)
     assert type(loaded.transformer) is RefAlignWanTransformer3DModel
-    assert torch.equal(run(loaded), run(pipeline))
+    expected = pipeline.transformer.state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in loaded.transformer.state_dict().items())
+    # Some CPUs round in another way where weights lie at another place in memory
+    torch.testing.assert_close(run(loaded), run(pipeline), atol=1e-4, rtol=0)
 
 
 def test_save_and_load_a_variant_in_half_precision(pipeline, tmp_path):

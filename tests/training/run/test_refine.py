@@ -81,6 +81,16 @@ def test_each_mode_overfits_eight_subjects(world, tmp_path, share):
     assert sum(losses[-4:]) < 0.6 * sum(losses[:4])
 
 
+def test_a_shift_of_timesteps_gives_more_of_much_noise(world, tmp_path):
+    drawn = []
+    for shift in (1.0, 3.0):
+        options = {"refine.timestep_shift": shift, "data.recipe": Recipe(height=64, width=64, num_frames=1)}
+        drawn.append(next(RefineTrainer(refine_command(tmp_path / f"{shift}", world, **options)).batches).timesteps)
+    even, moved = (timesteps.double() / 1000 for timesteps in drawn)
+    torch.testing.assert_close(moved, 3 * even / (1 + 2 * even), atol=4e-3, rtol=0)
+    assert (moved > even).all()
+
+
 def test_validation_tells_the_loss_and_how_well_regions_are_found(world, tmp_path):
     command = refine_command(tmp_path / "run", world, **{"validation.every": 4})
     trainer = RefineTrainer(command)

@@ -70,6 +70,9 @@ class RefineOptions(Options):
     outside_weight: Annotated[float, Field(gt=0, le=1)] = 1.0
     """The weight of the error outside the mask, to 1 inside it. What is predicted outside is never seen: there the
     image stays."""
+    timestep_shift: Annotated[float, Field(ge=1)] = 1.0
+    """How much more often much noise than little is trained: quantile q is at timestep 1000 s q / (1 + (s - 1) q). 1:
+    all alike. What is seen of the reference is decided where noise is most."""
     smallest_crop: Share = 0.2
     """The smallest side of a region, as a share of the reference's."""
 

@@ -133,22 +133,22 @@ def sample_timesteps(preset: str, quantiles: torch.Tensor) -> tuple[torch.Tensor
     quantiles, count = quantiles.double(), NUM_TRAIN_TIMESTEPS
     if preset == "refalign":
         sigmas = torch.arange(1, count + 1, dtype=torch.float64, device=quantiles.device) / count
-        timesteps = count * _shift(sigmas, 5)
+        timesteps = count * shifted(sigmas, 5)
         bump = torch.exp(-2 * (timesteps / count - 0.5).square())
         weights = (bump - bump.min()) / (bump - bump.min()).mean()
         index = (quantiles * count).long()
         return timesteps[index].float(), weights[index].float()
     if preset == "logit_normal":
-        sigmas = _shift(torch.special.ndtri(quantiles).sigmoid(), 3)
+        sigmas = shifted(torch.special.ndtri(quantiles).sigmoid(), 3)
     elif preset == "bernini":
         # Grows with the quantile from 0 to 1, so that it maps quantiles to quantiles
-        sigmas = _shift(quantiles + 1.29 * (quantiles - (torch.pi / 2 * quantiles).sin().square()), 4)
+        sigmas = shifted(quantiles + 1.29 * (quantiles - (torch.pi / 2 * quantiles).sin().square()), 4)
     else:
-        sigmas = _shift(quantiles, 7)
+        sigmas = shifted(quantiles, 7)
     return (count * sigmas).float(), torch.ones_like(sigmas).float()
 
 
-def _shift(sigmas: torch.Tensor, shift: float) -> torch.Tensor:
+def shifted(sigmas: torch.Tensor, shift: float) -> torch.Tensor:
     """Stable Diffusion 3, arXiv 2403.03206, Eq. 23."""
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 

@@ -34,6 +34,7 @@ from refalign_training.data.recipe import RefineOptions
 from refalign_training.data.sample import usable
 from refalign_training.data.source import read_source
 from refalign_training.data.subjects import CHANNELS, load_subjects, picture_side
+from refalign_training.method.losses import shifted
 from refalign_training.method.options import ObjectiveOptions
 from refalign_training.method.refinement import RefineBatch, Refinement, Refiner, check_prediction
 from refalign_training.run.batches import Read
@@ -212,16 +213,16 @@ def make_refine_batch(
         ids=ids,
         seed=network_seed(seed, micro_batch),
         noise=torch.stack(noise).to(device),
-        timesteps=timesteps_at(quantiles).to(device),
+        timesteps=timesteps_at(quantiles, samples.options.timestep_shift).to(device),
         keeps_references=torch.tensor(keeps).to(device),
         unusable=read.unusable,
         **values,
     )
 
 
-def timesteps_at(quantiles: torch.Tensor) -> torch.Tensor:
-    """Timesteps of a schedule of 1000, evenly distributed."""
-    return (quantiles * TRAIN_TIMESTEPS).floor()
+def timesteps_at(quantiles: torch.Tensor, shift: float = 1.0) -> torch.Tensor:
+    """Timesteps of a schedule of 1000, evenly distributed but for the shift."""
+    return (shifted(quantiles, shift) * TRAIN_TIMESTEPS).floor().clamp(max=TRAIN_TIMESTEPS - 1)
 
 
 # -- Validation -------------------------------------------------------------------------------------------------------

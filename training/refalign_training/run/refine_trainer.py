@@ -109,7 +109,8 @@ class RefineTrainer(Trainer):
         """They are drawn evenly: there is nothing to see."""
 
     def _describe_timesteps(self) -> str:
-        return "Timesteps are drawn evenly from 0 to 999."
+        shift = self.command.refine.timestep_shift
+        return f"Timesteps are drawn from 0 to 999, {'evenly' if shift == 1 else f'with a shift of {shift:g}'}."
 
     def _validate(self, bar: Bar) -> None:
         """Losses and how well the attention finds the true region, by the averaged weights if there are some."""
