@@ -1,6 +1,5 @@
 """What `python -m build` makes runs outside the clone: code, configs, cards and the tiny model are in it."""
 
-import os
 import re
 import shutil
 import subprocess
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from refalign.files import files_below
+from tests.programs import FORGET, Ended, call_script
 
 
 ROOT = Path(__file__).parent.parent
@@ -32,11 +32,20 @@ def installed(tmp_path_factory) -> Path:
     return target
 
 
-def run(installed: Path, *words: str) -> subprocess.CompletedProcess:
+COMMAND = """
+import importlib, os
+
+os.chdir(os.path.dirname({installed!r}))
+sys.path.insert(0, {installed!r})
+module = importlib.import_module(sys.argv[1])
+assert module.__file__.startswith({installed!r})
+sys.exit(module.main(sys.argv[2:]))
+"""
+
+
+def run(installed: Path, *words: str) -> Ended:
     """A command of the wheel, in a folder of its own."""
-    environment = {**os.environ, "PYTHONPATH": str(installed)}
-    command = [sys.executable, "-m", *words]
-    return subprocess.run(command, cwd=installed.parent, env=environment, capture_output=True, text=True)
+    return call_script(FORGET + COMMAND.format(installed=str(installed)), *words)
 
 
 def test_it_makes_a_video_of_the_tiny_model(installed):

@@ -15,8 +15,6 @@ import torch.nn.functional as F
 from PIL import Image
 
 from refalign.pipeline_refine_by_align import (
-    Box,
-    bounding_box,
     cut_mask,
     cut_surroundings,
     encode_patches,
@@ -29,6 +27,7 @@ from refalign.pipeline_refine_by_align import (
     reference_square,
     subject_mask,
 )
+from refalign.reference_images import Box, bounding_box
 from refalign_evaluation.triplets import Task, batches, generators_of, inputs_of
 
 

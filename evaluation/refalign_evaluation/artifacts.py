@@ -173,7 +173,8 @@ def _judge(
     """A row of figures for each task."""
     import numpy as np
 
-    from refalign.pipeline_refine_by_align import bounding_box, cut_square, on_white, square_around
+    from refalign.pipeline_refine_by_align import cut_square, on_white, square_around
+    from refalign.reference_images import bounding_box
 
     side = 224
     regions = [cut_square(task.reference, square_around(bounding_box(task.region), 1.0), side) for task in tasks]

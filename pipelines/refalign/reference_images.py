@@ -28,6 +28,7 @@ from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 logger = logging.getLogger(__name__)
 
+Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels; the last two are the first outside
 ReferenceImage = Image.Image | np.ndarray | torch.Tensor | str | os.PathLike[str]
 CutOut = bool | Literal["auto"]
 
@@ -490,6 +491,14 @@ def fit_long_edge(image: Image.Image, long_edge: int) -> Image.Image:
 
 def _nearest_tokens(pixels: float) -> int:
     return max(16, 16 * round(round(pixels) / 16))
+
+
+def bounding_box(mask: np.ndarray | torch.Tensor) -> Box:
+    """The smallest box that holds all of a mask, `(height, width)`; ValueError if it is empty."""
+    rows, columns = np.nonzero(np.asarray(mask))
+    if len(rows) == 0:
+        raise ValueError("The mask is empty, so it has no box.")
+    return int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
 
 
 @functools.lru_cache(maxsize=1)

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from PIL import Image
 
 from refalign.pipeline_refine_by_align import (
-    bounding_box,
     cut_square,
     encode_patches,
     grown,
@@ -20,6 +19,7 @@ from refalign.pipeline_refine_by_align import (
     reference_pixels,
     square_around,
 )
+from refalign.reference_images import bounding_box
 from refalign.refine_track import moved, read_track
 from refalign.video import read_video
 

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from refalign.pipeline_refine_by_align import bounding_box, mask_square
+from refalign.pipeline_refine_by_align import mask_square
+from refalign.reference_images import bounding_box
 from refalign.video import FPS, open_container, read_video
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter
 from torch.nn import functional as F
 
-from refalign.pipeline_refine_by_align import bounding_box
+from refalign.reference_images import bounding_box
 from refalign_training.data.fields import Unusable
 from refalign_training.data.recipe import RefineOptions
 

@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from refalign.pipeline_refine_by_align import bounding_box
-from refalign.reference_images import WHITE
+from refalign.reference_images import WHITE, bounding_box
 from refalign_training.data.fields import Unusable
 from refalign_training.data.masks import decode_mask
 from refalign_training.data.pixels import WARN, crop_frame, cut_out, drawn_views, read_frame, read_image

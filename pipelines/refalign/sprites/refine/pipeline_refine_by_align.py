@@ -29,7 +29,7 @@ from PIL import Image
 from torch import nn
 from transformers import Dinov2Model, Dinov2WithRegistersModel
 
-from .reference_images import WHITE, load_reference_image
+from .reference_images import WHITE, Box, bounding_box, load_reference_image
 from .reference_projector import ReferenceProjector
 
 
@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels; the last two are the first outside
 SUBJECT_MARGIN = 1.1  # a reference's square against its subject's box
 NEARLY_WHITE = 250  # of 255: the background of a reference without alpha
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -52,14 +51,6 @@ class Square(NamedTuple):
     left: int
     top: int
     side: int
-
-
-def bounding_box(mask: np.ndarray | torch.Tensor) -> Box:
-    """The smallest box that holds all of a mask, `(height, width)`; ValueError if it is empty."""
-    rows, columns = np.nonzero(np.asarray(mask))
-    if len(rows) == 0:
-        raise ValueError("The mask is empty, so it has no box.")
-    return int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
 
 
 def square_around(box: Box, scale: float, size: tuple[int, int] | None = None) -> Square:
