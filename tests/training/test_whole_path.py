@@ -145,7 +145,7 @@ def learned_in_full(tmp_path_factory) -> Learned:
     folder = tmp_path_factory.mktemp("full")
     cache = cache_drawn_clips(folder, write_wan(folder / "wan"), hue=0.0)
     logged = {"log.gradients_every": 50, "validation.every": 50, "validation.cache": cache}
-    command = run_command(folder / "run", folder / "wan", cache, steps=100, training="full", **LEARNING, **logged)
+    command = run_command(folder / "run", folder / "wan", cache, steps=50, training="full", **LEARNING, **logged)
     return learn(command)
 
 
