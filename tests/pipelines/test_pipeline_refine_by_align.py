@@ -20,6 +20,7 @@ from refalign.pipeline_refine_by_align import (
     cut_surroundings,
     encode_patches,
     find_region,
+    largest_parts,
     mask_square,
     on_white,
     prepare_reference,
@@ -171,6 +172,21 @@ def test_an_even_map_has_no_confidence():
     foreground = torch.zeros(16, 16)
     foreground[4:12, 4:12] = 1
     assert find_region(torch.ones(16, 16), foreground, 64).confidence < 0.01
+
+
+@pytest.mark.parametrize("share_of_pixels", [0.3, 0.5, 0.7])
+def test_the_largest_part_is_what_walking_from_pixel_to_pixel_finds(share_of_pixels):
+    mask = torch.rand(40, 30, generator=seeded()) < share_of_pixels
+    left, parts = {tuple(place) for place in mask.nonzero().tolist()}, []
+    while left:
+        part = open_ends = {left.pop()}
+        while open_ends:
+            around = {(row + i, column + j) for row, column in open_ends for i in (-1, 0, 1) for j in (-1, 0, 1)}
+            open_ends = around & left
+            left, part = left - open_ends, part | open_ends
+        parts.append(part)
+    found = largest_parts(mask, torch.ones(40, 30), share=1e-6)
+    assert {tuple(place) for place in found.nonzero().tolist()} == max(parts, key=len)
 
 
 def test_small_parts_of_a_map_are_left_out():

@@ -354,17 +354,17 @@ def _gaussian(size: int, deviation: float) -> torch.Tensor:
 
 def largest_parts(mask: torch.Tensor, values: torch.Tensor, share: float) -> torch.Tensor:
     """The fewest connected parts of a mask, bool `(height, width)`, that hold a share of the values' sum in it."""
-    labels = torch.arange(1, mask.numel() + 1, dtype=torch.float64).reshape(mask.shape) * mask
+    labels = torch.arange(1, mask.numel() + 1).reshape(mask.shape) * mask
     while True:  # the largest number of each part spreads over it
-        spread = F.max_pool2d(labels[None, None], 3, stride=1, padding=1)[0, 0] * mask
+        spread = F.max_pool2d(labels[None, None].double(), 3, stride=1, padding=1)[0, 0].long() * mask
         if torch.equal(spread, labels):
             break
-        labels = spread
-    sums = torch.bincount(labels.flatten().long(), weights=(values * mask).flatten().double())
+        labels = spread.flatten()[spread - 1] * mask  # a label is a pixel's number: what that pixel has by now
+    sums = torch.bincount(labels.flatten(), weights=(values * mask).flatten().double())
     ordered, numbers_of_parts = sums.sort(descending=True)
     before = ordered.cumsum(0) - ordered
     kept = numbers_of_parts[before < share * ordered.sum()]
-    return torch.isin(labels.long(), kept) & mask if len(kept) else mask
+    return torch.isin(labels, kept) & mask if len(kept) else mask
 
 
 def _widened(box: Box, margin: float, smallest: float, size: int) -> Box:
