@@ -14,7 +14,7 @@ test: $(VENV)/installed chromium
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/installed
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,background,ray]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,background,ray]" bitsandbytes
 	$(BIN)/python -m pytest -q -m slow
 
 chromium:  # for the tests of the app, which are skipped where there is none, but not in CI

@@ -48,7 +48,9 @@ def test_what_lies_elsewhere_gives_the_very_gradients(command, options):
     assert all(torch.equal(ours[1][name], plain[1][name]) for name in plain[1])
 
 
-@pytest.mark.parametrize(("kind", "tolerance"), [("int8", 0.05), ("fp8", 0.15)])
+@pytest.mark.parametrize(
+    ("kind", "tolerance"), [("int8", 0.05), ("fp8", 0.15), pytest.param("nf4", 0.3, marks=pytest.mark.slow)]
+)
 def test_a_quantised_base_gives_the_gradients_to_rounding(command, kind, tolerance):
     plain_losses, plain = gradients(command("plain"))
     losses, ours = gradients(command("lean", **{"model.quantization": kind}))
@@ -84,8 +86,13 @@ def test_copies_of_weights_end_with_the_backward_pass(command, monkeypatch):
     assert all(hasattr(p, lean.STAYS_ON_HOST) for p in begun.transformer.blocks.parameters() if not p.requires_grad)
 
 
-def test_a_run_goes_on_to_the_same_numbers(command):
-    options = {"model.quantization": "int8", **EXACT[1], **EXACT[2]}
+@pytest.mark.parametrize(
+    ("kind", "offload"),
+    [("int8", EXACT[1] | EXACT[2]), pytest.param("nf4", EXACT[2], marks=pytest.mark.slow)],
+    ids=["int8", "nf4"],
+)
+def test_a_run_goes_on_to_the_same_numbers(command, kind, offload):
+    options = {"model.quantization": kind, **offload}
     one, other = command("one", steps=4, **options), command("other", **options)
     assert run(one) == run(other) == run(changed(other, steps=4, resume="latest")) == 0
     assert_equal_runs(one.output, other.output)
@@ -118,7 +125,6 @@ def test_what_does_not_fit_together_is_told(command, changes, told):
     ("changes", "told"),
     [
         ({"model.offload_blocks": 3}, "model.offload_blocks is 3, but the model has 2 blocks"),
-        ({"model.quantization": "nf4"}, "model.quantization nf4 needs (bitsandbytes|a CUDA GPU)"),
         ({"model.attention": "fastest"}, "model.attention is fastest, which diffusers does not know. Known are: "),
         ({"model.attention": "flash_hub"}, "model.attention flash_hub runs code from the Hub"),
         ({"model.attention": "flash"}, "model.attention flash cannot train here"),
@@ -130,10 +136,11 @@ def test_what_cannot_be_had_is_told_before_weights_are_read(command, changes, to
         Trainer(command(**changes))
 
 
-def test_a_missing_library_is_told(command, monkeypatch):
+@pytest.mark.parametrize(("kind", "library"), [("int8", "torchao"), ("nf4", "bitsandbytes")])
+def test_a_missing_library_is_told(command, monkeypatch, kind, library):
     monkeypatch.setattr(lean.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"model\.quantization int8 needs torchao: pip install torchao"):
-        Trainer(command(**{"model.quantization": "int8"}))
+    with pytest.raises(ValueError, match=rf"model\.quantization {kind} needs {library}: pip install {library}"):
+        Trainer(command(**{"model.quantization": kind}))
 
 
 def test_a_kernel_by_name_is_taken(command):

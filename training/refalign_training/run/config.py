@@ -50,8 +50,8 @@ class ModelOptions(Options):
     attention: str | None = None
     """The kernel of diffusers that computes attention, such as flash or _native_cudnn. None: torch chooses."""
     quantization: Literal["int8", "fp8", "nf4"] | None = None
-    """The bits of the frozen matrices of the blocks, for adapters alone: int8 and fp8 by torchao, nf4 by bitsandbytes
-    on a GPU. They are made when the run starts; a LoRA that learnt beside them fits the whole model too."""
+    """The bits of the frozen matrices of the blocks, for adapters alone: int8 and fp8 by torchao, nf4 by bitsandbytes.
+    They are made when the run starts; a LoRA that learnt beside them fits the whole model too."""
     offload_blocks: NonNegativeInt = 0
     """The number of blocks whose frozen weights stay in the CPU's memory and are copied whenever the block computes,
     for adapters alone. Exact, and slower."""

@@ -33,8 +33,6 @@ def check_lean(options: ModelOptions, config: Mapping[str, Any], device: torch.d
         library = LIBRARIES[options.quantization]
         if importlib.util.find_spec(library) is None:
             raise ValueError(f"model.quantization {options.quantization} needs {library}: pip install {library}")
-        if options.quantization == "nf4" and device.type != "cuda":
-            raise ValueError(f"model.quantization nf4 needs a CUDA GPU, but the device is {device}. Take int8 or fp8.")
     if options.attention is not None:
         _check_attention(options.attention, device, getattr(torch, options.precision))
 
