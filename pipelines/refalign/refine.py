@@ -3,6 +3,7 @@
 Nothing heavy is imported before it is needed, so that `--help` answers at once.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -58,8 +59,9 @@ class Refine:
     """The number of denoising steps. The default is the model's own: 50."""
     guidance_scale: float | None = None
     """How strongly the reference guides. The default is the model's own: 5."""
-    strength: float = 0.6
-    """For a video: how much of what the frame before shows in the mask is replaced, above 0 and at most 1."""
+    strength: float | None = None
+    """For a video: how much of what the frame before shows in the mask is replaced, above 0 and at most 1. The default
+    is 0.6."""
     seed: int = 0
     """The seed of the noise. The same seed gives the same image."""
     device: str = "auto"
@@ -113,7 +115,9 @@ def run_video(command: Refine, video: Path, reference: "Image.Image") -> int:
     masks = read_masks(command.mask, video, frames.shape, command.track)
     pipeline = load_refine_pipeline(command.model, command.device, command.offload)
     pipeline.set_progress_bar_config(disable=True)
-    options = {"strength": command.strength, "seed": command.seed, **call_settings(command)}
+    options = {"seed": command.seed, **call_settings(command)}
+    if command.strength is not None:
+        options["strength"] = command.strength
     refined = refine_frames(pipeline, frames, masks, reference, **options)
     write_video(refined.frames, command.output, rate, overwrite=command.overwrite)
     print(f"Wrote {command.output}{told(refined.alignment)}.")
@@ -160,12 +164,31 @@ def check(command: Refine) -> None:
         raise ValueError("--mask auto looks at neighbouring frames, so it goes with --video alone. Pass a mask.")
     if command.track is not None and (command.video is None or command.mask == "auto"):
         raise ValueError("--track moves the mask of a video, so it goes with --video and a picture as --mask.")
+    if command.strength is not None and (command.video is None or command.mask == "auto"):
+        raise ValueError("--strength is for the frames of a video that are refined. Leave it out.")
+    _check_numbers(command)
     check_written(command)
+
+
+def _check_numbers(command: Refine) -> None:
+    """Raises ValueError for what the pipeline would refuse once it is loaded."""
+    steps, scale, strength, region = command.steps, command.guidance_scale, command.strength, command.region
+    if steps is not None and steps < 1:
+        raise ValueError(f"--steps is {steps}, but must be 1 or more.")
+    if scale is not None and not 0 <= scale < math.inf:
+        raise ValueError(f"--guidance-scale is {scale}, but must be a number from 0 up.")
+    if strength is not None and not 0 < strength <= 1:
+        raise ValueError(f"--strength is {strength}, but must be above 0 and at most 1.")
+    if region is not None and (min(region[:2]) < 0 or region[0] >= region[2] or region[1] >= region[3]):
+        told = " ".join(map(str, region))
+        raise ValueError(f"--region is {told}, but must be left, top, right and bottom of a box with something in it.")
 
 
 def check_written(command: Refine) -> None:
     """Raises ValueError for a file that exists, unless it may be replaced."""
     for file in written(command):
+        if file.is_file() and not command.overwrite:
+            raise ValueError(f"{file} exists already. Name another output, or pass --overwrite.")
         check_new_file(file, command.overwrite)
 
 

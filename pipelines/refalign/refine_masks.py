@@ -21,7 +21,7 @@ from refalign.pipeline_refine_by_align import (
 )
 from refalign.reference_images import bounding_box
 from refalign.refine_track import moved, read_track
-from refalign.video import read_video
+from refalign.refine_video import read_clip
 
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def read_masks(source: str, video: Path, shape: tuple[int, ...], track: Path | N
         _check_count(count, len(files), video, source)
         masks = [load_mask(file, (width, height), f"The mask {file.name}") for file in files]
     elif path.suffix.lower() in VIDEOS:
-        frames = read_video(path)
+        frames, _ = read_clip(path)
         _check_count(count, len(frames), video, source)
         if frames.shape[1:3] != (height, width):
             size = f"{frames.shape[2]}x{frames.shape[1]}"

@@ -1,5 +1,6 @@
 """Videos in and out of mp4 files, by PyAV."""
 
+import errno
 import itertools
 import json
 from collections.abc import Iterable, Mapping
@@ -21,9 +22,13 @@ _LIMITS = {"max_pixels": str(MOST_PIXELS)}
 
 
 def open_container(path: str | Path, options: Mapping[str, str] | None = None, **kwargs: Any) -> InputContainer:
-    """`av.open` to read, whose video streams decode no picture of more than `MOST_PIXELS`."""
+    """`av.open` to read, whose video streams decode no picture of more than `MOST_PIXELS`. Raises av.FFmpegError for a
+    file that is no video, or is damaged."""
     container = av.open(str(path), options={**_LIMITS, **(options or {})}, **kwargs)  # it decodes some already
     for stream in container.streams.video:
+        if stream.codec_context is None:
+            container.close()
+            raise av.InvalidDataError(errno.EINVAL, "its video is of no known codec", str(path))
         stream.codec_context.options = dict(_LIMITS)
     return container
 

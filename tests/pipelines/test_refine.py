@@ -128,6 +128,10 @@ def test_transparency_is_kept_in_png_and_put_on_white_in_jpeg(refine, pictures, 
         ((), {"mask": "empty.png"}, "The mask is empty"),
         ((), {"mask": "full.png"}, "covers the whole image"),
         (("--region", 0, 0, 100, 10), {}, "`region` is (0, 0, 100, 10)"),
+        (("--region", 5, 0, 5, 10), {}, "--region is 5 0 5 10, but must be"),
+        (("--steps", 0), {}, "--steps is 0, but must be 1 or more"),
+        (("--guidance-scale", "nan"), {}, "--guidance-scale is nan, but must be"),
+        (("--strength", 0.5), {}, "--strength is for the frames of a video"),
         (("--offload", "model"), {}, "but the device is cpu"),
     ],
 )
@@ -153,7 +157,7 @@ def test_auto_masks_are_for_videos(refine, pictures, capsys):
 def test_an_existing_output_is_kept(refine, tmp_path, capsys):
     (tmp_path / "refined.png").write_bytes(b"mine")
     assert refine() == 1
-    assert "exists already" in capsys.readouterr().err
+    assert "refined.png exists already. Name another output, or pass --overwrite." in capsys.readouterr().err
     assert (tmp_path / "refined.png").read_bytes() == b"mine"
 
 

@@ -325,10 +325,26 @@ def test_auto_writes_masks_to_look_at_and_refines_nothing(refine, tmp_path, caps
     assert (found == suggestion).mean() > 0.99
 
 
-def test_a_video_that_is_none_is_told(refine, tmp_path, capsys):
-    assert refine(video="mask.png", mask="missing.png") == 1
-    assert refine(video="reference.txt") == 1
-    assert "reference.txt does not exist" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({"video": "reference.txt"}, "reference.txt does not exist"),
+        ({"video": "half.mp4"}, "half.mp4 cannot be read as a video"),
+        ({"mask": "missing.mp4"}, "missing.mp4 does not exist"),
+        ({"mask": "half.mp4"}, "half.mp4 cannot be read as a video"),
+    ],
+)
+def test_a_video_that_is_none_is_told(refine, tmp_path, capsys, files, told):
+    (tmp_path / "half.mp4").write_bytes((tmp_path / "clip.mp4").read_bytes()[:400])
+    assert refine(**files) == 1
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("strength", [0, 1.5, "nan"])
+def test_a_wrong_strength_is_told_before_a_model_is_loaded(refine, monkeypatch, capsys, strength):
+    monkeypatch.setattr("refalign.refine.owned", None)
+    assert refine("--strength", strength) == 1
+    assert "but must be above 0 and at most 1" in capsys.readouterr().err
 
 
 def test_grey_masks_of_one_picture_are_told_once(tmp_path, caplog):

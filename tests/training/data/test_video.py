@@ -332,6 +332,12 @@ def a_text(path):
     path.write_text("no video at all")
 
 
+def cut_in_the_header(path):
+    """After the streams' sizes, before their codecs, in a file that begins with its header, as ours do."""
+    write_video([np.zeros((48, 64, 3), np.uint8)] * 3, path, overwrite=True)
+    path.write_bytes(path.read_bytes()[:400])
+
+
 def nothing(path):
     path.write_bytes(b"")
 
@@ -350,6 +356,7 @@ def a_long_name(path):
         (cut_short, "video"),
         (cut_in_the_pictures, "video"),
         (scramble, "video"),
+        (cut_in_the_header, "video"),
         (only_sound, "no frames"),
         (a_text, "video"),
         (nothing, "video"),
