@@ -42,7 +42,7 @@ class Artifacts:
     model: str | None = None
     """The model to measure, as a pipeline folder or a Hub id. The default is the tiny one of this package."""
     sprites: int | None = None
-    """Draw so many triplets of the small world into --benchmark first, if there is no such folder."""
+    """The number of triplets of the small world to draw into --benchmark, if there is no such folder yet."""
     seen: bool = False
     """Let --sprites draw subjects that were trained on, to choose settings by. By default they never were."""
     grid: bool = False

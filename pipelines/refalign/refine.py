@@ -167,11 +167,14 @@ def check(command: Refine) -> None:
     if command.strength is not None and (command.video is None or command.mask == "auto"):
         raise ValueError("--strength is for the frames of a video that are refined. Leave it out.")
     _check_numbers(command)
+    _check_inputs_stay(command)
     check_written(command)
 
 
 def _check_numbers(command: Refine) -> None:
     """Raises ValueError for what the pipeline would refuse once it is loaded."""
+    if not -(2**63) <= command.seed < 2**64:
+        raise ValueError(f"--seed is {command.seed}, more than 64 bits.")
     steps, scale, strength, region = command.steps, command.guidance_scale, command.strength, command.region
     if steps is not None and steps < 1:
         raise ValueError(f"--steps is {steps}, but must be 1 or more.")
@@ -182,6 +185,16 @@ def _check_numbers(command: Refine) -> None:
     if region is not None and (min(region[:2]) < 0 or region[0] >= region[2] or region[1] >= region[3]):
         told = " ".join(map(str, region))
         raise ValueError(f"--region is {told}, but must be left, top, right and bottom of a box with something in it.")
+
+
+def _check_inputs_stay(command: Refine) -> None:
+    """Raises ValueError for an output that would take the place of an input, unless it is what is refined."""
+    for file in written(command):
+        inputs = [command.mask, command.reference, command.reference_mask, command.track]
+        if file != command.output:  # which may take the place of what is refined
+            inputs += [command.image, command.video]
+        if file.resolve() in [Path(name).resolve() for name in inputs if name is not None]:
+            raise ValueError(f"{file} is one of the files to read, and would be lost. Name another file to write.")
 
 
 def check_written(command: Refine) -> None:

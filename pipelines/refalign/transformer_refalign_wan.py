@@ -604,21 +604,21 @@ class KeptOverSteps:
     def __init__(self, transformer: RefAlignWanTransformer3DModel, is_small: bool) -> None:
         embedder: Any = transformer.condition_embedder
         blocks: Any = transformer.blocks
-        keys: dict[nn.Module, Callable] = {transformer.rope: _key_of_sizes, embedder.text_embedder: _key_of_text}
+        modules: dict[nn.Module, Callable] = {transformer.rope: _key_of_sizes, embedder.text_embedder: _key_of_text}
         for block in blocks:
-            keys |= dict.fromkeys((block.attn2.to_k, block.attn2.to_v, block.attn2.norm_k), _key_of_text)
+            modules |= dict.fromkeys((block.attn2.to_k, block.attn2.to_v, block.attn2.norm_k), _key_of_text)
         # What is offloaded, cached or compiled has a forward of its own, which must see every call
-        is_plain = all(map(_is_plain, (transformer, *blocks, *keys)))
-        self.keys = keys if is_small and is_plain else {}
+        is_plain = all(map(_is_plain, (transformer, *blocks, *modules)))
+        self.modules = modules if is_small and is_plain else {}
         self.kept: dict[tuple[Any, ...], tuple[Any, Any]] = {}
 
     def __enter__(self) -> "KeptOverSteps":
-        for module, key in self.keys.items():
-            module.forward = functools.partial(self._forward, key, module.forward)
+        for module, key_of in self.modules.items():
+            module.forward = functools.partial(self._forward, key_of, module.forward)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for module in self.keys:
+        for module in self.modules:
             del module.forward  # the class's own is seen again
         self.forget()
 

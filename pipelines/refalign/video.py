@@ -94,6 +94,8 @@ def _to_uint8(frame: Image.Image | np.ndarray) -> np.ndarray:
 def read_video(path: str | Path) -> np.ndarray:
     """All frames of a video, uint8 `(frames, height, width, 3)`."""
     with open_container(path) as container:
+        if not container.streams.video:
+            raise ValueError("it has no pictures")
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 

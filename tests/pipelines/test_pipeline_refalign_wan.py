@@ -540,6 +540,11 @@ def test_progress_bar_counts_steps(pipeline, capfd):
     assert "2/2" in capfd.readouterr().err
 
 
+def test_a_result_that_is_not_finite_is_no_black_video(pipeline):
+    with pytest.raises(ValueError, match="The video holds numbers that are not finite"):
+        run(pipeline, guidance_scale=1e38, output_type="np")
+
+
 # -- What diffusers does to pipelines ---------------------------------------------------------------------------------
 
 

@@ -13,7 +13,6 @@ from refalign import ReferenceProjector, RefineByAlignPipeline
 from refalign.pipeline_refine_by_align import (
     Square,
     attention_map,
-    bounding_box,
     cross_attention_blocks,
     cut_mask,
     cut_square,
@@ -31,6 +30,7 @@ from refalign.pipeline_refine_by_align import (
     subject_mask,
     unet_input,
 )
+from refalign.reference_images import bounding_box
 from tests.tiny_refine import mask_of, picture, reference, tiny_refine_pipeline
 
 

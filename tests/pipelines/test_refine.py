@@ -130,6 +130,9 @@ def test_transparency_is_kept_in_png_and_put_on_white_in_jpeg(refine, pictures, 
         (("--region", 0, 0, 100, 10), {}, "`region` is (0, 0, 100, 10)"),
         (("--region", 5, 0, 5, 10), {}, "--region is 5 0 5 10, but must be"),
         (("--steps", 0), {}, "--steps is 0, but must be 1 or more"),
+        (("--steps", 2000), {}, "`num_inference_steps` is 2000, but the scheduler has 1000 timesteps"),
+        (("--guidance-scale", "1e30"), {}, "The image holds numbers that are not finite"),
+        (("--seed", 2**64), {}, "--seed is 18446744073709551616, more than 64 bits"),
         (("--guidance-scale", "nan"), {}, "--guidance-scale is nan, but must be"),
         (("--strength", 0.5), {}, "--strength is for the frames of a video"),
         (("--offload", "model"), {}, "but the device is cpu"),
@@ -147,6 +150,17 @@ def test_a_map_in_the_place_of_the_output_is_told(capsys):
     words = ["--image", "a.png", "--mask", "b.png", "--reference", "c.png", "--output", "d.png", "--map", "./d.png"]
     assert main(["refine", *words]) == 1
     assert "--map and --output are both d.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("output", "map"),
+    [("image.png", "reference.png"), ("image.png", "mask.png"), ("mask.png", None), ("a.png", "image.png")],
+)
+def test_no_input_but_what_is_refined_is_written_over(capsys, output, map):
+    words = ["--image", "image.png", "--mask", "mask.png", "--reference", "./reference.png", "--output", output]
+    words += ["--map", map] if map else []
+    assert main(["refine", *words, "--overwrite"]) == 1
+    assert "is one of the files to read, and would be lost" in capsys.readouterr().err
 
 
 def test_auto_masks_are_for_videos(refine, pictures, capsys):

@@ -4,6 +4,7 @@ import json
 import logging
 import pkgutil
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,8 @@ from PIL import Image
 
 from refalign import refine_masks
 from refalign.cli import main
-from refalign.pipeline_refine_by_align import bounding_box, on_white
+from refalign.pipeline_refine_by_align import on_white
+from refalign.reference_images import bounding_box
 from refalign.refine_masks import read_masks, suggest_masks
 from refalign.refine_track import read_track
 from refalign.refine_video import carried, flicker, key_frames, read_clip, refine_frames
@@ -330,12 +332,19 @@ def test_auto_writes_masks_to_look_at_and_refines_nothing(refine, tmp_path, caps
     [
         ({"video": "reference.txt"}, "reference.txt does not exist"),
         ({"video": "half.mp4"}, "half.mp4 cannot be read as a video"),
+        ({"video": "sound.mp4"}, "sound.mp4 cannot be read as a video: it has no pictures"),
         ({"mask": "missing.mp4"}, "missing.mp4 does not exist"),
         ({"mask": "half.mp4"}, "half.mp4 cannot be read as a video"),
     ],
 )
 def test_a_video_that_is_none_is_told(refine, tmp_path, capsys, files, told):
     (tmp_path / "half.mp4").write_bytes((tmp_path / "clip.mp4").read_bytes()[:400])
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        silence.rate = 44100
+        container.mux(stream.encode(silence))
+        container.mux(stream.encode())
     assert refine(**files) == 1
     assert told in capsys.readouterr().err
 

@@ -111,7 +111,7 @@ def kill_after_a_checkpoint(*words: object) -> None:
     while process.poll() is None and not is_ahead_of_its_checkpoint(output):
         time.sleep(0.001)
     process.kill()
-    assert process.wait(60) == -signal.SIGKILL, Path("killed.log").read_text()
+    assert process.wait() == -signal.SIGKILL, Path("killed.log").read_text()
 
 
 def is_ahead_of_its_checkpoint(output: Path) -> bool:

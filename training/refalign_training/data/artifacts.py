@@ -204,7 +204,7 @@ class _Pose:
         self._bend = torch.from_numpy(generator.normal(0, BENDING, (1, 2, 4, 4))).float()
 
     def __call__(self, places: torch.Tensor) -> torch.Tensor:
-        """Of places `(rows, columns, 2)`."""
+        """The places in the picture that places of the reference come from, both `(rows, columns, 2)`."""
         bend = F.grid_sample(self._bend, places[None], mode="bicubic", padding_mode="border", align_corners=True)
         bent = places + bend[0].permute(1, 2, 0)
         return self._scale * bent @ self._rotation.T + self._centre

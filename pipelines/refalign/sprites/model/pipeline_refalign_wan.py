@@ -907,7 +907,7 @@ class RefAlignWanPipeline(WanPipeline):
         tokens = latents[:, 0].numel() // 4  # a patch is two by two
         kept = KeptOverSteps(self.transformer, is_small=tokens // len(latents) <= FEW_TOKENS)
         if batch_passes is None:
-            batch_passes = tokens <= FEW_TOKENS and bool(kept.keys) and self._apart() is None
+            batch_passes = tokens <= FEW_TOKENS and bool(kept.modules) and self._apart() is None
         bar = self.progress_bar(total=len(timesteps))  # pyright: ignore[reportCallIssue]
         with kept, bar as progress_bar:
             for i, t in enumerate(timesteps):
@@ -982,6 +982,12 @@ class RefAlignWanPipeline(WanPipeline):
         latents = latents.to(get_module_execution_device(self.vae))
         latents = denormalize_latents(latents, self.vae.config).to(self.vae.dtype)
         video = self.vae.decode(latents, return_dict=False)[0]
+        if not video.isfinite().all():  # as pixels it would be black, without a word
+            raise ValueError(
+                "The video holds numbers that are not finite (NaN or infinite): its guidance is too high, or its "
+                f"precision ({self.transformer.dtype}, VAE {self.vae.dtype}) too low. Lower the scales, or load the "
+                "model in bfloat16 or float32."
+            )
         return self.video_processor.postprocess_video(video, output_type=output_type)
 
     @classmethod

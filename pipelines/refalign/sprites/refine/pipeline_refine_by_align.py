@@ -624,6 +624,8 @@ class RefineByAlignPipeline(DiffusionPipeline):
         steps = self.config["num_inference_steps"] if num_inference_steps is None else num_inference_steps
         self._guidance_scale = self.config["guidance_scale"] if guidance_scale is None else guidance_scale
         _check_settings(steps, self._guidance_scale, strength, output_type, callback_on_step_end_tensor_inputs)
+        if steps > (most := self.scheduler.config["num_train_timesteps"]):
+            raise ValueError(f"`num_inference_steps` is {steps}, but the scheduler has {most} timesteps. Pass fewer.")
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         samples = self._samples(image, mask_image, reference_image, reference_mask)
@@ -808,6 +810,12 @@ class RefineByAlignPipeline(DiffusionPipeline):
 
     def _decode(self, latents: torch.Tensor) -> list[Image.Image]:
         pixels = self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype), return_dict=False)[0]
+        if not pixels.isfinite().all():  # as an image it would be black, without a word
+            raise ValueError(
+                "The image holds numbers that are not finite (NaN or infinite): its guidance is too high, or its "
+                f"precision ({self.unet.dtype}, VAE {self.vae.dtype}) too low. Lower `guidance_scale`, or load the "
+                "model in bfloat16 or float32."
+            )
         values = ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
         return [Image.fromarray(array) for array in values.permute(0, 2, 3, 1).cpu().numpy()]
 
