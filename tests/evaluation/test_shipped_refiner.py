@@ -46,6 +46,13 @@ def test_its_code_is_this_packages():
         assert file.read_bytes() == (package / file.name).read_bytes(), file.name
 
 
+@pytest.mark.parametrize("steps", [1000, 1001])
+def test_more_steps_than_its_scheduler_has_are_told(pipe, tasks, steps):
+    """Its timesteps begin at 1, so there are 999."""
+    with pytest.raises(ValueError, match="but the scheduler has 999 timesteps"):
+        pipe(*inputs_of(tasks[:1]), num_inference_steps=steps)
+
+
 def test_its_folder_opens_as_a_repo_does():
     pipeline = DiffusionPipeline.from_pretrained(REFINE_FOLDER, trust_remote_code=True)
     assert type(pipeline).__name__ == "RefineByAlignPipeline"

@@ -77,9 +77,10 @@ def make_quick(page: Page, steps: int = 1, frames: int = 5) -> None:
     """Sets what a test has no time for."""
     page.locator("#settings > button").click()
     for label, value in (("Frames", frames), ("Steps", steps)):
-        field = page.get_by_role("spinbutton", name=re.compile(label))
-        field.fill(str(value))
-        field.blur()
+        field, slider = (page.get_by_role(role, name=re.compile(label)) for role in ("spinbutton", "slider"))
+        while slider.input_value() != str(value):  # just opened, they may not hear what is typed yet
+            field.fill(str(value))
+            field.blur()
 
 
 def pixels(page: Page, number: int) -> np.ndarray:

@@ -624,7 +624,8 @@ class RefineByAlignPipeline(DiffusionPipeline):
         steps = self.config["num_inference_steps"] if num_inference_steps is None else num_inference_steps
         self._guidance_scale = self.config["guidance_scale"] if guidance_scale is None else guidance_scale
         _check_settings(steps, self._guidance_scale, strength, output_type, callback_on_step_end_tensor_inputs)
-        if steps > (most := self.scheduler.config["num_train_timesteps"]):
+        most = self.scheduler.config["num_train_timesteps"] - self.scheduler.config.get("steps_offset", 0)
+        if steps > most:  # the offset would lead behind the last timestep
             raise ValueError(f"`num_inference_steps` is {steps}, but the scheduler has {most} timesteps. Pass fewer.")
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
