@@ -104,7 +104,8 @@ def start(command: RunCommand, processes: int = 1) -> list[BaseProcess]:
 
 def train(command: RunCommand, processes: int = 1) -> Path:
     """Trains to the end in processes of its own; the run's folder."""
-    assert wait(start(command, processes)) == [0] * processes
+    codes = wait(start(command, processes))
+    assert codes == [0] * processes, f"the processes ended with {codes}"
     return command.output
 
 
